@@ -1,0 +1,3 @@
+//! The Foreshore agent.
+
+pub mod runtime;

@@ -1,0 +1,2 @@
+//! foreshore-agent: runs on each device.
+fn main() {}

@@ -1,0 +1,2 @@
+//! foreshore-hub: desired state, rollouts, API and broker.
+fn main() {}

@@ -1,0 +1,394 @@
+//! The JSON of the hub's REST API under `/api/v1`, shared by hub and command line.
+//!
+//! | method and path | body → answer |
+//! |---|---|
+//! | `PUT /apps/{app}` | manifest (YAML or JSON) → [`ApplyAnswer`] |
+//! | `POST /apps/{app}/plan` | manifest → [`PlanAnswer`]; changes nothing |
+//! | `GET /apps`, `GET /apps/{app}` | → [`AppView`]s |
+//! | `DELETE /apps/{app}` | → 202 |
+//! | `POST /apps/{app}/undo` | → [`ApplyAnswer`]: a rollout to the release before |
+//! | `GET /devices`, `GET /devices/{device}` | → [`DeviceView`]s |
+//! | `PATCH /devices/{device}/labels` | [`LabelPatch`] → [`DeviceView`] |
+//! | `DELETE /devices/{device}` | → 204: forget a device that is offline |
+//! | `GET /rollouts?app=`, `GET /rollouts/{id}` | → [`RolloutView`]s, newest first |
+//! | `POST /rollouts/{id}/pause`, `/resume`, `/abort` | → [`RolloutView`] |
+//! | `GET /events?after=&limit=` | → [`EventView`]s |
+//! | `GET /events/stream?after=` | server-sent events: `id:` is the event id, `data:` an [`EventView`] |
+//! | `GET /images` | → [`ImageView`]s |
+//! | `POST /images?name=NAME:TAG` | tar of an OCI layout or docker-archive → [`ImageView`] |
+//! | `GET /info` | → [`HubView`] |
+//!
+//! Lists are `{"items": […]}`. Errors are `application/problem+json` ([`Problem`], RFC 9457). Every call
+//! but `/healthz`, `/readyz` needs `Authorization: Bearer TOKEN`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Digest;
+use crate::id::{AppName, DeviceId, Epoch, LabelKey, LabelValue, Labels, ServiceName, Version};
+use crate::manifest::{App, WaveTarget};
+use crate::message::{AppStatus, Inventory, Phase};
+
+/// A list, so that fields can be added beside it later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct List<T> {
+    /// The members.
+    pub items: Vec<T>,
+}
+
+/// An error (RFC 9457). `code` is stable; `title` and `detail` are for people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// `https://foreshore.dev/problems/{code}`; a name, not a page that must exist.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The short form, the same for every error of this code.
+    pub title: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// What happened here, naming the thing and the way out.
+    pub detail: String,
+    /// Stable, kebab-case, for example `unknown-image`.
+    pub code: String,
+    /// Where in the manifest, from 1, if that is where the error is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<u64>,
+    /// Where in the manifest, from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<u64>,
+}
+
+/// The hub itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HubView {
+    /// Of the hub's program.
+    pub version: String,
+    /// Of its database.
+    pub epoch: Epoch,
+    /// `embedded` or `external`.
+    pub broker: String,
+    /// Known devices.
+    pub devices: u64,
+    /// Connected devices.
+    pub devices_online: u64,
+}
+
+/// What `apply` did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ApplyAnswer {
+    /// Which app.
+    pub app: AppName,
+    /// The release it is at or moving to.
+    pub release: Digest,
+    /// The rollout that was opened; `None` when nothing changed.
+    pub rollout: Option<u64>,
+    /// What happened.
+    pub outcome: ApplyOutcome,
+    /// How many devices the app selects now.
+    pub devices: u64,
+}
+
+/// What `apply` did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ApplyOutcome {
+    /// The app is new.
+    Created,
+    /// A rollout to a new release was opened.
+    Updated,
+    /// Same release, but the selector or the rollout policy changed.
+    Reconfigured,
+    /// Nothing changed.
+    Unchanged,
+}
+
+/// What `apply` would do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PlanAnswer {
+    /// Which app.
+    pub app: AppName,
+    /// The release of today; `None` for a new app.
+    pub current: Option<Digest>,
+    /// The release it would get.
+    pub release: Digest,
+    /// What `apply` would answer.
+    pub outcome: ApplyOutcome,
+    /// What would change per service.
+    pub services: Vec<ServiceChange>,
+    /// Each wave with its devices, in order.
+    pub waves: Vec<PlanWave>,
+    /// Things worth knowing before, for example devices that are offline.
+    pub warnings: Vec<String>,
+}
+
+/// A wave in a [`PlanAnswer`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PlanWave {
+    /// From 1.
+    pub ordinal: u32,
+    /// As written, or the implied 100 %.
+    pub target: WaveTarget,
+    /// Its devices. The order of a real rollout depends on a seed drawn then; this is one possible draw.
+    pub devices: Vec<DeviceId>,
+}
+
+/// What would change for one service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceChange {
+    /// Which service.
+    pub service: ServiceName,
+    /// How.
+    pub change: Change,
+    /// The keys that differ, for `Changed`.
+    pub fields: Vec<String>,
+}
+
+/// How a service differs between two releases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Change {
+    /// Only in the new one.
+    Added,
+    /// Only in the old one.
+    Removed,
+    /// In both, different: its container is replaced.
+    Changed,
+    /// In both, the same: its container keeps running.
+    Unchanged,
+}
+
+/// An app.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AppView {
+    /// Its name.
+    pub name: AppName,
+    /// The release that new devices get: the target of the newest rollout that was not given up.
+    pub release: Digest,
+    /// The manifest as applied last.
+    pub manifest: App,
+    /// Devices selected.
+    pub devices: u64,
+    /// Devices that report `release` as succeeded.
+    pub up_to_date: u64,
+    /// The newest rollout.
+    pub rollout: Option<RolloutSummary>,
+    /// Milliseconds since 1970.
+    pub created_ms: u64,
+    /// Milliseconds since 1970.
+    pub updated_ms: u64,
+    /// Being removed from its devices; gone when the last has said so.
+    pub deleting: bool,
+}
+
+/// A rollout in brief.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutSummary {
+    /// Its id.
+    pub id: u64,
+    /// Its state.
+    pub state: RolloutState,
+    /// Why it is paused or stopped, for people.
+    pub message: Option<String>,
+}
+
+/// A device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceView {
+    /// Its id.
+    pub id: DeviceId,
+    /// Whether it is connected.
+    pub online: bool,
+    /// When it was last heard of, milliseconds since 1970.
+    pub last_seen_ms: Option<u64>,
+    /// Its labels, the operator's over its own.
+    pub labels: Labels,
+    /// What it should run.
+    pub desired: Option<Version>,
+    /// What it has stored.
+    pub reported: Option<Version>,
+    /// What it is.
+    pub inventory: Option<Inventory>,
+    /// What it says of its apps.
+    pub apps: Vec<AppStatus>,
+}
+
+/// `PATCH /devices/{device}/labels`: `null` removes a label.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LabelPatch {
+    /// What to set or remove.
+    pub labels: std::collections::BTreeMap<LabelKey, Option<LabelValue>>,
+}
+
+/// The state of a rollout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RolloutState {
+    /// Waves open one after the other.
+    Running,
+    /// Nothing new is offered until an operator resumes it.
+    Paused,
+    /// Every wave passed. Final unless undone.
+    Completed,
+    /// An operator stopped it; devices that had it keep it. Final.
+    Aborted,
+    /// Devices are given their release of before, newest wave first.
+    RollingBack,
+    /// They all have it again. Final.
+    RolledBack,
+    /// Rolling back failed somewhere and waits for an operator.
+    RollbackPaused,
+    /// A newer rollout of the same app took its place. Final.
+    Superseded,
+}
+
+impl RolloutState {
+    /// Whether nothing will happen to it any more.
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Aborted | Self::RolledBack | Self::Superseded)
+    }
+}
+
+/// A rollout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutView {
+    /// Its id; grows.
+    pub id: u64,
+    /// Whose.
+    pub app: AppName,
+    /// The release before; `None` for the app's first.
+    pub from: Option<Digest>,
+    /// The release it brings.
+    pub to: Digest,
+    /// Its state.
+    pub state: RolloutState,
+    /// Why, for people; set when paused, stopped or rolled back.
+    pub message: Option<String>,
+    /// Its waves in order.
+    pub waves: Vec<WaveView>,
+    /// Its devices, by wave and rank.
+    pub assignments: Vec<AssignmentView>,
+    /// Milliseconds since 1970.
+    pub created_ms: u64,
+    /// Milliseconds since 1970, once final.
+    pub finished_ms: Option<u64>,
+}
+
+/// One wave of a rollout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WaveView {
+    /// From 1.
+    pub ordinal: u32,
+    /// As written, or the implied 100 %.
+    pub target: WaveTarget,
+    /// Its state.
+    pub state: WaveState,
+    /// Its devices.
+    pub devices: u64,
+    /// Of them, ended well.
+    pub succeeded: u64,
+    /// Of them, ended badly or silent.
+    pub failed: u64,
+    /// Of them, offline and put off.
+    pub deferred: u64,
+    /// When its bake ends, milliseconds since 1970, while baking.
+    pub bake_until_ms: Option<u64>,
+}
+
+/// The state of a wave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WaveState {
+    /// Not open yet.
+    Pending,
+    /// Its devices are offered the release.
+    Open,
+    /// All its devices ended; it waits.
+    Baking,
+    /// Every gate passed.
+    Passed,
+    /// It broke the budget.
+    Failed,
+    /// It has no device.
+    Skipped,
+}
+
+/// One device's part in a rollout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AssignmentView {
+    /// Which device.
+    pub device: DeviceId,
+    /// In which wave, from 1.
+    pub wave: u32,
+    /// How far it is.
+    pub state: AssignmentState,
+    /// Why, if not well.
+    pub message: Option<String>,
+}
+
+/// How far one device's part in a rollout is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AssignmentState {
+    /// Its wave is not open, or it waits for room under `maxUnavailable`.
+    Planned,
+    /// Its desired state names the release; the device has not answered.
+    Offered,
+    /// The device answered with this phase.
+    Device(Phase),
+    /// Switching, then dark past its deadline: a failure.
+    Silent,
+    /// Offline before it began: not a failure; it gets the release when it returns.
+    Deferred,
+    /// Given its release of before by a rollback or abort.
+    Reverted,
+}
+
+/// Something that happened, from a device or in the hub.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EventView {
+    /// Grows.
+    pub id: u64,
+    /// When the hub learnt of it, milliseconds since 1970.
+    pub received_ms: u64,
+    /// From which device; `None`: from the hub.
+    pub device: Option<DeviceId>,
+    /// Which app.
+    pub app: Option<AppName>,
+    /// Which service.
+    pub service: Option<ServiceName>,
+    /// Which rollout.
+    pub rollout: Option<u64>,
+    /// Stable, kebab-case: a device's [`crate::message::EventKind`], or `rollout-…`, `wave-…`, `device-…`.
+    pub kind: String,
+    /// For people.
+    pub message: String,
+}
+
+/// An image imported into the hub.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageView {
+    /// `hub.internal/NAME:TAG`.
+    pub reference: String,
+    /// Of its index or manifest.
+    pub digest: Digest,
+    /// Bytes of its manifests and blobs.
+    pub size_bytes: u64,
+    /// `linux/amd64` and the like.
+    pub platforms: Vec<String>,
+    /// Milliseconds since 1970.
+    pub imported_ms: u64,
+}

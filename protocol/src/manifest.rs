@@ -1,0 +1,614 @@
+//! The App manifest: what users write, strict and complete for what it claims.
+//!
+//! Compose spellings inside a service, Kubernetes spellings around it. YAML and JSON go through one
+//! parser (JSON is read as the YAML subset it is), so both get errors with line and column. Keys that
+//! exist in Compose or in a later Foreshore but are not built yet are refused like any unknown key:
+//! nothing a user writes is ever silently ignored.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::id::{AppName, LabelKey, LabelValue, Labels, ServiceName, VolumeName};
+use crate::quantity::{Bytes, Cpus, Span};
+
+mod parse;
+
+pub use parse::{MAX_DEPTH, MAX_MANIFEST_BYTES, ManifestError, parse};
+
+/// An App: *which devices* (selector), *what runs there* (services), *how changes arrive* (rollout).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct App {
+    /// Always `foreshore/v1`.
+    pub api_version: ApiVersion,
+    /// Always `App`.
+    pub kind: Kind,
+    /// The app's name.
+    pub metadata: Metadata,
+    /// Everything else.
+    pub spec: AppSpec,
+}
+
+/// The manifest schema this program reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ApiVersion {
+    /// The only one so far.
+    #[serde(rename = "foreshore/v1")]
+    V1,
+}
+
+/// The kind of object a manifest describes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// The only one so far.
+    App,
+}
+
+/// The envelope's `metadata`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Metadata {
+    /// Unique in the fleet.
+    pub name: AppName,
+}
+
+/// The envelope's `spec`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AppSpec {
+    /// Which devices. Missing or empty: every device.
+    #[serde(default)]
+    pub selector: Selector,
+    /// What runs there: 1 to 32 services.
+    pub services: BTreeMap<ServiceName, Service>,
+    /// How changes arrive.
+    #[serde(default)]
+    pub rollout: RolloutPolicy,
+}
+
+/// Which devices an app selects (Kubernetes label selector, equality part).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Selector {
+    /// All of these labels must be on the device with these values.
+    #[serde(default)]
+    pub match_labels: BTreeMap<LabelKey, LabelValue>,
+}
+
+impl Selector {
+    /// Whether a device with these labels is selected.
+    #[must_use]
+    pub fn matches(&self, labels: &Labels) -> bool {
+        self.match_labels.iter().all(|(key, value)| labels.get(key) == Some(value))
+    }
+}
+
+/// One container of an app, in Compose spellings.
+///
+/// Also the form that a [`crate::release::Release`] holds, with `image` pinned by digest. Every field is
+/// written out in canonical JSON, so a default that changes in a later version of Foreshore changes no
+/// release that exists.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    /// The image reference, for example `ghcr.io/acme/modbus:1.4`. `hub.internal/NAME:TAG` means an
+    /// image imported into the hub.
+    pub image: String,
+    /// Replaces the image's `Entrypoint` (and then its `Cmd` is dropped, as Compose does).
+    #[serde(default)]
+    pub entrypoint: Option<Vec<String>>,
+    /// Replaces the image's `Cmd`.
+    #[serde(default)]
+    pub command: Option<Vec<String>>,
+    /// Added to the image's environment; same keys win. A map, or a list of `KEY=value`.
+    #[serde(default, deserialize_with = "parse::environment")]
+    pub environment: BTreeMap<String, String>,
+    /// `user`, `uid`, `user:group` or `uid:gid`; names are looked up in the image. Default: the image's.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Absolute. Default: the image's.
+    #[serde(default)]
+    pub working_dir: Option<String>,
+    /// Whether the root file system is read-only. Default: true.
+    #[serde(default = "defaults::yes")]
+    pub read_only: bool,
+    /// In-memory file systems: `/path` or `/path:size=16m`. Counted against `mem_limit`.
+    #[serde(default, deserialize_with = "parse::one_or_many")]
+    pub tmpfs: Vec<Tmpfs>,
+    /// `name:/path[:ro]` (a named volume of the app) or `/host/path:/path[:ro]` (a bind mount).
+    #[serde(default)]
+    pub volumes: Vec<VolumeMount>,
+    /// The network the container sees. Default: `none`, an own namespace with only loopback.
+    #[serde(default)]
+    pub network_mode: NetworkMode,
+    /// Memory limit, swap included. At least 4m. Default: 128m.
+    #[serde(default = "defaults::mem_limit")]
+    pub mem_limit: Bytes,
+    /// CPU limit, above 0. Default: 1.
+    #[serde(default = "defaults::cpus")]
+    pub cpus: Cpus,
+    /// Limit on processes and threads, 1 to 32768. Default: 256.
+    #[serde(default = "defaults::pids_limit")]
+    pub pids_limit: u32,
+    /// When to start the container again after it ended. Default: `always`.
+    #[serde(default)]
+    pub restart: RestartPolicy,
+    /// Sent first when the container must stop. Default: `SIGTERM`.
+    #[serde(default)]
+    pub stop_signal: StopSignal,
+    /// How long after `stop_signal` until SIGKILL. Default: 10s.
+    #[serde(default = "defaults::stop_grace_period")]
+    pub stop_grace_period: Span,
+    /// How the agent asks the service whether it is well.
+    #[serde(default)]
+    pub probes: Probes,
+    /// Rotation of what the container writes to stdout and stderr.
+    #[serde(default)]
+    pub logging: Logging,
+}
+
+/// An in-memory file system, written `/path` or `/path:size=16m`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tmpfs {
+    /// Absolute path in the container.
+    pub target: String,
+    /// Size limit; default 16m.
+    pub size: Bytes,
+}
+
+/// A volume or bind mount, written `source:/target[:ro]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeMount {
+    /// What is mounted.
+    pub source: VolumeSource,
+    /// Absolute path in the container.
+    pub target: String,
+    /// Whether the container may only read.
+    pub read_only: bool,
+}
+
+/// The left side of a [`VolumeMount`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VolumeSource {
+    /// A named volume of the app; it outlives releases.
+    Named(VolumeName),
+    /// An absolute path on the device.
+    Bind(String),
+}
+
+/// The network a container sees (Compose `network_mode`). Bridge networks and `ports` are not built yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkMode {
+    /// An own network namespace with only loopback.
+    #[default]
+    None,
+    /// The device's network.
+    Host,
+}
+
+/// When to start a container again (Compose `restart`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum RestartPolicy {
+    /// However it ended. `unless-stopped` reads as this: there is no local stop.
+    #[default]
+    Always,
+    /// When it ended with a status other than 0; at most `max_retries` times in a row if given.
+    OnFailure {
+        /// `on-failure:N`.
+        max_retries: Option<u32>,
+    },
+    /// Never. Ending with status 0 counts as done and well, anything else as failed.
+    No,
+}
+
+/// A signal name such as `SIGTERM`; one of the signals of signal(7) that stop a process on request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopSignal {
+    /// 15.
+    #[default]
+    #[serde(rename = "SIGTERM")]
+    Term,
+    /// 2.
+    #[serde(rename = "SIGINT")]
+    Int,
+    /// 3.
+    #[serde(rename = "SIGQUIT")]
+    Quit,
+    /// 1.
+    #[serde(rename = "SIGHUP")]
+    Hup,
+    /// 10.
+    #[serde(rename = "SIGUSR1")]
+    Usr1,
+    /// 12.
+    #[serde(rename = "SIGUSR2")]
+    Usr2,
+    /// 9.
+    #[serde(rename = "SIGKILL")]
+    Kill,
+}
+
+impl StopSignal {
+    /// The signal number on Linux (signal(7); the same on x86_64 and ARM).
+    #[must_use]
+    pub const fn number(self) -> i32 {
+        match self {
+            Self::Term => 15,
+            Self::Int => 2,
+            Self::Quit => 3,
+            Self::Hup => 1,
+            Self::Usr1 => 10,
+            Self::Usr2 => 12,
+            Self::Kill => 9,
+        }
+    }
+}
+
+/// The probes of a service (Kubernetes names). Liveness and startup probes are not built yet.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Probes {
+    /// Whether the service does its job. Without one, a running container is a ready one.
+    #[serde(default)]
+    pub readiness: Option<Probe>,
+}
+
+/// One probe (Kubernetes semantics). Exactly one of `http`, `tcp`, `exec` must be given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Probe {
+    /// Ready when a GET answers 200 to 399.
+    #[serde(default)]
+    pub http: Option<HttpProbe>,
+    /// Ready when a connection opens.
+    #[serde(default)]
+    pub tcp: Option<TcpProbe>,
+    /// Ready when the command ends with status 0 inside the container.
+    #[serde(default)]
+    pub exec: Option<ExecProbe>,
+    /// Time between probes, at least 100ms. Default: 10s.
+    #[serde(default = "defaults::probe_period")]
+    pub period: Span,
+    /// How long one probe may take, above 0 and at most 5m. Default: 1s.
+    #[serde(default = "defaults::probe_timeout")]
+    pub timeout: Span,
+    /// Wait after the container's start before the first probe. Default: 0.
+    #[serde(default = "defaults::zero")]
+    pub initial_delay: Span,
+    /// Successes in a row that make the service ready, at least 1. Default: 1.
+    #[serde(default = "defaults::one")]
+    pub success_threshold: u32,
+    /// Failures in a row that make the service not ready, at least 1. Default: 3.
+    #[serde(default = "defaults::three")]
+    pub failure_threshold: u32,
+}
+
+/// `http:` of a [`Probe`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HttpProbe {
+    /// On the container's loopback; 1 to 65535.
+    pub port: u16,
+    /// Begins with `/`. Default: `/`.
+    #[serde(default = "defaults::root")]
+    pub path: String,
+}
+
+/// `tcp:` of a [`Probe`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TcpProbe {
+    /// On the container's loopback; 1 to 65535.
+    pub port: u16,
+}
+
+/// `exec:` of a [`Probe`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecProbe {
+    /// The program and its arguments; not a shell line.
+    pub command: Vec<String>,
+}
+
+/// The one way a [`Probe`] asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProbeAction<'a> {
+    /// HTTP GET.
+    Http(&'a HttpProbe),
+    /// TCP connect.
+    Tcp(&'a TcpProbe),
+    /// A command in the container.
+    Exec(&'a ExecProbe),
+}
+
+impl Probe {
+    /// The one action of a probe that [`parse`] accepted; `None` when the probe names none or several.
+    #[must_use]
+    pub const fn action(&self) -> Option<ProbeAction<'_>> {
+        match (&self.http, &self.tcp, &self.exec) {
+            (Some(http), None, None) => Some(ProbeAction::Http(http)),
+            (None, Some(tcp), None) => Some(ProbeAction::Tcp(tcp)),
+            (None, None, Some(exec)) => Some(ProbeAction::Exec(exec)),
+            _ => None,
+        }
+    }
+}
+
+/// Rotation of a container's output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Logging {
+    /// A file that reaches this size is rotated; 4k to 1g. Default: 10m.
+    #[serde(default = "defaults::log_size")]
+    pub max_size: Bytes,
+    /// How many files are kept, the current one included; 1 to 100. Default: 3.
+    #[serde(default = "defaults::three")]
+    pub max_file: u32,
+}
+
+impl Default for Logging {
+    fn default() -> Self {
+        Self { max_size: defaults::log_size(), max_file: defaults::three() }
+    }
+}
+
+/// How a new release reaches the devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RolloutPolicy {
+    /// Cumulative targets over the frozen set; they must grow. A missing last 100 % is implied.
+    /// Default: one device, then 10 %, then 50 %, then all.
+    #[serde(default = "defaults::waves")]
+    pub waves: Vec<WaveTarget>,
+    /// How long all probes must stay green on the device. Default: 60s.
+    #[serde(default = "defaults::soak")]
+    pub soak: Span,
+    /// How long a wave waits after its last success before the next opens. Default: 5m.
+    #[serde(default = "defaults::bake")]
+    pub bake: Span,
+    /// How long a device may take from switching to the release until every service is ready.
+    /// Default: 5m. Must be above 0.
+    #[serde(default = "defaults::progress_deadline")]
+    pub progress_deadline: Span,
+    /// At most so many devices of the rollout may be switching at once: a count or `"20%"` of the
+    /// frozen set, rounded up. Default: 20%.
+    #[serde(default = "defaults::max_unavailable")]
+    pub max_unavailable: Amount,
+    /// How many failed devices stop the rollout.
+    #[serde(default)]
+    pub failure_budget: FailureBudget,
+    /// What happens then. Default: `rollback`.
+    #[serde(default)]
+    pub on_failure: OnFailure,
+}
+
+impl Default for RolloutPolicy {
+    fn default() -> Self {
+        Self {
+            waves: defaults::waves(),
+            soak: defaults::soak(),
+            bake: defaults::bake(),
+            progress_deadline: defaults::progress_deadline(),
+            max_unavailable: defaults::max_unavailable(),
+            failure_budget: FailureBudget::default(),
+            on_failure: OnFailure::default(),
+        }
+    }
+}
+
+/// The cumulative size of a wave: `{count: 1}` or `{percent: 10}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum WaveTarget {
+    /// So many devices in all; at least 1.
+    Count(u32),
+    /// This part of the frozen set, rounded up; 1 to 100.
+    Percent(u8),
+}
+
+impl WaveTarget {
+    /// How many of `total` devices are in this wave and all before it: rounded up, at most `total`.
+    #[must_use]
+    pub fn of(self, total: usize) -> usize {
+        match self {
+            Self::Count(count) => usize::try_from(count).map_or(total, |count| count.min(total)),
+            Self::Percent(percent) => (total * usize::from(percent)).div_ceil(100).min(total),
+        }
+    }
+}
+
+/// A count, or a part of the whole written `"20%"` (Kubernetes int-or-string).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Amount {
+    /// At least 1.
+    Count(u32),
+    /// 1 to 100.
+    Percent(u8),
+}
+
+impl Amount {
+    /// How many of `total` that is: rounded up, at least 1.
+    #[must_use]
+    pub fn of(self, total: usize) -> usize {
+        match self {
+            Self::Count(count) => usize::try_from(count).unwrap_or(usize::MAX).max(1),
+            Self::Percent(percent) => (total * usize::from(percent)).div_ceil(100).max(1),
+        }
+    }
+}
+
+/// The rollout stops when `failures >= count`, or when at least `min_sample` devices were attempted and
+/// more than `percent` of them failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct FailureBudget {
+    /// At least 1. Default: 3. A rollout over fewer devices than this stops when all of a wave failed.
+    #[serde(default = "defaults::three")]
+    pub count: u32,
+    /// 0 to 100. Default: 5.
+    #[serde(default = "defaults::budget_percent")]
+    pub percent: u8,
+    /// At least 1. Default: 10.
+    #[serde(default = "defaults::min_sample")]
+    pub min_sample: u32,
+}
+
+impl Default for FailureBudget {
+    fn default() -> Self {
+        Self { count: defaults::three(), percent: defaults::budget_percent(), min_sample: defaults::min_sample() }
+    }
+}
+
+/// What a rollout does when its failure budget breaks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFailure {
+    /// Give every device its release of before, newest wave first.
+    #[default]
+    Rollback,
+    /// Stop and wait for an operator.
+    Pause,
+}
+
+mod defaults {
+    //! What a missing key means. Changing one changes what new manifests mean, never a release that
+    //! exists; say so in the change log.
+
+    use super::{Amount, WaveTarget};
+    use crate::quantity::{Bytes, Cpus, Span};
+
+    pub(super) const fn yes() -> bool {
+        true
+    }
+    pub(super) const fn zero() -> Span {
+        Span(0)
+    }
+    pub(super) const fn one() -> u32 {
+        1
+    }
+    pub(super) const fn three() -> u32 {
+        3
+    }
+    pub(super) const fn mem_limit() -> Bytes {
+        Bytes(128 << 20)
+    }
+    pub(super) const fn cpus() -> Cpus {
+        Cpus(1000)
+    }
+    pub(super) const fn pids_limit() -> u32 {
+        256
+    }
+    pub(super) const fn stop_grace_period() -> Span {
+        Span::from_secs(10)
+    }
+    pub(super) const fn probe_period() -> Span {
+        Span::from_secs(10)
+    }
+    pub(super) const fn probe_timeout() -> Span {
+        Span::from_secs(1)
+    }
+    pub(super) fn root() -> String {
+        "/".to_owned()
+    }
+    pub(super) const fn log_size() -> Bytes {
+        Bytes(10 << 20)
+    }
+    pub(super) fn waves() -> Vec<WaveTarget> {
+        vec![WaveTarget::Count(1), WaveTarget::Percent(10), WaveTarget::Percent(50), WaveTarget::Percent(100)]
+    }
+    pub(super) const fn soak() -> Span {
+        Span::from_secs(60)
+    }
+    pub(super) const fn bake() -> Span {
+        Span::from_secs(300)
+    }
+    pub(super) const fn progress_deadline() -> Span {
+        Span::from_secs(300)
+    }
+    pub(super) const fn max_unavailable() -> Amount {
+        Amount::Percent(20)
+    }
+    pub(super) const fn budget_percent() -> u8 {
+        5
+    }
+    pub(super) const fn min_sample() -> u32 {
+        10
+    }
+}
+
+/// Serde through `Display` and `FromStr`, for values that users write as one string.
+macro_rules! string_serde {
+    ($name:ident) => {
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+string_serde!(Tmpfs);
+string_serde!(VolumeMount);
+string_serde!(RestartPolicy);
+
+impl fmt::Display for Tmpfs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:size={}", self.target, self.size)
+    }
+}
+
+impl fmt::Display for VolumeMount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.source {
+            VolumeSource::Named(name) => write!(f, "{name}:{}", self.target)?,
+            VolumeSource::Bind(path) => write!(f, "{path}:{}", self.target)?,
+        }
+        f.write_str(if self.read_only { ":ro" } else { "" })
+    }
+}
+
+impl fmt::Display for RestartPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Always => f.write_str("always"),
+            Self::OnFailure { max_retries: None } => f.write_str("on-failure"),
+            Self::OnFailure { max_retries: Some(max) } => write!(f, "on-failure:{max}"),
+            Self::No => f.write_str("no"),
+        }
+    }
+}
+
+impl FromStr for RestartPolicy {
+    type Err = parse::FieldError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "always" | "unless-stopped" => Ok(Self::Always),
+            "on-failure" => Ok(Self::OnFailure { max_retries: None }),
+            "no" => Ok(Self::No),
+            _ => text
+                .strip_prefix("on-failure:")
+                .and_then(|max| max.parse().ok())
+                .map(|max| Self::OnFailure { max_retries: Some(max) })
+                .ok_or_else(|| parse::FieldError::Restart(text.chars().take(40).collect())),
+        }
+    }
+}
+
+impl Serialize for Amount {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Count(count) => serializer.serialize_u32(*count),
+            Self::Percent(percent) => serializer.collect_str(&format_args!("{percent}%")),
+        }
+    }
+}

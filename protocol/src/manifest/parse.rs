@@ -1,0 +1,298 @@
+//! From bytes to a checked [`App`]: size and depth first, then shape, then meaning.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::Deserialize;
+
+use super::{Amount, App, Tmpfs, VolumeMount, VolumeSource};
+use crate::quantity::Bytes;
+
+/// The largest manifest that is looked at: 256 KiB.
+pub const MAX_MANIFEST_BYTES: usize = 256 * 1024;
+
+/// The deepest nesting that is looked at. A real manifest needs 9.
+pub const MAX_DEPTH: usize = 32;
+
+/// Why a manifest was refused. Messages name the place and the way out.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// Larger than [`MAX_MANIFEST_BYTES`].
+    #[error("manifest has {size} bytes; at most {MAX_MANIFEST_BYTES} are read")]
+    TooLarge {
+        /// Its size in bytes.
+        size: usize,
+    },
+    /// Not UTF-8.
+    #[error("manifest is not UTF-8 (first bad byte at offset {offset})")]
+    Encoding {
+        /// Where the first bad byte is.
+        offset: usize,
+    },
+    /// Broken YAML or JSON, an unknown or duplicate key, a wrong type or a value out of range.
+    #[error("line {line}, column {column}: {message}")]
+    Syntax {
+        /// From 1; 0 when the parser could not say.
+        line: u64,
+        /// From 1; 0 when the parser could not say.
+        column: u64,
+        /// What is wrong.
+        message: String,
+    },
+    /// Well-formed, but it cannot mean anything.
+    #[error("{path}: {message}")]
+    Meaning {
+        /// Where, for example `spec.rollout.waves[1]`.
+        path: String,
+        /// What is wrong, and what would be right.
+        message: String,
+    },
+}
+
+/// Why one string of a manifest was refused; wrapped into [`ManifestError::Syntax`] with its place.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FieldError {
+    /// Not a restart policy.
+    #[error("{0:?} is not a restart policy; use always, unless-stopped, on-failure, on-failure:N or \"no\"")]
+    Restart(String),
+    /// Not a tmpfs.
+    #[error("{0:?} is not a tmpfs; write /path or /path:size=16m")]
+    Tmpfs(String),
+    /// Not a volume.
+    #[error("{0:?} is not a volume; write name:/path or /host/path:/path, with :ro at the end for read-only")]
+    Volume(String),
+}
+
+/// Reads one App manifest from YAML or JSON.
+///
+/// # Errors
+///
+/// See [`ManifestError`]. No input panics, and none is read beyond [`MAX_MANIFEST_BYTES`] and
+/// [`MAX_DEPTH`].
+pub fn parse(bytes: &[u8]) -> Result<App, ManifestError> {
+    if bytes.len() > MAX_MANIFEST_BYTES {
+        return Err(ManifestError::TooLarge { size: bytes.len() });
+    }
+    let text = std::str::from_utf8(bytes)
+        .map_err(|error| ManifestError::Encoding { offset: error.valid_up_to() })?;
+    let app: App = serde_saphyr::from_str_with_options(text, options()).map_err(|error| syntax(&error))?;
+    check(&app)?;
+    Ok(app)
+}
+
+fn options() -> serde_saphyr::Options {
+    serde_saphyr::options! {
+        duplicate_keys: serde_saphyr::DuplicateKeyPolicy::Error,
+        strict_booleans: true,
+        with_snippet: false,
+        budget: serde_saphyr::budget! {
+            max_depth: MAX_DEPTH,
+            flow_nesting_limit: MAX_DEPTH,
+            max_documents: 1,
+            // Anchors and aliases are how small YAML becomes large; manifests have no use for them.
+            max_anchors: 0,
+            max_aliases: 0,
+        },
+    }
+}
+
+fn syntax(error: &serde_saphyr::Error) -> ManifestError {
+    let (line, column) = error.location().map_or((0, 0), |at| (at.line(), at.column()));
+    ManifestError::Syntax { line, column, message: error.to_string() }
+}
+
+/// What the types cannot say.
+fn check(_app: &App) -> Result<(), ManifestError> {
+    Ok(())
+}
+
+/// `environment:` as a map of strings, numbers and booleans, or as a list of `KEY=value`.
+pub(super) fn environment<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, String>, D::Error> {
+    struct Environment;
+
+    impl<'de> Visitor<'de> for Environment {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map of variables, or a list of KEY=value")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut variables = BTreeMap::new();
+            while let Some((key, Scalar(value))) = map.next_entry::<String, Scalar>()? {
+                variables.insert(key, value);
+            }
+            Ok(variables)
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            let mut variables = BTreeMap::new();
+            while let Some(entry) = seq.next_element::<String>()? {
+                let (key, value) = entry
+                    .split_once('=')
+                    .ok_or_else(|| de::Error::custom(format_args!("{entry:?} is not KEY=value")))?;
+                if variables.insert(key.to_owned(), value.to_owned()).is_some() {
+                    return Err(de::Error::custom(format_args!("variable {key:?} is given twice")));
+                }
+            }
+            Ok(variables)
+        }
+    }
+
+    deserializer.deserialize_any(Environment)
+}
+
+/// A string, or a number or boolean kept as the text that YAML 1.2 reads it as.
+struct Scalar(String);
+
+impl<'de> Deserialize<'de> for Scalar {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+
+        impl Visitor<'_> for Text {
+            type Value = String;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string, number or boolean")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+                Ok(text.to_owned())
+            }
+
+            fn visit_bool<E: de::Error>(self, value: bool) -> Result<String, E> {
+                Ok(value.to_string())
+            }
+
+            fn visit_i64<E: de::Error>(self, value: i64) -> Result<String, E> {
+                Ok(value.to_string())
+            }
+
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<String, E> {
+                Ok(value.to_string())
+            }
+
+            fn visit_f64<E: de::Error>(self, value: f64) -> Result<String, E> {
+                Ok(value.to_string())
+            }
+        }
+
+        deserializer.deserialize_any(Text).map(Self)
+    }
+}
+
+/// One string or a list of them, as Compose allows for `tmpfs`.
+pub(super) fn one_or_many<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err = FieldError>,
+{
+    struct OneOrMany<T>(std::marker::PhantomData<T>);
+
+    impl<'de, T: FromStr<Err = FieldError>> Visitor<'de> for OneOrMany<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string or a list of strings")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Vec<T>, E> {
+            text.parse().map(|item| vec![item]).map_err(de::Error::custom)
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            let mut items = Vec::new();
+            while let Some(text) = seq.next_element::<String>()? {
+                items.push(text.parse().map_err(de::Error::custom)?);
+            }
+            Ok(items)
+        }
+    }
+
+    deserializer.deserialize_any(OneOrMany(std::marker::PhantomData))
+}
+
+impl FromStr for Tmpfs {
+    type Err = FieldError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || FieldError::Tmpfs(text.chars().take(120).collect());
+        let (target, size) = match text.split_once(':') {
+            None => (text, Bytes(16 << 20)),
+            Some((target, option)) => {
+                let size = option.strip_prefix("size=").ok_or_else(wrong)?;
+                (target, size.parse().map_err(|_| wrong())?)
+            }
+        };
+        if !target.starts_with('/') {
+            return Err(wrong());
+        }
+        Ok(Self { target: target.to_owned(), size })
+    }
+}
+
+impl FromStr for VolumeMount {
+    type Err = FieldError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || FieldError::Volume(text.chars().take(120).collect());
+        let mut parts = text.split(':');
+        let (Some(source), Some(target)) = (parts.next(), parts.next()) else { return Err(wrong()) };
+        let read_only = match (parts.next(), parts.next()) {
+            (None, _) | (Some("rw"), None) => false,
+            (Some("ro"), None) => true,
+            _ => return Err(wrong()),
+        };
+        let source = if source.starts_with('/') {
+            VolumeSource::Bind(source.to_owned())
+        } else {
+            VolumeSource::Named(source.parse().map_err(|_| wrong())?)
+        };
+        if !target.starts_with('/') {
+            return Err(wrong());
+        }
+        Ok(Self { source, target: target.to_owned(), read_only })
+    }
+}
+
+impl<'de> Deserialize<'de> for Amount {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct CountOrPercent;
+
+        impl Visitor<'_> for CountOrPercent {
+            type Value = Amount;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a count from 1, or a percentage such as \"20%\"")
+            }
+
+            fn visit_u64<E: de::Error>(self, count: u64) -> Result<Amount, E> {
+                match u32::try_from(count) {
+                    Ok(count) if count > 0 => Ok(Amount::Count(count)),
+                    _ => Err(E::invalid_value(de::Unexpected::Unsigned(count), &self)),
+                }
+            }
+
+            fn visit_i64<E: de::Error>(self, count: i64) -> Result<Amount, E> {
+                match u64::try_from(count) {
+                    Ok(count) => self.visit_u64(count),
+                    Err(_) => Err(E::invalid_value(de::Unexpected::Signed(count), &self)),
+                }
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Amount, E> {
+                match text.strip_suffix('%').map(str::parse) {
+                    Some(Ok(percent @ 1..=100)) => Ok(Amount::Percent(percent)),
+                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(CountOrPercent)
+    }
+}
+

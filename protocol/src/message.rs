@@ -1,0 +1,351 @@
+//! What travels over MQTT between hub and agent. Each is wrapped in a [`crate::frame`].
+//!
+//! These are the current shapes. Their byte form is postcard, which is not self-describing: fields may
+//! only be appended to the end of a top-level struct, and then under a new schema id. `frame` keeps every
+//! released shape readable, and `tests/data` keeps its bytes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Digest;
+use crate::id::{AppName, Epoch, Generation, Labels, ServiceName, Version};
+
+/// Down, retained: what the device should run, in brief.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    /// Grows with every change.
+    pub version: Version,
+    /// Every app that selects this device, sorted by name.
+    pub apps: Vec<HeadApp>,
+}
+
+/// One app in a [`Head`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadApp {
+    /// Which app.
+    pub app: AppName,
+    /// What to run of it.
+    pub release: Digest,
+    /// The version in which this app's release was last assigned to this device. A failed
+    /// `(since, release)` is poisoned; another app's change does not clear it, as that leaves `since`.
+    pub since: Version,
+    /// How long all must stay well, in milliseconds.
+    pub soak_ms: u64,
+    /// How long from switching until every service is ready, in milliseconds.
+    pub progress_deadline_ms: u64,
+}
+
+/// Down: something to do or to know once. Not retained.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// The hub has stored these: the device may drop events up to and including `event`, and need not
+    /// send a report of sequence `reported` or lower again.
+    Ack {
+        /// Highest event sequence number below which none is missing.
+        event: u64,
+        /// Highest report sequence number.
+        reported: u64,
+    },
+    /// Send a report and all events kept, now.
+    Resync,
+}
+
+/// Up, retained: what the device says it runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reported {
+    /// Counts the agent's starts on this device, across reboots; from 1.
+    pub boot: u64,
+    /// Grows with every report of this boot.
+    pub seq: u64,
+    /// The newest desired state that the device has stored; `None` before the first.
+    pub version: Option<Version>,
+    /// What the device is.
+    pub inventory: Inventory,
+    /// Every app it runs or should run, sorted by name.
+    pub apps: Vec<AppStatus>,
+}
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inventory {
+    /// Of the agent, for example `0.1.0`.
+    pub agent_version: String,
+    /// OCI architecture: `amd64`, `arm64` or `arm/v7`.
+    pub arch: String,
+    /// `uname -r`.
+    pub kernel: String,
+    /// Total memory in bytes.
+    pub memory_bytes: u64,
+    /// Size of the file system that holds the state directory, in bytes.
+    pub disk_bytes: u64,
+    /// Free bytes on it, rounded down to 16 MiB so that it does not change all the time.
+    pub disk_free_bytes: u64,
+    /// Labels from the device's own configuration. Labels that the operator set on the hub win.
+    pub labels: Labels,
+}
+
+/// One app in a [`Reported`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppStatus {
+    /// Which app.
+    pub app: AppName,
+    /// [`HeadApp::since`] of the assignment that `phase` speaks of.
+    pub since: Version,
+    /// [`HeadApp::release`] of that assignment.
+    pub release: Digest,
+    /// How far it is.
+    pub phase: Phase,
+    /// Why, for phases that need a reason.
+    pub reason: Option<Reason>,
+    /// What actually runs (after a rollback, not `release`).
+    pub running: Option<Digest>,
+    /// The last release that passed its soak here.
+    pub last_known_good: Option<Digest>,
+    /// Its services, sorted by name.
+    pub services: Vec<ServiceStatus>,
+}
+
+/// How far a device is with an assignment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Phase {
+    /// Stored. Leaves to `Staging`.
+    Accepted,
+    /// Will never be tried here (wrong architecture, unknown schema). Final.
+    Rejected,
+    /// Images are being fetched and unpacked. Leaves to `Activating`, `Blocked` or `Rejected`.
+    Staging,
+    /// Staging failed for a reason that may pass (registry down, disk full); it is tried again.
+    Blocked,
+    /// The containers are being replaced. Leaves to `Soaking` when all are ready.
+    Activating,
+    /// All are ready; they must stay so. Leaves to `Succeeded` or `RolledBack`.
+    Soaking,
+    /// Passed its soak; it is the last-known-good now. Final.
+    Succeeded,
+    /// Was not well and the device went back to its last-known-good by itself. Final.
+    RolledBack,
+    /// Was not well and there was no last-known-good to go back to. Final; restarts go on.
+    Failed,
+    /// The app no longer selects this device and is being removed.
+    Removing,
+}
+
+impl Phase {
+    /// Whether this assignment will not change its phase again.
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Rejected | Self::Succeeded | Self::RolledBack | Self::Failed)
+    }
+
+    /// Whether the device is in the middle of replacing containers.
+    #[must_use]
+    pub const fn is_switching(self) -> bool {
+        matches!(self, Self::Activating | Self::Soaking)
+    }
+}
+
+/// Why something is not well: a code for programs and a text for people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reason {
+    /// Stable.
+    pub code: ReasonCode,
+    /// The service concerned.
+    pub service: Option<ServiceName>,
+    /// For people; names the thing and, where there is one, the way out. At most 512 bytes.
+    pub message: String,
+}
+
+/// The stable codes of a [`Reason`]. Append only; never reorder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReasonCode {
+    /// The image is not in the registry, or we may not read it.
+    ImageNotFound,
+    /// A blob or manifest did not have its digest or size.
+    DigestMismatch,
+    /// The registry did not answer, or not in time.
+    RegistryUnreachable,
+    /// The image has no variant for this device's architecture.
+    NoMatchingPlatform,
+    /// The image is broken or hostile.
+    BadImage,
+    /// Not enough disk space.
+    DiskFull,
+    /// The release manifest could not be fetched or decoded.
+    BadRelease,
+    /// The container could not be created or started.
+    StartFailed,
+    /// The container ended by itself.
+    Exited,
+    /// The container was killed for using more memory than its limit.
+    OomKilled,
+    /// The readiness probe failed.
+    NotReady,
+    /// Not every service was ready within the progress deadline.
+    DeadlineExceeded,
+    /// This release already failed on this device in this assignment.
+    Poisoned,
+    /// State on disk was damaged and has been set aside.
+    StateCorrupt,
+    /// Anything else; the message says what.
+    Internal,
+}
+
+/// One service in an [`AppStatus`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Which service.
+    pub service: ServiceName,
+    /// What its container does.
+    pub state: ServiceState,
+    /// Whether it is ready.
+    pub ready: bool,
+    /// How often it was started again since its container's spec last changed.
+    pub restarts: u32,
+}
+
+/// What a service's container does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ServiceState {
+    /// Not started yet.
+    Waiting,
+    /// Runs.
+    Running,
+    /// Ended; will be started again after a pause.
+    BackOff {
+        /// Exit code; 128 + signal number if a signal ended it.
+        exit_code: i32,
+    },
+    /// Ended for good, as its restart policy says.
+    Exited {
+        /// Exit code; 128 + signal number if a signal ended it.
+        exit_code: i32,
+    },
+}
+
+/// Up, QoS 0: a sign of life in about 16 bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Beacon {
+    /// As in [`Reported::boot`].
+    pub boot: u64,
+    /// Grows with every beacon of this boot.
+    pub seq: u64,
+    /// The newest desired state seen.
+    pub version: Option<Version>,
+    /// The newest [`Reported::seq`] sent; ahead of the hub's: the hub asks for it.
+    pub reported_seq: u64,
+    /// The newest [`Event::seq`] made.
+    pub event_seq: u64,
+    /// Memory in use by containers, MiB.
+    pub memory_mib: u32,
+    /// One-minute load average in hundredths.
+    pub load_centi: u32,
+}
+
+/// Up, retained, birth and Will: whether the device is connected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Presence {
+    /// Grows with every connection of this device, across reboots. A Will with a lower session than the
+    /// birth is stale and ignored.
+    pub session: u64,
+    /// True in the birth, false in the Will.
+    pub online: bool,
+    /// As in [`Reported::boot`].
+    pub boot: u64,
+    /// The newest desired state stored; the hub sends the head again if it has a newer one.
+    pub version: Option<Version>,
+    /// The newest [`Reported::seq`] made in this boot.
+    pub reported_seq: u64,
+    /// Highest schema id this agent reads, so that the hub does not speak past it.
+    pub max_schema: u16,
+    /// Of the agent.
+    pub agent_version: String,
+}
+
+/// Up: something that happened. Kept on the device until the hub acknowledges it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Grows by one with every event of this device, across reboots; a gap means that the bounded outbox
+    /// dropped events.
+    pub seq: u64,
+    /// As in [`Reported::boot`].
+    pub boot: u64,
+    /// The device's wall clock, milliseconds since 1970; may be wrong. The hub stamps receipt.
+    pub unix_ms: u64,
+    /// Which app, if one.
+    pub app: Option<AppName>,
+    /// Which service, if one.
+    pub service: Option<ServiceName>,
+    /// What kind.
+    pub kind: EventKind,
+    /// For people. At most 512 bytes.
+    pub message: String,
+}
+
+/// The kinds of [`Event`]. Append only; never reorder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// The agent started.
+    AgentStarted,
+    /// A desired state was stored.
+    Accepted,
+    /// An image was fetched and unpacked.
+    ImageStaged,
+    /// Staging failed and will be tried again.
+    StagingFailed,
+    /// A container started.
+    Started,
+    /// A container ended by itself.
+    Exited,
+    /// A container was killed by the kernel for memory.
+    OomKilled,
+    /// A service became ready.
+    Ready,
+    /// A service is no longer ready.
+    NotReady,
+    /// A release passed its soak.
+    Succeeded,
+    /// A release was given up and the last-known-good is back.
+    RolledBack,
+    /// A release was given up and there was nothing to go back to.
+    Failed,
+    /// A container was stopped and removed on purpose.
+    Removed,
+    /// Damaged state was set aside.
+    StateCorrupt,
+    /// The bounded outbox dropped events.
+    EventsDropped,
+    /// A container that was running when the agent started was taken over again.
+    Adopted,
+}
+
+/// Down, retained: what the hub tells every device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HubInfo {
+    /// The hub's epoch.
+    pub epoch: Epoch,
+    /// The hub's wall clock when this was published, milliseconds since 1970.
+    pub unix_ms: u64,
+    /// How often to send a beacon, in milliseconds.
+    pub beacon_interval_ms: u32,
+    /// After a lost connection, wait a random part of this before the first attempt, in milliseconds.
+    pub reconnect_spread_ms: u32,
+    /// Lowest and highest schema id the hub reads.
+    pub schema_range: (u16, u16),
+}
+
+impl Version {
+    /// A version from plain numbers, for tests and for reading a database.
+    ///
+    /// # Errors
+    ///
+    /// When one of them is out of range.
+    pub const fn from_numbers(epoch: u64, generation: u64) -> Result<Self, crate::id::OrdinalError> {
+        match (Epoch::new(epoch), Generation::new(generation)) {
+            (Ok(epoch), Ok(generation)) => Ok(Self { epoch, generation }),
+            (Err(error), _) | (_, Err(error)) => Err(error),
+        }
+    }
+}
