@@ -1,2 +1,57 @@
-//! placeholder
-fn main() {}
+//! Development tasks. `cargo xtask` lists them.
+//!
+//! Everything here is set-up and long recipes: the programs' own logic lives in their crates.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod bench;
+mod packages;
+mod sim;
+mod step;
+mod test;
+
+/// Foreshore's development tasks
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Install what the tests need from Debian's packages where possible, then run every test (needs root)
+    Test(test::Options),
+    /// Run the seeded simulator: hub and devices on virtual time
+    Sim(sim::Options),
+    /// Measure Foreshore beside its peers in one run; reports only (needs root)
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().task {
+        Task::Test(options) => test::run(&options),
+        Task::Sim(options) => sim::run(&options),
+        Task::Bench(options) => bench::run(&options),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether this process may start containers.
+fn is_root() -> bool {
+    #[expect(
+        unsafe_code,
+        reason = "geteuid(2) has no safe wrapper in the standard library"
+    )]
+    // SAFETY: geteuid takes nothing and cannot fail.
+    let user = unsafe { libc::geteuid() };
+    user == 0
+}

@@ -1,0 +1,132 @@
+//! `cargo xtask bench`: figures, side by side in one run. Nothing fails on time.
+
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+
+use crate::{packages, step};
+
+mod footprint;
+
+/// Options of `bench`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Rounds of the container lifecycle; peers are interleaved within each
+    #[arg(long, default_value_t = 50)]
+    count: u32,
+    /// How long to watch an idle agent for wake-ups, in seconds
+    #[arg(long, default_value_t = 60)]
+    idle_secs: u64,
+    /// Only these parts
+    #[arg(long, value_enum)]
+    only: Vec<Part>,
+}
+
+/// The parts of the bench.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Container lifecycle beside crun, runc and docker
+    Lifecycle,
+    /// Binary sizes, memory and wake-ups of agent and shim
+    Footprint,
+    /// Simulated devices converged per second on one hub
+    Fleet,
+}
+
+/// Runs the parts asked for.
+///
+/// # Errors
+///
+/// When a part cannot run at all.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    ensure!(crate::is_root(), "the bench starts containers: run as root");
+    if let Err(error) = packages::install(packages::FOR_BENCH) {
+        eprintln!("{error:#}: peers that are missing are left out");
+    }
+    let wanted = |part| options.only.is_empty() || options.only.contains(&part);
+    machine();
+    if wanted(Part::Lifecycle) {
+        lifecycle(options.count)?;
+    }
+    if wanted(Part::Footprint) {
+        footprint::run(options.idle_secs)?;
+    }
+    if wanted(Part::Fleet) {
+        fleet()?;
+    }
+    Ok(())
+}
+
+/// Says what the figures were taken on.
+fn machine() {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
+    let model = read("/proc/cpuinfo")
+        .lines()
+        .find_map(|line| line.strip_prefix("model name\t: ").map(str::to_owned));
+    println!(
+        "machine: {cpus} cores, {}, Linux {}",
+        model.unwrap_or_default(),
+        read("/proc/sys/kernel/osrelease").trim()
+    );
+    println!("load before: {}", read("/proc/loadavg").trim());
+}
+
+fn lifecycle(count: u32) -> anyhow::Result<()> {
+    step::run(
+        "build the lifecycle bench",
+        &mut step::cargo(&[
+            "bench",
+            "-p",
+            "foreshore-agent",
+            "--bench",
+            "lifecycle",
+            "--no-run",
+        ]),
+    )?;
+    println!("\ncontainer lifecycle (milliseconds; interleaved rounds)");
+    // crun 1.8 refuses a hybrid cgroup hierarchy, so the unified mount is taken away in a namespace of
+    // our own; every runtime runs in the same one.
+    let script =
+        "mountpoint -q /sys/fs/cgroup/unified && umount /sys/fs/cgroup/unified; exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command
+        .args([
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            script,
+            "sh",
+        ])
+        .arg(std::env::var_os("CARGO").context("cargo sets CARGO for its tasks")?)
+        .args([
+            "bench",
+            "--quiet",
+            "-p",
+            "foreshore-agent",
+            "--bench",
+            "lifecycle",
+        ])
+        .env("FORESHORE_BENCH_COUNT", count.to_string())
+        .current_dir(step::root());
+    step::run("container lifecycle", &mut command)
+}
+
+fn fleet() -> anyhow::Result<()> {
+    println!("\nsimulated devices over real MQTT sessions on one hub (no containers)");
+    step::run(
+        "fleet",
+        &mut step::cargo(&[
+            "run",
+            "--quiet",
+            "--release",
+            "-p",
+            "e2e",
+            "--bin",
+            "fleet-bench",
+        ]),
+    )
+}

@@ -1,0 +1,149 @@
+//! What the tests need from Debian, and why; installed where that is possible.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// A Debian package that tests use.
+#[derive(Debug)]
+pub(crate) struct Package {
+    /// Its name.
+    pub(crate) name: &'static str,
+    /// A file it brings.
+    file: &'static str,
+    /// What it is for.
+    why: &'static str,
+}
+
+/// Everything `cargo xtask test` needs beyond a Rust toolchain.
+pub(crate) const FOR_TESTS: &[Package] = &[
+    Package {
+        name: "docker-registry",
+        file: "/usr/bin/docker-registry",
+        why: "the registry that images are pulled from",
+    },
+    Package {
+        name: "skopeo",
+        file: "/usr/bin/skopeo",
+        why: "copies images into that registry and out of the hub's",
+    },
+    Package {
+        name: "umoci",
+        file: "/usr/bin/umoci",
+        why: "builds the images, and unpacks them for comparison",
+    },
+    Package {
+        name: "mosquitto",
+        file: "/usr/sbin/mosquitto",
+        why: "the second broker of the contract suite",
+    },
+    Package {
+        name: "busybox-static",
+        file: "/bin/busybox",
+        why: "what runs inside the test containers",
+    },
+    Package {
+        name: "apache2-utils",
+        file: "/usr/bin/htpasswd",
+        why: "passwords for the registry with basic authentication",
+    },
+    Package {
+        name: "e2fsprogs",
+        file: "/sbin/mkfs.ext4",
+        why: "small file systems that tests fill up",
+    },
+    Package {
+        name: "iproute2",
+        file: "/sbin/ip",
+        why: "network namespaces",
+    },
+    Package {
+        name: "util-linux",
+        file: "/usr/bin/nsenter",
+        why: "asking containers from inside their network",
+    },
+    Package {
+        name: "pkg-config",
+        file: "/usr/bin/pkg-config",
+        why: "builds of libraries with C parts",
+    },
+    Package {
+        name: "gcc",
+        file: "/usr/bin/gcc",
+        why: "the bundled SQLite",
+    },
+];
+
+/// What `cargo xtask bench` compares with.
+pub(crate) const FOR_BENCH: &[Package] = &[
+    Package {
+        name: "crun",
+        file: "/usr/bin/crun",
+        why: "a peer in the container lifecycle",
+    },
+    Package {
+        name: "runc",
+        file: "/usr/sbin/runc",
+        why: "a peer in the container lifecycle",
+    },
+];
+
+/// Installs what is missing, or says what a person must install.
+///
+/// # Errors
+///
+/// With the names of packages that are still missing.
+pub(crate) fn install(packages: &[Package]) -> anyhow::Result<()> {
+    let missing: Vec<&Package> = packages
+        .iter()
+        .filter(|package| !package.is_there())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    eprintln!("==> installing Debian packages that are missing:");
+    for package in &missing {
+        eprintln!("    {:<18} {}", package.name, package.why);
+    }
+    let names: Vec<&str> = missing.iter().map(|package| package.name).collect();
+    if crate::is_root() {
+        let _lists_may_be_fresh = apt(&["update"], &[]);
+        let _judged_by_what_is_there =
+            apt(&["install", "--yes", "--no-install-recommends"], &names);
+    }
+    let still: Vec<&str> = missing
+        .iter()
+        .filter(|package| !package.is_there())
+        .map(|package| package.name)
+        .collect();
+    anyhow::ensure!(
+        still.is_empty(),
+        "missing: {0}; install them: apt-get install {0}",
+        still.join(" ")
+    );
+    Ok(())
+}
+
+fn apt(verb: &[&str], names: &[&str]) -> std::io::Result<std::process::ExitStatus> {
+    Command::new("apt-get")
+        .args(["-qq", "-o", "DPkg::Lock::Timeout=120"])
+        .args(verb)
+        .args(names)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        // Packages with a daemon (mosquitto, docker-registry) must not start it here.
+        .env("RUNLEVEL", "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+}
+
+impl Package {
+    /// Debian merged `/usr`, so `/bin/x`, `/usr/bin/x` and `/usr/sbin/x` all count.
+    fn is_there(&self) -> bool {
+        let name = Path::new(self.file)
+            .file_name()
+            .expect("every file has a name");
+        ["/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin"]
+            .iter()
+            .any(|dir| Path::new(dir).join(name).exists())
+    }
+}

@@ -1,0 +1,38 @@
+//! Running one command as a named step, with its time.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+
+/// The root of the checkout.
+pub(crate) fn root() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+/// A cargo command in the root of the checkout.
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments).current_dir(root());
+    command
+}
+
+/// Runs `command` as the step `name`, its output on ours.
+///
+/// # Errors
+///
+/// When it cannot be started or ends with another status than 0.
+pub(crate) fn run(name: &str, command: &mut Command) -> anyhow::Result<()> {
+    eprintln!("==> {name}");
+    let begin = Instant::now();
+    let status = command
+        .status()
+        .with_context(|| format!("failed to start {:?}", command.get_program()))?;
+    let seconds = begin.elapsed().as_secs();
+    if !status.success() {
+        bail!("{name} ended with {status} after {seconds} s");
+    }
+    eprintln!("    {name}: {seconds} s");
+    Ok(())
+}

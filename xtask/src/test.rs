@@ -1,0 +1,94 @@
+//! `cargo xtask test`: everything that CI runs.
+
+use std::time::Instant;
+
+use anyhow::ensure;
+use clap::Args;
+
+use crate::{packages, step};
+
+/// Options of `test`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Do not install packages; fail if one is missing
+    #[arg(long)]
+    no_install: bool,
+}
+
+/// Runs every check and test; goes on after a failure so that one run shows all.
+///
+/// # Errors
+///
+/// With the names of the steps that failed.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    ensure!(
+        crate::is_root(),
+        "the tests start real containers: run as root (sudo -E env \"PATH=$PATH\" cargo xtask test)"
+    );
+    let begin = Instant::now();
+    if !options.no_install {
+        packages::install(packages::FOR_TESTS)?;
+    }
+    let mut failed = Vec::new();
+    let mut step = |name: &str, command: &mut std::process::Command| {
+        if let Err(error) = step::run(name, command) {
+            eprintln!("    FAILED: {error:#}");
+            failed.push(name.to_owned());
+        }
+    };
+    if component("fmt") {
+        step("formatting", &mut step::cargo(&["fmt", "--all", "--check"]));
+    }
+    if component("clippy") {
+        let lints = [
+            "clippy",
+            "--quiet",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ];
+        step(
+            "lints, the purity guard among them",
+            &mut step::cargo(&lints),
+        );
+    }
+    step(
+        "build",
+        &mut step::cargo(&["build", "--workspace", "--bins"]),
+    );
+    let quick = ["test", "--workspace", "--exclude", "e2e", "--no-fail-fast"];
+    step(
+        "unit, property, contract and simulator tests",
+        &mut step::cargo(&quick),
+    );
+    // Each starts a hub, brokers and several agents: two at a time keep a small machine honest about time.
+    let real = [
+        "test",
+        "-p",
+        "e2e",
+        "--no-fail-fast",
+        "--",
+        "--test-threads=2",
+    ];
+    step("end-to-end tests with real parts", &mut step::cargo(&real));
+    eprintln!("==> {} s in all", begin.elapsed().as_secs());
+    ensure!(failed.is_empty(), "failed: {}", failed.join("; "));
+    eprintln!("==> all passed");
+    Ok(())
+}
+
+/// Whether a cargo component is installed; a toolchain without it still runs the tests.
+fn component(name: &str) -> bool {
+    let found = step::cargo(&[name, "--version"])
+        .output()
+        .is_ok_and(|output| output.status.success());
+    if !found {
+        eprintln!(
+            "==> cargo {name} is not installed: skipped (rustup component add {})",
+            if name == "fmt" { "rustfmt" } else { name }
+        );
+    }
+    found
+}
