@@ -1,0 +1,477 @@
+//! The command line: every verb, option and example that `--help` teaches.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use foreshore_protocol::quantity::Span;
+use foreshore_protocol::{AppName, DeviceId};
+
+/// The part of the help that scripts need; a macro because `concat!` wants a literal.
+macro_rules! exit_codes {
+    () => {
+        "\
+Exit codes:
+  0  done, or nothing to do
+  1  the hub refused or failed, or this machine did
+  2  wrong usage or a wrong manifest
+  3  the answer is no: a rollout ended badly, or `plan --exit-code` found changes
+  4  a rollout is paused and waits for an operator
+  5  the hub could not be reached, or did not answer in time
+  6  --timeout passed first
+
+Data goes to standard output, everything else to standard error."
+    };
+}
+
+/// Run containers on fleets of small devices, updated in waves.
+#[derive(Debug, Parser)]
+#[command(name = "foreshore", version, max_term_width = 100, after_help = concat!("\
+Examples:
+  foreshore validate -f gateway.yaml        check a manifest; needs no hub
+  foreshore plan -f gateway.yaml            what would change, on which devices, in which wave
+  foreshore apply -f gateway.yaml           make it so
+  foreshore rollout status -w gateway       watch it reach the devices
+  foreshore rollout undo gateway            go back to the release before
+  foreshore get devices                     who is there, and how well
+  foreshore events -w --device gw-3         what happens, as it happens
+
+", exit_codes!()))]
+pub(crate) struct Arguments {
+    /// How to print data
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
+    pub(crate) output: Format,
+
+    #[command(flatten)]
+    pub(crate) hub: HubArguments,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Where the hub is, and how to speak to it.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Hub")]
+pub(crate) struct HubArguments {
+    /// The hub's address
+    #[arg(
+        long,
+        global = true,
+        hide_short_help = true,
+        env = "FORESHORE_HUB",
+        hide_env_values = true,
+        default_value = "http://127.0.0.1:8480",
+        value_name = "URL"
+    )]
+    pub(crate) hub: String,
+
+    /// File that holds the API token [env: FORESHORE_TOKEN_FILE, or FORESHORE_TOKEN for the token
+    /// itself] [default: /var/lib/foreshore-hub/api-token]
+    #[arg(long, global = true, hide_short_help = true, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+
+    /// File with PEM certificates to trust for an https hub, instead of the public ones
+    #[arg(
+        long,
+        global = true,
+        hide_short_help = true,
+        env = "FORESHORE_CA_FILE",
+        hide_env_values = true,
+        value_name = "FILE"
+    )]
+    pub(crate) ca_file: Option<PathBuf>,
+
+    /// How long one request may take
+    #[arg(long, global = true,hide_short_help = true, default_value = "30s", value_parser = duration, value_name = "DURATION")]
+    pub(crate) request_timeout: Duration,
+}
+
+/// How data is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people; its columns may change
+    Table,
+    /// For programs: the hub's API objects; a stream is one object per line
+    Json,
+    /// Only `kind/name`, one per line
+    Name,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Check manifests without a hub
+    #[command(after_help = "\
+Prints FILE:LINE:COLUMN: MESSAGE for each manifest that is wrong and ends with 2; with 0 if all are right.
+
+Examples:
+  foreshore validate -f gateway.yaml -f camera.yaml
+  generate-manifest | foreshore validate -f -")]
+    Validate(Files),
+
+    /// Show what `apply` would change, on which devices, wave by wave
+    #[command(after_help = "\
+Changes nothing. The order of devices in a real rollout is drawn when it begins; this shows one draw.
+
+Examples:
+  foreshore plan -f gateway.yaml
+  foreshore plan -f gateway.yaml --exit-code || echo 'something would change'")]
+    Plan {
+        #[command(flatten)]
+        files: Files,
+        /// End with 3 when something would change, with 0 when nothing would
+        #[arg(long)]
+        exit_code: bool,
+    },
+
+    /// Create or change apps
+    #[command(after_help = "\
+All files are checked before the first is applied. Applying what is there already does nothing.
+
+Examples:
+  foreshore apply -f gateway.yaml
+  foreshore apply -f gateway.yaml && foreshore rollout status -w gateway")]
+    Apply(Files),
+
+    /// List apps, devices, rollouts, images or events, or show one line of them
+    #[command(after_help = "\
+Examples:
+  foreshore get devices
+  foreshore get app gateway -o json
+  foreshore get rollouts --app gateway
+  foreshore get devices -o name | grep edge- ")]
+    Get(Get),
+
+    /// Show everything about one app, device or rollout
+    #[command(after_help = "\
+Examples:
+  foreshore describe device gw-3
+  foreshore describe app gateway
+  foreshore describe rollout 12")]
+    Describe {
+        /// What kind of thing
+        #[arg(value_enum)]
+        kind: DescribeKind,
+        /// Its name; a rollout's id, or an app's name for its newest rollout
+        name: String,
+    },
+
+    /// Delete an app from the fleet, or forget a device that is gone
+    #[command(after_help = "\
+Deleting an app stops and removes its containers on every device; named volumes stay on the devices.
+A device can be forgotten while it is offline; if it connects again, it is known again.
+
+Examples:
+  foreshore delete app gateway
+  foreshore delete device gw-9 --yes")]
+    Delete {
+        /// What kind of thing
+        #[arg(value_enum)]
+        kind: DeleteKind,
+        /// Its name
+        name: String,
+        /// Do not ask
+        #[arg(short, long)]
+        yes: bool,
+    },
+
+    /// Set or remove labels of a device
+    #[command(after_help = "\
+Labels set here win over those in the device's own configuration. Apps select devices by label.
+
+Examples:
+  foreshore label device gw-3 role=gateway site=hull
+  foreshore label device gw-3 site-               remove it")]
+    Label {
+        /// What kind of thing; only devices have labels
+        #[arg(value_enum)]
+        kind: LabelKind,
+        /// The device
+        name: DeviceId,
+        /// KEY=VALUE sets a label, KEY- removes it
+        #[arg(required = true, value_name = "KEY=VALUE|KEY-")]
+        changes: Vec<String>,
+    },
+
+    /// Watch and steer rollouts
+    #[command(subcommand)]
+    Rollout(Rollout),
+
+    /// Show what happened, or follow it
+    #[command(after_help = "\
+With -w the connection is taken up again where it broke, without gaps.
+
+Examples:
+  foreshore events
+  foreshore events -w --app gateway
+  foreshore events -w -o json | jq -r .message")]
+    Events(Events),
+
+    /// Images kept in the hub, for sites without a registry
+    #[command(subcommand)]
+    Image(Image),
+
+    /// Print a completion script for a shell
+    #[command(after_help = "\
+Examples:
+  foreshore completions bash > /etc/bash_completion.d/foreshore
+  foreshore completions zsh > ~/.zfunc/_foreshore")]
+    Completions {
+        /// Which shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+
+    /// Print the version of this program and of the hub, if it answers
+    Version,
+}
+
+/// Manifests to read.
+#[derive(Debug, Args)]
+pub(crate) struct Files {
+    /// App manifest in YAML or JSON; `-` reads standard input; may be given several times
+    #[arg(short, long = "file", required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+}
+
+/// `get`.
+#[derive(Debug, Args)]
+pub(crate) struct Get {
+    /// What kind of thing
+    #[arg(value_enum)]
+    pub(crate) kind: GetKind,
+    /// Only this one
+    pub(crate) name: Option<String>,
+    /// Only of this app (rollouts, events)
+    #[arg(long)]
+    pub(crate) app: Option<AppName>,
+    /// Only from this device (events)
+    #[arg(long)]
+    pub(crate) device: Option<DeviceId>,
+}
+
+/// What `get` can list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GetKind {
+    /// Apps
+    #[value(alias = "app")]
+    Apps,
+    /// Devices
+    #[value(alias = "device")]
+    Devices,
+    /// Rollouts, newest first
+    #[value(alias = "rollout")]
+    Rollouts,
+    /// Images imported into the hub
+    #[value(alias = "image")]
+    Images,
+    /// The newest events
+    #[value(alias = "event")]
+    Events,
+}
+
+/// What `describe` knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DescribeKind {
+    /// An app
+    #[value(alias = "apps")]
+    App,
+    /// A device
+    #[value(alias = "devices")]
+    Device,
+    /// A rollout
+    #[value(alias = "rollouts")]
+    Rollout,
+}
+
+/// What `delete` can delete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeleteKind {
+    /// An app
+    #[value(alias = "apps")]
+    App,
+    /// A device
+    #[value(alias = "devices")]
+    Device,
+}
+
+/// What `label` can label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LabelKind {
+    /// A device
+    #[value(alias = "devices")]
+    Device,
+}
+
+/// `rollout`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Rollout {
+    /// Show an app's newest rollout, or follow it to its end
+    #[command(after_help = "\
+Ends with 0 when it completed (or still runs, without -w), 3 when it was aborted, rolled back or
+superseded, 4 when it is paused, 6 when --timeout passed first. With -w it goes on through hub
+restarts; progress bars on a terminal, one line per change elsewhere, one JSON object per change
+with -o json.
+
+Examples:
+  foreshore rollout status gateway
+  foreshore rollout status -w gateway --timeout 30m")]
+    Status {
+        /// The app
+        app: AppName,
+        /// Follow until it ends or pauses
+        #[arg(short, long)]
+        watch: bool,
+        /// Stop following after this long and end with 6
+        #[arg(long, value_parser = duration, value_name = "DURATION", requires = "watch")]
+        timeout: Option<Duration>,
+        /// This rollout of the app rather than its newest
+        #[arg(long, value_name = "ID")]
+        id: Option<u64>,
+    },
+    /// Offer the release to no further device until it is resumed
+    Pause {
+        /// The app
+        app: AppName,
+    },
+    /// Go on after a pause
+    Resume {
+        /// The app
+        app: AppName,
+    },
+    /// End it where it is: devices that have the release keep it
+    Abort {
+        /// The app
+        app: AppName,
+    },
+    /// Roll out the release before, in waves like any other
+    Undo {
+        /// The app
+        app: AppName,
+    },
+    /// List an app's rollouts, newest first
+    History {
+        /// The app
+        app: AppName,
+    },
+}
+
+/// `events`.
+#[derive(Debug, Args)]
+pub(crate) struct Events {
+    /// Follow: print new events as they come, until interrupted
+    #[arg(short, long)]
+    pub(crate) watch: bool,
+    /// Only of this app
+    #[arg(long)]
+    pub(crate) app: Option<AppName>,
+    /// Only from this device
+    #[arg(long)]
+    pub(crate) device: Option<DeviceId>,
+    /// Begin after the event with this id instead of with the newest
+    #[arg(long, value_name = "ID")]
+    pub(crate) after: Option<u64>,
+    /// At most this many events of the past
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=10_000), value_name = "COUNT")]
+    pub(crate) limit: u32,
+}
+
+/// `image`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    /// Send an image to the hub; manifests then name it hub.internal/NAME:TAG
+    #[command(after_help = "\
+Takes an OCI layout (a directory, or a tar of one) or the tar that `docker save` and
+`podman save` write. The hub checks every blob against its digest before it keeps the image.
+
+Examples:
+  docker save acme/web:1.4 | foreshore image import - --name web:1.4
+  skopeo copy docker://ghcr.io/acme/web:1.4 oci-archive:web.tar
+  foreshore image import web.tar --name web:1.4
+  foreshore image import ./layout --name web:1.4")]
+    Import {
+        /// A tar file, `-` for standard input, or an OCI layout directory
+        source: PathBuf,
+        /// What to call it: NAME:TAG. Default: what the archive itself says
+        #[arg(long, value_name = "NAME:TAG")]
+        name: Option<String>,
+    },
+    /// List the images kept in the hub
+    List,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let span: Span = text
+        .parse()
+        .map_err(|error: foreshore_protocol::quantity::ParseQuantityError| error.to_string())?;
+    if span.0 == 0 {
+        Err("must be above 0".to_owned())
+    } else {
+        Ok(span.duration())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    /// The help of a command (`-h`) and of everything below it.
+    fn help(command: &mut clap::Command, into: &mut String) {
+        into.push_str(&format!(
+            "\n──── {} ────\n{}",
+            command.get_bin_name().unwrap_or("foreshore").to_owned(),
+            command.render_help()
+        ));
+        for sub in command.get_subcommands_mut() {
+            if sub.get_name() != "help" {
+                help(sub, into);
+            }
+        }
+    }
+
+    #[test]
+    fn every_help_page() {
+        let mut command = Arguments::command().term_width(100);
+        command.build();
+        let mut text = command.render_long_help().to_string();
+        help(&mut command, &mut text);
+        insta::assert_snapshot!("help", text);
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn usual_spellings_are_understood() {
+        for line in [
+            "get devices",
+            "get device gw-1",
+            "-o json get apps",
+            "get apps -o json",
+            "rollout status -w web --timeout 5m",
+            "validate -f a -f -",
+            "label device gw-1 a=b c-",
+            "image import - --name web:1",
+            "events -w --device gw-1",
+        ] {
+            let words = std::iter::once("foreshore").chain(line.split(' '));
+            assert!(Arguments::try_parse_from(words).is_ok(), "{line}");
+        }
+        for line in [
+            "",
+            "get",
+            "validate",
+            "rollout status web --timeout 5m",
+            "rollout status -w web --timeout 0",
+            "get devices -o yaml",
+            "label device GW a=b",
+        ] {
+            let words = std::iter::once("foreshore").chain(line.split_whitespace());
+            assert!(Arguments::try_parse_from(words).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! Following a rollout: what to say of it, what changed, and progress bars on a terminal.
+
+use foreshore_protocol::DeviceId;
+use foreshore_protocol::api::{
+    AssignmentState, AssignmentView, RolloutState, RolloutView, WaveState, WaveView,
+};
+use foreshore_protocol::message::Phase;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::output::{elapsed, printable, word};
+
+/// How many devices of a wave are named while it is open.
+const NAMED: usize = 6;
+
+/// The wave that is being worked on: the last one that is not pending.
+pub(crate) fn current_wave(rollout: &RolloutView) -> Option<&WaveView> {
+    rollout
+        .waves
+        .iter()
+        .rev()
+        .find(|wave| wave.state != WaveState::Pending)
+}
+
+/// The state of one device's part, in one word.
+pub(crate) fn state_word(state: AssignmentState) -> String {
+    match state {
+        AssignmentState::Planned => "planned".to_owned(),
+        AssignmentState::Offered => "offered".to_owned(),
+        AssignmentState::Device(phase) => word(&phase),
+        AssignmentState::Silent => "silent".to_owned(),
+        AssignmentState::Deferred => "deferred".to_owned(),
+        AssignmentState::Reverted => "reverted".to_owned(),
+    }
+}
+
+/// The rollout in one line.
+pub(crate) fn headline(rollout: &RolloutView, now_ms: u64) -> String {
+    let from = rollout
+        .from
+        .map_or_else(|| "nothing".to_owned(), |digest| digest.short());
+    let took = elapsed(
+        rollout
+            .finished_ms
+            .unwrap_or(now_ms)
+            .saturating_sub(rollout.created_ms),
+    );
+    let verb = match rollout.state {
+        RolloutState::Running => "running for",
+        RolloutState::Paused => "paused after",
+        RolloutState::Completed => "completed in",
+        RolloutState::Aborted => "aborted after",
+        RolloutState::RollingBack => "rolling back after",
+        RolloutState::RolledBack => "rolled back after",
+        RolloutState::RollbackPaused => "rollback paused after",
+        RolloutState::Superseded => "superseded after",
+    };
+    let message = rollout
+        .message
+        .as_ref()
+        .map_or_else(String::new, |message| format!(": {}", printable(message)));
+    format!(
+        "rollout {} of {}, release {from} -> {}, {verb} {took}{message}",
+        rollout.id,
+        rollout.app,
+        rollout.to.short()
+    )
+}
+
+/// What a wave is at: its state, counts, and the devices in the middle of something.
+pub(crate) fn wave_line(rollout: &RolloutView, wave: &WaveView, now_ms: u64) -> String {
+    let mut text = format!("{}/{} {}", wave.succeeded, wave.devices, word(&wave.state));
+    if wave.failed > 0 {
+        text.push_str(&format!(", {} failed", wave.failed));
+    }
+    if wave.deferred > 0 {
+        text.push_str(&format!(", {} deferred", wave.deferred));
+    }
+    if let Some(until) = wave
+        .bake_until_ms
+        .filter(|_| wave.state == WaveState::Baking)
+    {
+        text.push_str(&format!(" for {}", elapsed(until.saturating_sub(now_ms))));
+    }
+    let busy: Vec<&AssignmentView> = rollout
+        .assignments
+        .iter()
+        .filter(|part| part.wave == wave.ordinal && is_notable(part.state))
+        .collect();
+    let named: Vec<String> = busy
+        .iter()
+        .take(NAMED)
+        .map(|part| format!("{} {}", part.device, state_word(part.state)))
+        .collect();
+    if !named.is_empty() {
+        text.push_str("  ");
+        text.push_str(&named.join(" · "));
+    }
+    if busy.len() > NAMED {
+        text.push_str(&format!(" · and {} more", busy.len() - NAMED));
+    }
+    text
+}
+
+/// Whether a device is worth a word: neither waiting for its wave nor done and well.
+const fn is_notable(state: AssignmentState) -> bool {
+    !matches!(
+        state,
+        AssignmentState::Planned | AssignmentState::Device(Phase::Succeeded)
+    )
+}
+
+/// What changed from `old` to `new`, one line each; everything worth knowing when there is no `old`.
+pub(crate) fn changes(old: Option<&RolloutView>, new: &RolloutView) -> Vec<String> {
+    let mut lines = Vec::new();
+    if old.is_none() {
+        let from = new
+            .from
+            .map_or_else(|| "nothing".to_owned(), |digest| digest.short());
+        let devices: u64 = new.waves.iter().map(|wave| wave.devices).sum();
+        lines.push(format!(
+            "rollout {} of {}: release {from} -> {}, {devices} devices in {} waves",
+            new.id,
+            new.app,
+            new.to.short(),
+            new.waves.len()
+        ));
+    }
+    for part in &new.assignments {
+        let before = old
+            .and_then(|old| assignment(old, &part.device))
+            .map_or(AssignmentState::Planned, |part| part.state);
+        if before != part.state {
+            let message = part
+                .message
+                .as_ref()
+                .map_or_else(String::new, |message| format!(": {message}"));
+            lines.push(format!(
+                "  wave {} {}: {}{message}",
+                part.wave,
+                part.device,
+                state_word(part.state)
+            ));
+        }
+    }
+    for wave in &new.waves {
+        let before = old
+            .and_then(|old| old.waves.iter().find(|other| other.ordinal == wave.ordinal))
+            .map_or(WaveState::Pending, |wave| wave.state);
+        if before != wave.state {
+            lines.push(format!(
+                "wave {}: {}, {}/{} succeeded, {} failed",
+                wave.ordinal,
+                word(&wave.state),
+                wave.succeeded,
+                wave.devices,
+                wave.failed
+            ));
+        }
+    }
+    let before = old.map_or(RolloutState::Running, |old| old.state);
+    if before != new.state {
+        let message = new
+            .message
+            .as_ref()
+            .map_or_else(String::new, |message| format!(": {message}"));
+        lines.push(format!("rollout {}: {}{message}", new.id, word(&new.state)));
+    }
+    lines
+}
+
+fn assignment<'a>(rollout: &'a RolloutView, device: &DeviceId) -> Option<&'a AssignmentView> {
+    rollout
+        .assignments
+        .iter()
+        .find(|part| part.device == *device)
+}
+
+/// One bar per wave, on stderr.
+#[derive(Debug)]
+pub(crate) struct Bars {
+    all: MultiProgress,
+    head: ProgressBar,
+    waves: Vec<ProgressBar>,
+}
+
+impl Bars {
+    /// Nothing is drawn before the first [`Self::show`].
+    pub(crate) fn new() -> Self {
+        let all = MultiProgress::new();
+        let head = all.add(ProgressBar::new_spinner());
+        head.set_style(style("{spinner:.cyan} {wide_msg}"));
+        head.enable_steady_tick(std::time::Duration::from_millis(120));
+        Self {
+            all,
+            head,
+            waves: Vec::new(),
+        }
+    }
+
+    /// Draws the rollout as it is now.
+    pub(crate) fn show(&mut self, rollout: &RolloutView, now_ms: u64) {
+        self.head.set_message(headline(rollout, now_ms));
+        for wave in rollout.waves.iter().skip(self.waves.len()) {
+            let bar = self.all.add(ProgressBar::new(wave.devices));
+            bar.set_prefix(format!("wave {}", wave.ordinal));
+            self.waves.push(bar);
+        }
+        for (wave, bar) in rollout.waves.iter().zip(&self.waves) {
+            let colour = match wave.state {
+                WaveState::Pending | WaveState::Skipped => "dim",
+                WaveState::Open => "cyan",
+                WaveState::Baking => "yellow",
+                WaveState::Passed => "green",
+                WaveState::Failed => "red",
+            };
+            bar.set_style(
+                style(&format!("  {{prefix}} {{bar:20.{colour}}} {{wide_msg}}"))
+                    .progress_chars("━╸─"),
+            );
+            bar.set_position(wave.succeeded);
+            bar.set_message(wave_line(rollout, wave, now_ms));
+        }
+    }
+
+    /// A word in place of the headline, until the next [`Self::show`].
+    pub(crate) fn say(&self, message: &str) {
+        self.head.set_message(message.to_owned());
+    }
+
+    /// Leaves the last state on the terminal.
+    pub(crate) fn finish(&mut self, rollout: &RolloutView, now_ms: u64) {
+        self.show(rollout, now_ms);
+        let mark = match rollout.state {
+            RolloutState::Completed => "✔",
+            RolloutState::Running | RolloutState::RollingBack => "…",
+            RolloutState::Paused | RolloutState::RollbackPaused => "‖",
+            RolloutState::Aborted | RolloutState::RolledBack | RolloutState::Superseded => "✘",
+        };
+        self.head.set_style(style(&format!("{mark} {{wide_msg}}")));
+        for bar in &self.waves {
+            bar.abandon();
+        }
+        self.head.abandon();
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("the template is well-formed")
+}
+
+#[cfg(test)]
+pub(crate) mod samples;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headline_and_waves() {
+        let rollout = samples::rollout();
+        let lines: Vec<String> = rollout
+            .waves
+            .iter()
+            .map(|wave| wave_line(&rollout, wave, samples::NOW_MS))
+            .collect();
+        insta::assert_snapshot!(headline(&rollout, samples::NOW_MS));
+        insta::assert_snapshot!(lines.join("\n"));
+    }
+
+    #[test]
+    fn a_baking_wave_says_how_long() {
+        let mut rollout = samples::rollout();
+        rollout.waves[1].state = WaveState::Baking;
+        rollout.waves[1].bake_until_ms = Some(samples::NOW_MS + 2500);
+        insta::assert_snapshot!(wave_line(&rollout, &rollout.waves[1], samples::NOW_MS));
+    }
+
+    #[test]
+    fn only_changes_are_told() {
+        let old = samples::rollout();
+        insta::assert_snapshot!(changes(None, &old).join("\n"));
+        assert!(changes(Some(&old), &old).is_empty());
+        let mut new = old.clone();
+        new.assignments[1].state = AssignmentState::Device(Phase::Succeeded);
+        new.waves[1].succeeded = 1;
+        new.waves[1].state = WaveState::Failed;
+        new.state = RolloutState::RollingBack;
+        new.message = Some("2 of 3 devices failed".to_owned());
+        insta::assert_snapshot!(changes(Some(&old), &new).join("\n"));
+    }
+
+    #[test]
+    fn many_busy_devices_are_counted() {
+        let mut rollout = samples::rollout();
+        for number in 10..20 {
+            rollout.assignments.push(AssignmentView {
+                device: format!("gw-{number}").parse().unwrap(),
+                wave: 2,
+                state: AssignmentState::Offered,
+                message: None,
+            });
+        }
+        let line = wave_line(&rollout, &rollout.waves[1], samples::NOW_MS);
+        assert!(line.ends_with("gw-13 offered · and 6 more"), "{line}");
+    }
+}
