@@ -22,10 +22,411 @@
 //! | file | what it decides |
 //! |---|---|
 //! | [`state`] | the records and the facts |
+//! | [`waves`] | who comes first, and how a set is cut |
+//! | `observe` | what a report or silence means |
+//! | [`gates`] | when a wave passed |
+//! | [`budget`] | what failed so far, and when that is too much |
+//! | `rollback` | who goes back, in which order |
+//! | [`command`] | what an operator may ask |
+//! | `apply` | what the records look like after an action |
+//! | [`check`] | what must always hold, for tests and the simulator |
+//!
+//! The choices behind it are in `docs/decisions/0010-rollout-gates.md`.
 
+mod apply;
+pub mod budget;
+pub mod check;
+pub mod command;
+pub mod gates;
+mod observe;
+mod rollback;
 pub mod state;
+pub mod waves;
 
+use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
+use foreshore_protocol::manifest::OnFailure;
+
+use gates::Gate;
+use observe::Patience;
 pub use state::{
     Action, Assignment, Cause, Clock, Deferral, Facts, Fleet, Member, Opening, Placement, Policy,
     Pulse, Refused, Report, Revert, Rollout, StateName, Step, Tick, Touched, UnixMs, Wave,
 };
+pub use waves::joiner_release;
+
+/// What to do now, and when to look again.
+///
+/// Goes on until nothing more follows from these facts: applying the actions and calling it again with the same
+/// facts and time yields none. Each call costs O(devices × waves that change state in it), and copies the
+/// records once.
+#[must_use]
+pub fn advance(rollout: &Rollout, fleet: &Fleet, now: UnixMs) -> Step {
+    let mut work = Work {
+        rollout: rollout.clone(),
+        fleet,
+        now,
+        actions: Vec::new(),
+    };
+    work.run();
+    let wake_at = work.wake_at();
+    Step {
+        actions: work.actions,
+        wake_at,
+    }
+}
+
+/// A rollout on its way through one [`advance`]: each action is applied to the copy as it is decided, so that the
+/// next one is decided on what the records will look like.
+struct Work<'a> {
+    rollout: Rollout,
+    fleet: &'a Fleet,
+    now: UnixMs,
+    actions: Vec<Action>,
+}
+
+impl Work<'_> {
+    fn run(&mut self) {
+        if self.rollout.state.is_final() {
+            self.observe_late();
+            return;
+        }
+        self.freeze_or_thaw();
+        self.observe();
+        if self.rollout.state == RolloutState::Running {
+            self.forward();
+        }
+        if self.rollout.state == RolloutState::RollingBack {
+            self.back();
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        self.rollout.apply(&action, None, self.now);
+        self.actions.push(action);
+    }
+
+    fn tick(&self) -> Tick {
+        self.rollout.clock.tick(self.now)
+    }
+
+    /// Whether the hub has listened long enough, since it was last deaf, to know who is online. A rollout that
+    /// was opened while it listened has nothing to learn anew.
+    fn settled(&self) -> bool {
+        self.listened_for(self.fleet.settle_ms)
+    }
+
+    fn listened_for(&self, ms: u64) -> bool {
+        self.fleet
+            .listening_since
+            .is_some_and(|since| since <= self.rollout.created || self.now >= since.plus(ms))
+    }
+
+    fn freeze_or_thaw(&mut self) {
+        let dark = self.fleet.pulse.mostly_dark();
+        if self.settled() && dark != self.rollout.frozen {
+            self.act(if dark { Action::Freeze } else { Action::Thaw });
+        }
+    }
+
+    fn patience(&self) -> Patience {
+        Patience {
+            runs: self.settled() && self.rollout.clock.stopped_at.is_none(),
+            silence_counts: self.listened_for(self.rollout.policy.silent_margin_ms),
+        }
+    }
+
+    fn observe(&mut self) {
+        let (tick, patience) = (self.tick(), self.patience());
+        let news: Vec<_> = self
+            .rollout
+            .assignments
+            .iter()
+            .filter_map(|(device, assignment)| {
+                let facts = self.fleet.devices.get(device);
+                observe::observe(&self.rollout, device, assignment, facts, tick, patience)
+            })
+            .collect();
+        for action in news {
+            self.act(action);
+        }
+    }
+
+    /// A completed rollout decides nothing, but still records how those ended that were put off. What became of
+    /// a device after another end is for the next rollout to see.
+    fn observe_late(&mut self) {
+        if self.rollout.state != RolloutState::Completed {
+            return;
+        }
+        let tick = self.tick();
+        let news: Vec<_> = self
+            .rollout
+            .assignments
+            .iter()
+            .filter_map(|(device, assignment)| {
+                let facts = self.fleet.devices.get(device)?;
+                observe::observe_late(&self.rollout, device, assignment, facts, tick)
+            })
+            .collect();
+        for action in news {
+            self.act(action);
+        }
+    }
+
+    fn forward(&mut self) {
+        if self.budget_broke() || !self.settled() || self.rollout.frozen {
+            return;
+        }
+        loop {
+            self.put_off_the_offline();
+            let moved = self
+                .current_wave()
+                .is_some_and(|ordinal| self.move_wave(ordinal));
+            if !moved {
+                break;
+            }
+        }
+        if self.rollout.state != RolloutState::Running {
+            return;
+        }
+        self.offer();
+        self.complete();
+    }
+
+    fn budget_broke(&mut self) -> bool {
+        let tally = budget::Tally::of(&self.rollout);
+        let Some(broken) =
+            budget::broken(&self.rollout.policy.budget, tally.succeeded, tally.failed)
+        else {
+            return false;
+        };
+        let message = budget::explain(&self.rollout, broken);
+        self.fail(Cause::Budget, message);
+        true
+    }
+
+    /// The first wave that has neither passed nor been skipped.
+    fn current_wave(&self) -> Option<u32> {
+        let over = |wave: &Wave| matches!(wave.state, WaveState::Passed | WaveState::Skipped);
+        self.rollout
+            .waves
+            .iter()
+            .zip(1_u32..)
+            .find(|(wave, _)| !over(wave))
+            .map(|(_, ordinal)| ordinal)
+    }
+
+    /// Moves a wave on by one state; false if it waits or the rollout stopped.
+    fn move_wave(&mut self, ordinal: u32) -> bool {
+        let Some(wave) = self.rollout.wave(ordinal) else {
+            return false;
+        };
+        let (state, bake_until, moved) = match wave.state {
+            WaveState::Pending if budget::Tally::of_wave(&self.rollout, ordinal).devices == 0 => {
+                (WaveState::Skipped, None, true)
+            }
+            WaveState::Pending => (WaveState::Open, None, true),
+            WaveState::Open | WaveState::Baking => {
+                match gates::look(&self.rollout, ordinal, wave, self.tick()) {
+                    Gate::InProgress => return false,
+                    Gate::NoCanary => return self.replace_canaries(ordinal),
+                    Gate::AllFailed => {
+                        self.fail_wave(ordinal);
+                        return false;
+                    }
+                    Gate::Bake(_) if wave.state == WaveState::Baking => return false,
+                    Gate::Bake(until) => (WaveState::Baking, Some(until), false),
+                    Gate::Pass => (WaveState::Passed, None, true),
+                }
+            }
+            WaveState::Passed | WaveState::Skipped | WaveState::Failed => return false,
+        };
+        self.act(Action::Wave {
+            ordinal,
+            state,
+            bake_until,
+        });
+        moved
+    }
+
+    /// Devices of opened waves that are offline and were offered nothing are put off, so that nothing waits for
+    /// them. They hold no slot and are offered the release when they return.
+    fn put_off_the_offline(&mut self) {
+        let offline: Vec<_> = self
+            .rollout
+            .assignments
+            .iter()
+            .filter(|(device, assignment)| {
+                assignment.state == AssignmentState::Planned
+                    && self.opened(assignment.wave)
+                    && !self.online(device)
+            })
+            .map(|(device, _)| device.clone())
+            .collect();
+        for device in offline {
+            self.act(Action::Assign {
+                device,
+                state: AssignmentState::Deferred,
+                deferral: Some(Deferral::Offline),
+                deadline: None,
+                message: Some("it is offline".to_owned()),
+            });
+        }
+    }
+
+    fn opened(&self, ordinal: u32) -> bool {
+        self.rollout
+            .wave(ordinal)
+            .is_some_and(|wave| wave.state != WaveState::Pending)
+    }
+
+    fn online(&self, device: &foreshore_protocol::DeviceId) -> bool {
+        self.fleet
+            .devices
+            .get(device)
+            .is_some_and(|facts| facts.online)
+    }
+
+    fn replace_canaries(&mut self, ordinal: u32) -> bool {
+        let replacements = waves::replacements(&self.rollout, ordinal, self.fleet);
+        let any = !replacements.is_empty();
+        for action in replacements {
+            self.act(action);
+        }
+        any
+    }
+
+    fn fail_wave(&mut self, ordinal: u32) {
+        let tally = budget::Tally::of_wave(&self.rollout, ordinal);
+        let first = budget::first_failure(&self.rollout, Some(ordinal));
+        let message = format!(
+            "every device of wave {ordinal} that tried failed ({}){first}",
+            tally.failed
+        );
+        self.fail(Cause::WaveFailed, message);
+    }
+
+    /// The brakes: the newest wave that was opened failed, and nothing is offered from here on.
+    fn fail(&mut self, cause: Cause, message: String) {
+        let open = |wave: &Wave| !matches!(wave.state, WaveState::Pending | WaveState::Skipped);
+        let newest = self
+            .rollout
+            .waves
+            .iter()
+            .zip(1_u32..)
+            .filter(|(wave, _)| open(wave))
+            .last();
+        if let Some((_, ordinal)) = newest {
+            self.act(Action::Wave {
+                ordinal,
+                state: WaveState::Failed,
+                bake_until: None,
+            });
+        }
+        let state = match self.rollout.policy.on_failure {
+            OnFailure::Rollback => RolloutState::RollingBack,
+            OnFailure::Pause => RolloutState::Paused,
+        };
+        self.act(Action::Enter {
+            state,
+            cause: Some(cause),
+            message: Some(message),
+        });
+    }
+
+    /// Offers the release to as many as `maxUnavailable` allows, oldest wave and lowest rank first; so one that
+    /// was put off in an earlier wave and is back comes before those of the current one.
+    fn offer(&mut self) {
+        let slots = budget::Tally::of(&self.rollout).slots;
+        let free = usize::try_from(self.rollout.policy.max_unavailable.saturating_sub(slots))
+            .unwrap_or(usize::MAX);
+        let mut candidates: Vec<_> = self
+            .rollout
+            .assignments
+            .iter()
+            .filter(|(device, assignment)| {
+                assignment.state == AssignmentState::Planned
+                    && self.opened(assignment.wave)
+                    && self.online(device)
+            })
+            .map(|(device, assignment)| (assignment.wave, assignment.rank, device.clone()))
+            .collect();
+        candidates.sort_unstable();
+        let placement = self.rollout.placement();
+        for (_, _, device) in candidates.into_iter().take(free) {
+            self.act(Action::Offer { device, placement });
+        }
+    }
+
+    /// Ends a rollout whose every wave passed and whose last straggler ended. Those that are still put off and
+    /// were offered nothing are given the release for when they return: it has passed every gate there is.
+    fn complete(&mut self) {
+        let tally = budget::Tally::of(&self.rollout);
+        if self.current_wave().is_some() || tally.in_progress > 0 || tally.planned > 0 {
+            return;
+        }
+        let placement = self.rollout.placement();
+        let later: Vec<_> = self
+            .rollout
+            .assignments
+            .iter()
+            .filter(|(_, assignment)| {
+                assignment.state == AssignmentState::Deferred && assignment.since.is_none()
+            })
+            .map(|(device, _)| device.clone())
+            .collect();
+        for device in later {
+            self.act(Action::OfferLater { device, placement });
+        }
+        self.act(Action::Enter {
+            state: RolloutState::Completed,
+            cause: None,
+            message: None,
+        });
+    }
+
+    fn back(&mut self) {
+        if !self.settled() {
+            return;
+        }
+        for action in rollback::restores(&self.rollout, self.fleet) {
+            self.act(action);
+        }
+        if let Some(end) = rollback::end(&self.rollout, self.fleet) {
+            self.act(end);
+        }
+    }
+
+    /// The next moment after now at which time alone changes something.
+    fn wake_at(&self) -> Option<UnixMs> {
+        let rollout = &self.rollout;
+        if rollout.state.is_final() {
+            return None;
+        }
+        let since = self.fleet.listening_since?;
+        if !self.settled() {
+            return Some(since.plus(self.fleet.settle_ms));
+        }
+        if rollout.clock.stopped_at.is_some() {
+            return None;
+        }
+        let heard = since.plus(rollout.policy.silent_margin_ms);
+        let patient = !self.patience().silence_counts;
+        let bakes = rollout
+            .waves
+            .iter()
+            .filter_map(|wave| wave.bake_until)
+            .map(|tick| rollout.clock.unix(tick));
+        let deadlines = rollout.assignments.values().filter_map(|assignment| {
+            let deadline = rollout.clock.unix(assignment.deadline?);
+            Some(if patient {
+                [deadline, deadline.max(heard)]
+            } else {
+                [deadline, deadline]
+            })
+        });
+        bakes
+            .chain(deadlines.flatten())
+            .filter(|at| *at > self.now)
+            .min()
+    }
+}

@@ -245,6 +245,8 @@ pub struct Assignment {
     /// The version under which this rollout last wrote the device's desired state (an offer or, once
     /// `Reverted`, the release of before). Reports of another are not about this assignment.
     pub since: Option<Version>,
+    /// Whether its last attempt failed; stays when it is given its release of before.
+    pub failed: bool,
     /// Why it is `Deferred`.
     pub deferral: Option<Deferral>,
     /// How far its way back is, once `Reverted`.
@@ -542,6 +544,67 @@ pub struct Opening<'a> {
     pub before: Option<&'a Rollout>,
     /// Now.
     pub now: UnixMs,
+}
+
+impl Assignment {
+    /// Whether the device may be replacing its containers at this moment as far as the hub can know, so that
+    /// it counts against `maxUnavailable`: from the offer to its end, and on the way back.
+    ///
+    /// A device that is put off holds none: one that is offline would hold it for as long as it likes.
+    #[must_use]
+    pub const fn holds_slot(&self) -> bool {
+        match self.state {
+            AssignmentState::Offered => true,
+            AssignmentState::Device(phase) => !phase.is_final(),
+            AssignmentState::Reverted => matches!(self.revert, Some(Revert::Switching)),
+            AssignmentState::Planned | AssignmentState::Silent | AssignmentState::Deferred => false,
+        }
+    }
+
+    /// Whether its attempt ended, well or badly.
+    #[must_use]
+    pub const fn has_ended(&self) -> bool {
+        match self.state {
+            AssignmentState::Device(phase) => phase.is_final(),
+            AssignmentState::Silent => true,
+            AssignmentState::Planned
+            | AssignmentState::Offered
+            | AssignmentState::Deferred
+            | AssignmentState::Reverted => false,
+        }
+    }
+
+    /// Whether it began to switch to the release, was given it, or may have: what a rollback must undo.
+    #[must_use]
+    pub const fn has_intent(&self) -> bool {
+        self.since.is_some()
+            && !matches!(
+                self.state,
+                AssignmentState::Planned | AssignmentState::Reverted
+            )
+    }
+}
+
+/// Whether a device's attempt ended badly in this state.
+#[must_use]
+pub const fn is_failure(state: AssignmentState) -> bool {
+    match state {
+        AssignmentState::Silent => true,
+        AssignmentState::Device(phase) => match phase {
+            Phase::Rejected | Phase::RolledBack | Phase::Failed => true,
+            Phase::Accepted
+            | Phase::Staging
+            | Phase::Blocked
+            | Phase::Activating
+            | Phase::Soaking
+            | Phase::Succeeded
+            | Phase::Removing => false,
+        },
+        AssignmentState::Planned
+        | AssignmentState::Offered
+        | AssignmentState::Deferred
+        | AssignmentState::Reverted => false,
+    }
 }
 
 impl Rollout {

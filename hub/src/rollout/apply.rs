@@ -1,0 +1,187 @@
+//! What the records look like after an [`Action`]: one flat match that decides nothing.
+
+use foreshore_protocol::api::{AssignmentState, RolloutState};
+use foreshore_protocol::{DeviceId, Version};
+
+use super::state::{
+    Action, Assignment, Deferral, Revert, Rollout, Tick, Touched, UnixMs, is_failure,
+};
+
+impl Rollout {
+    /// Records an action. The caller commits the records it names in the same transaction as the writes that the
+    /// action asks for. An action about a device or wave that the rollout does not have changes nothing.
+    ///
+    /// `written` is the version under which an `Offer`, `OfferLater` or `Restore` was written to the device's
+    /// desired state; it is not looked at for the other actions.
+    pub fn apply(&mut self, action: &Action, written: Option<Version>, now: UnixMs) -> Touched {
+        let tick = self.clock.tick(now);
+        match action {
+            Action::Offer { device, .. } => {
+                let deadline = tick.plus(self.policy.begin_within_ms);
+                self.change(device, tick, |assignment| {
+                    assignment.since = written;
+                    assignment.deadline = Some(deadline);
+                    assignment.enter(AssignmentState::Offered, None);
+                    assignment.message = None;
+                })
+            }
+            Action::OfferLater { device, .. } => self.change(device, tick, |assignment| {
+                assignment.since = written;
+                assignment.enter(AssignmentState::Deferred, Some(Deferral::Offline));
+            }),
+            Action::Restore { device, revert, .. } => {
+                let patience = self
+                    .policy
+                    .begin_within_ms
+                    .saturating_add(self.policy.silent_after_ms());
+                self.change(device, tick, |assignment| {
+                    assignment.since = written;
+                    assignment.deadline = Some(tick.plus(patience));
+                    assignment.revert = Some(*revert);
+                    assignment.enter(AssignmentState::Reverted, None);
+                })
+            }
+            Action::Assign {
+                device,
+                state,
+                deferral,
+                deadline,
+                message,
+            } => {
+                self.change(device, tick, |assignment| {
+                    if *state == AssignmentState::Planned {
+                        // It starts over; what it says of an earlier offer is not about the next one.
+                        assignment.since = None;
+                    }
+                    assignment.deadline = *deadline;
+                    assignment.enter(*state, *deferral);
+                    assignment.message.clone_from(message);
+                })
+            }
+            Action::Reverted {
+                device,
+                revert,
+                message,
+            } => self.change(device, tick, |assignment| {
+                assignment.deadline = None;
+                assignment.revert = Some(*revert);
+                assignment.enter(AssignmentState::Reverted, None);
+                if message.is_some() {
+                    assignment.message.clone_from(message);
+                }
+            }),
+            Action::Replace { out, into } => {
+                self.replace(out, into);
+                Touched::Assignments(out.clone(), into.clone())
+            }
+            Action::Wave {
+                ordinal,
+                state,
+                bake_until,
+            } => {
+                let index = usize::try_from(*ordinal)
+                    .ok()
+                    .and_then(|ordinal| ordinal.checked_sub(1));
+                if let Some(wave) = index.and_then(|index| self.waves.get_mut(index)) {
+                    wave.state = *state;
+                    wave.bake_until = *bake_until;
+                }
+                Touched::Wave(*ordinal)
+            }
+            Action::Enter {
+                state,
+                cause,
+                message,
+            } => {
+                self.state = *state;
+                self.cause = *cause;
+                self.message.clone_from(message);
+                self.finished = state.is_final().then_some(now);
+                self.set_clock(now);
+                Touched::Header
+            }
+            Action::Freeze => {
+                self.frozen = true;
+                self.set_clock(now);
+                Touched::Header
+            }
+            Action::Thaw => {
+                self.frozen = false;
+                self.set_clock(now);
+                Touched::Header
+            }
+        }
+    }
+
+    fn change(
+        &mut self,
+        device: &DeviceId,
+        tick: Tick,
+        change: impl FnOnce(&mut Assignment),
+    ) -> Touched {
+        if let Some(assignment) = self.assignments.get_mut(device) {
+            let before = (assignment.state, assignment.revert);
+            change(assignment);
+            if before != (assignment.state, assignment.revert) {
+                assignment.changed = tick;
+            }
+        }
+        Touched::Assignment(device.clone())
+    }
+
+    /// Rank goes along with the wave, so that a wave stays a run of ranks.
+    fn replace(&mut self, out: &DeviceId, into: &DeviceId) {
+        let place = |rollout: &Self, device| {
+            rollout
+                .assignments
+                .get(device)
+                .map(|assignment| (assignment.wave, assignment.rank))
+        };
+        let (Some(first), Some(second)) = (place(self, out), place(self, into)) else {
+            return;
+        };
+        for (device, (wave, rank)) in [(out, second), (into, first)] {
+            if let Some(assignment) = self.assignments.get_mut(device) {
+                assignment.wave = wave;
+                assignment.rank = rank;
+            }
+        }
+        // Its new wave may not be open, and offline is nothing to note before it is.
+        if let Some(assignment) = self.assignments.get_mut(out) {
+            assignment.enter(AssignmentState::Planned, None);
+            assignment.message = None;
+        }
+    }
+
+    /// It stands still while paused or frozen, and only then.
+    fn set_clock(&mut self, now: UnixMs) {
+        let paused = matches!(
+            self.state,
+            RolloutState::Paused | RolloutState::RollbackPaused
+        );
+        if paused || (self.frozen && !self.state.is_final()) {
+            self.clock.stop(now);
+        } else {
+            self.clock.go(now);
+        }
+    }
+}
+
+impl Assignment {
+    fn enter(&mut self, state: AssignmentState, deferral: Option<Deferral>) {
+        self.state = state;
+        self.deferral = deferral;
+        match state {
+            // What it did before it was sent back stays on record.
+            AssignmentState::Reverted => {}
+            AssignmentState::Planned
+            | AssignmentState::Offered
+            | AssignmentState::Device(_)
+            | AssignmentState::Silent
+            | AssignmentState::Deferred => {
+                self.failed = is_failure(state);
+                self.revert = None::<Revert>;
+            }
+        }
+    }
+}

@@ -1,0 +1,547 @@
+//! What must always hold of a rollout, said once more and in another way than the code that decides.
+//!
+//! Property tests and the simulator call [`check`] after every change and [`check_action`] before every action
+//! that [`super::advance`] wants; a rule that is broken is named. Nothing here decides anything.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use foreshore_protocol::DeviceId;
+use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
+use foreshore_protocol::manifest::OnFailure;
+use foreshore_protocol::message::Phase;
+
+use super::state::{Action, Assignment, Fleet, Revert, Rollout, UnixMs, is_failure};
+
+/// The rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Rule {
+    /// Each device is in one wave; waves have their exact sizes and are runs of ranks.
+    WaveSizes,
+    /// A wave opens only after every wave before it passed or was skipped.
+    WaveOrder,
+    /// Devices of a wave that is not open were offered nothing.
+    NotBeforeItsTurn,
+    /// A wave passes only through its gates.
+    Gates,
+    /// After a broken budget nothing is offered.
+    NoOfferAfterBreak,
+    /// Nothing is offered, opened or timed out while paused or frozen.
+    NothingWhileStopped,
+    /// At most `maxUnavailable` slots are held when another is given.
+    MaxUnavailable,
+    /// A device is offered the release once, while it is online.
+    OfferOnce,
+    /// Only a device that was seen switching can be silent, and only after its deadline.
+    SilentOnlyAfterSwitching,
+    /// A device that was seen switching, or that ended, is never put off.
+    DeferredOnlyBeforeBegin,
+    /// Only broken brakes cause a rollback, never a rollback and never darkness.
+    RollbackCause,
+    /// A final state leaves nothing open.
+    FinalIsFinal,
+    /// The records of one assignment fit together.
+    Coherent,
+    /// The clock stands still while paused or frozen, and only then.
+    ClockStops,
+}
+
+/// A broken rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// Which.
+    pub rule: Rule,
+    /// How.
+    pub detail: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {}", self.rule, self.detail)
+    }
+}
+
+#[derive(Default)]
+struct Findings(Vec<Violation>);
+
+impl Findings {
+    fn require(&mut self, holds: bool, rule: Rule, detail: impl FnOnce() -> String) {
+        if !holds {
+            self.0.push(Violation {
+                rule,
+                detail: detail(),
+            });
+        }
+    }
+}
+
+/// What is wrong with these records; empty if nothing is.
+#[must_use]
+pub fn check(rollout: &Rollout) -> Vec<Violation> {
+    let mut findings = Findings::default();
+    check_sizes(rollout, &mut findings);
+    check_order(rollout, &mut findings);
+    for (device, assignment) in &rollout.assignments {
+        check_assignment(rollout, device, assignment, &mut findings);
+    }
+    let stopped = rollout.clock.stopped_at.is_some();
+    let should = !rollout.state.is_final()
+        && (rollout.frozen
+            || matches!(
+                rollout.state,
+                RolloutState::Paused | RolloutState::RollbackPaused
+            ));
+    findings.require(stopped == should, Rule::ClockStops, || {
+        format!(
+            "{:?}, frozen: {}, clock stopped: {stopped}",
+            rollout.state, rollout.frozen
+        )
+    });
+    findings.require(
+        rollout.finished.is_some() == rollout.state.is_final(),
+        Rule::FinalIsFinal,
+        || format!("{:?} with finished {:?}", rollout.state, rollout.finished),
+    );
+    findings.0
+}
+
+fn check_sizes(rollout: &Rollout, findings: &mut Findings) {
+    let mut by_rank: BTreeMap<u32, u32> = BTreeMap::new();
+    for assignment in rollout.assignments.values() {
+        by_rank.insert(assignment.rank, assignment.wave);
+    }
+    let expected: Vec<(u32, u32)> = rollout
+        .waves
+        .iter()
+        .zip(1_u32..)
+        .flat_map(|(wave, ordinal)| (0..wave.size).map(move |_| ordinal))
+        .zip(0_u32..)
+        .map(|(ordinal, rank)| (rank, ordinal))
+        .collect();
+    let found: Vec<(u32, u32)> = by_rank.into_iter().collect();
+    findings.require(
+        found.len() == rollout.assignments.len() && found == expected,
+        Rule::WaveSizes,
+        || format!("ranks and waves are {found:?}, not {expected:?}"),
+    );
+}
+
+fn check_order(rollout: &Rollout, findings: &mut Findings) {
+    let mut before_over = true;
+    for (wave, ordinal) in rollout.waves.iter().zip(1_u32..) {
+        findings.require(
+            wave.state == WaveState::Pending || before_over,
+            Rule::WaveOrder,
+            || {
+                format!(
+                    "wave {ordinal} is {:?} before all waves before it passed",
+                    wave.state
+                )
+            },
+        );
+        before_over &= matches!(wave.state, WaveState::Passed | WaveState::Skipped);
+    }
+    if rollout.state == RolloutState::Completed {
+        findings.require(before_over, Rule::FinalIsFinal, || {
+            "completed before its last wave passed".to_owned()
+        });
+    }
+}
+
+fn check_assignment(
+    rollout: &Rollout,
+    device: &DeviceId,
+    assignment: &Assignment,
+    findings: &mut Findings,
+) {
+    let Assignment {
+        state,
+        since,
+        deferral,
+        revert,
+        failed,
+        deadline,
+        ..
+    } = assignment;
+    let shown = || format!("{device}: {assignment:?}");
+    let pending = rollout
+        .wave(assignment.wave)
+        .is_none_or(|wave| wave.state == WaveState::Pending);
+    let untouched = *state == AssignmentState::Planned || *revert == Some(Revert::Gone);
+    findings.require(!pending || untouched, Rule::NotBeforeItsTurn, shown);
+    findings.require(
+        deferral.is_some() == (*state == AssignmentState::Deferred),
+        Rule::Coherent,
+        shown,
+    );
+    findings.require(
+        revert.is_some() == (*state == AssignmentState::Reverted),
+        Rule::Coherent,
+        shown,
+    );
+    findings.require(
+        *state == AssignmentState::Reverted || *failed == is_failure(*state),
+        Rule::Coherent,
+        shown,
+    );
+    let timed = match state {
+        AssignmentState::Offered => true,
+        AssignmentState::Device(phase) => !phase.is_final(),
+        AssignmentState::Planned
+        | AssignmentState::Silent
+        | AssignmentState::Deferred
+        | AssignmentState::Reverted => false,
+    };
+    findings.require(!timed || deadline.is_some(), Rule::Coherent, || {
+        format!("{device} is {state:?} without a deadline: nothing would ever end it")
+    });
+    let open = timed || *state == AssignmentState::Planned;
+    let withdrawn = !open
+        && !(*state == AssignmentState::Deferred && since.is_some())
+        && (*state == AssignmentState::Silent || !is_failure(*state));
+    let at_rest = match rollout.state {
+        RolloutState::Completed => {
+            !open && (*state != AssignmentState::Deferred || since.is_some())
+        }
+        RolloutState::RolledBack => !assignment.has_intent(),
+        RolloutState::Aborted | RolloutState::Superseded => {
+            let switching = matches!(state, AssignmentState::Device(phase) if phase.is_switching());
+            withdrawn || switching || *state == AssignmentState::Planned
+        }
+        RolloutState::Running
+        | RolloutState::Paused
+        | RolloutState::RollingBack
+        | RolloutState::RollbackPaused => true,
+    };
+    findings.require(at_rest, Rule::FinalIsFinal, || {
+        format!("{:?} with {device}: {assignment:?}", rollout.state)
+    });
+}
+
+/// What would be wrong with an action that [`super::advance`] wants to do to `rollout` at `now`; empty if nothing is.
+#[must_use]
+pub fn check_action(
+    rollout: &Rollout,
+    action: &Action,
+    fleet: &Fleet,
+    now: UnixMs,
+) -> Vec<Violation> {
+    let mut findings = Findings::default();
+    let stopped = rollout.clock.stopped_at.is_some();
+    match action {
+        Action::Offer { device, placement } => {
+            check_offer(rollout, device, fleet, &mut findings);
+            findings.require(*placement == rollout.placement(), Rule::OfferOnce, || {
+                format!("{device} is offered {placement:?}")
+            });
+        }
+        Action::OfferLater { device, .. } => {
+            check_brakes(rollout, &mut findings);
+            let over = rollout
+                .waves
+                .iter()
+                .all(|w| matches!(w.state, WaveState::Passed | WaveState::Skipped));
+            findings.require(over, Rule::WaveOrder, || {
+                format!("{device} is left the release before the end")
+            });
+        }
+        Action::Restore { device, revert, .. } => {
+            check_restore(rollout, device, *revert, &mut findings)
+        }
+        Action::Assign { device, state, .. } => {
+            check_assign(rollout, device, *state, now, &mut findings)
+        }
+        Action::Reverted { .. } => {}
+        Action::Replace { out, into } => {
+            let idle = |device| {
+                rollout
+                    .assignments
+                    .get(device)
+                    .is_some_and(|a| a.since.is_none())
+            };
+            findings.require(idle(out) && idle(into), Rule::OfferOnce, || {
+                format!("{out} and {into} change places after an offer")
+            });
+            findings.require(succeeded(rollout, None) == 0, Rule::Gates, || {
+                "a canary replaced for none".to_owned()
+            });
+        }
+        Action::Wave { ordinal, state, .. } => {
+            check_wave(rollout, *ordinal, *state, now, &mut findings)
+        }
+        Action::Enter { state, .. } => check_enter(rollout, *state, &mut findings),
+        Action::Freeze => {
+            findings.require(fleet.pulse.mostly_dark(), Rule::NothingWhileStopped, || {
+                format!("frozen with {:?}", fleet.pulse)
+            })
+        }
+        Action::Thaw => findings.require(stopped, Rule::ClockStops, || {
+            "thawed while its clock ran".to_owned()
+        }),
+    }
+    findings.0
+}
+
+fn succeeded(rollout: &Rollout, ordinal: Option<u32>) -> usize {
+    let done = AssignmentState::Device(Phase::Succeeded);
+    members(rollout, ordinal)
+        .filter(|assignment| assignment.state == done)
+        .count()
+}
+
+fn failed(rollout: &Rollout, ordinal: Option<u32>) -> usize {
+    members(rollout, ordinal)
+        .filter(|assignment| assignment.failed)
+        .count()
+}
+
+fn members(rollout: &Rollout, ordinal: Option<u32>) -> impl Iterator<Item = &Assignment> {
+    rollout
+        .assignments
+        .values()
+        .filter(move |assignment| ordinal.is_none_or(|ordinal| assignment.wave == ordinal))
+}
+
+/// Whether the brakes must be on: counted from the assignments, in integers.
+#[must_use]
+pub fn budget_is_broken(rollout: &Rollout) -> bool {
+    let budget = &rollout.policy.budget;
+    let (bad, good) = (
+        failed(rollout, None) as u64,
+        succeeded(rollout, None) as u64,
+    );
+    bad >= u64::from(budget.count)
+        || (bad > 0
+            && bad + good >= u64::from(budget.min_sample)
+            && bad * 100 > u64::from(budget.percent) * (bad + good))
+}
+
+fn check_brakes(rollout: &Rollout, findings: &mut Findings) {
+    findings.require(!budget_is_broken(rollout), Rule::NoOfferAfterBreak, || {
+        format!(
+            "an offer with {} failed and {} succeeded",
+            failed(rollout, None),
+            succeeded(rollout, None)
+        )
+    });
+    let broke = rollout
+        .waves
+        .iter()
+        .any(|wave| wave.state == WaveState::Failed);
+    findings.require(!broke, Rule::NoOfferAfterBreak, || {
+        "an offer after a wave failed".to_owned()
+    });
+    let runs = rollout.state == RolloutState::Running && rollout.clock.stopped_at.is_none();
+    findings.require(runs, Rule::NothingWhileStopped, || {
+        format!(
+            "an offer while {:?}, frozen: {}",
+            rollout.state, rollout.frozen
+        )
+    });
+}
+
+fn check_offer(rollout: &Rollout, device: &DeviceId, fleet: &Fleet, findings: &mut Findings) {
+    check_brakes(rollout, findings);
+    let Some(assignment) = rollout.assignments.get(device) else {
+        findings.require(false, Rule::OfferOnce, || {
+            format!("{device} is not in the frozen set")
+        });
+        return;
+    };
+    findings.require(
+        assignment.state == AssignmentState::Planned,
+        Rule::OfferOnce,
+        || format!("{device} is offered while {:?}", assignment.state),
+    );
+    let online = fleet.devices.get(device).is_some_and(|facts| facts.online);
+    findings.require(online, Rule::OfferOnce, || {
+        format!("{device} is offered while offline")
+    });
+    let opened = rollout
+        .wave(assignment.wave)
+        .is_some_and(|wave| wave.state != WaveState::Pending);
+    findings.require(opened, Rule::NotBeforeItsTurn, || {
+        format!("{device} is offered before its wave")
+    });
+    check_slots(rollout, device, findings);
+}
+
+fn check_slots(rollout: &Rollout, device: &DeviceId, findings: &mut Findings) {
+    let held = rollout
+        .assignments
+        .values()
+        .filter(|assignment| assignment.holds_slot())
+        .count();
+    let max = rollout.policy.max_unavailable;
+    findings.require(held < max as usize, Rule::MaxUnavailable, || {
+        format!("{device} is to switch while {held} of {max} do")
+    });
+}
+
+fn check_restore(rollout: &Rollout, device: &DeviceId, revert: Revert, findings: &mut Findings) {
+    findings.require(
+        rollout.state == RolloutState::RollingBack,
+        Rule::RollbackCause,
+        || format!("{device} is sent back while {:?}", rollout.state),
+    );
+    let Some(assignment) = rollout.assignments.get(device) else {
+        return;
+    };
+    findings.require(assignment.has_intent(), Rule::RollbackCause, || {
+        format!("{device} has nothing to undo")
+    });
+    if revert == Revert::Switching && !assignment.holds_slot() {
+        check_slots(rollout, device, findings);
+    }
+}
+
+fn check_assign(
+    rollout: &Rollout,
+    device: &DeviceId,
+    state: AssignmentState,
+    now: UnixMs,
+    findings: &mut Findings,
+) {
+    let Some(assignment) = rollout.assignments.get(device) else {
+        return;
+    };
+    let switching =
+        matches!(assignment.state, AssignmentState::Device(phase) if phase.is_switching());
+    if state == AssignmentState::Silent {
+        let late = assignment
+            .deadline
+            .is_some_and(|deadline| rollout.clock.tick(now) >= deadline);
+        findings.require(switching && late, Rule::SilentOnlyAfterSwitching, || {
+            format!("{device}: {assignment:?}")
+        });
+        let runs = rollout.clock.stopped_at.is_none();
+        findings.require(runs, Rule::NothingWhileStopped, || {
+            format!("{device} timed out while the clock stood")
+        });
+    }
+    if state == AssignmentState::Deferred {
+        let begun = switching || assignment.has_ended();
+        findings.require(!begun, Rule::DeferredOnlyBeforeBegin, || {
+            format!("{device}: {assignment:?}")
+        });
+    }
+}
+
+fn check_wave(
+    rollout: &Rollout,
+    ordinal: u32,
+    state: WaveState,
+    now: UnixMs,
+    findings: &mut Findings,
+) {
+    let Some(wave) = rollout.wave(ordinal) else {
+        return;
+    };
+    let here = Some(ordinal);
+    let shown = || {
+        format!(
+            "wave {ordinal} from {:?} to {state:?} in {:?}",
+            wave.state, rollout.state
+        )
+    };
+    findings.require(
+        rollout.state == RolloutState::Running,
+        Rule::WaveOrder,
+        shown,
+    );
+    let live = members(rollout, here)
+        .filter(|assignment| assignment.revert != Some(Revert::Gone))
+        .count();
+    match state {
+        WaveState::Open => {
+            let over = rollout
+                .waves
+                .iter()
+                .zip(1..ordinal)
+                .all(|(wave, _)| matches!(wave.state, WaveState::Passed | WaveState::Skipped));
+            findings.require(over, Rule::WaveOrder, shown);
+            findings.require(!rollout.frozen, Rule::NothingWhileStopped, shown);
+        }
+        WaveState::Skipped => findings.require(live == 0, Rule::Gates, shown),
+        WaveState::Baking => {
+            findings.require(succeeded(rollout, here) > 0, Rule::Gates, shown);
+            check_all_ended(rollout, ordinal, findings);
+        }
+        WaveState::Passed => {
+            let tick = rollout.clock.tick(now);
+            if wave.state == WaveState::Baking {
+                findings.require(
+                    wave.bake_until.is_some_and(|until| until <= tick),
+                    Rule::Gates,
+                    shown,
+                );
+            } else {
+                check_all_ended(rollout, ordinal, findings);
+                let fresh = members(rollout, here)
+                    .filter(|assignment| {
+                        assignment.state == AssignmentState::Device(Phase::Succeeded)
+                    })
+                    .any(|assignment| assignment.changed.plus(rollout.policy.bake_ms) > tick);
+                findings.require(!fresh, Rule::Gates, shown);
+                let proven = succeeded(rollout, None) > 0 && failed(rollout, here) == 0;
+                findings.require(
+                    live == 0 || succeeded(rollout, here) > 0 || proven,
+                    Rule::Gates,
+                    shown,
+                );
+            }
+        }
+        WaveState::Failed | WaveState::Pending => {}
+    }
+}
+
+fn check_all_ended(rollout: &Rollout, ordinal: u32, findings: &mut Findings) {
+    for (device, assignment) in rollout
+        .assignments
+        .iter()
+        .filter(|(_, assignment)| assignment.wave == ordinal)
+    {
+        let over = match assignment.state {
+            AssignmentState::Planned | AssignmentState::Offered => false,
+            AssignmentState::Device(phase) => phase.is_final(),
+            AssignmentState::Silent | AssignmentState::Deferred | AssignmentState::Reverted => true,
+        };
+        findings.require(over, Rule::Gates, || {
+            format!(
+                "wave {ordinal} goes on while {device} is {:?}",
+                assignment.state
+            )
+        });
+    }
+}
+
+fn check_enter(rollout: &Rollout, state: RolloutState, findings: &mut Findings) {
+    let shown = || format!("from {:?} to {state:?}", rollout.state);
+    let all_failed = || {
+        rollout.waves.iter().zip(1_u32..).any(|(wave, ordinal)| {
+            wave.state == WaveState::Failed
+                && failed(rollout, Some(ordinal)) > 0
+                && succeeded(rollout, Some(ordinal)) == 0
+        })
+    };
+    let allowed = match state {
+        RolloutState::RollingBack | RolloutState::Paused => {
+            let policy = match rollout.policy.on_failure {
+                OnFailure::Rollback => RolloutState::RollingBack,
+                OnFailure::Pause => RolloutState::Paused,
+            };
+            rollout.state == RolloutState::Running
+                && state == policy
+                && (budget_is_broken(rollout) || all_failed())
+        }
+        RolloutState::RolledBack | RolloutState::RollbackPaused => {
+            rollout.state == RolloutState::RollingBack
+        }
+        RolloutState::Completed => {
+            check_brakes(rollout, findings);
+            true
+        }
+        RolloutState::Running | RolloutState::Aborted | RolloutState::Superseded => false,
+    };
+    findings.require(allowed, Rule::RollbackCause, shown);
+}

@@ -1,0 +1,197 @@
+//! What an operator, or a newer rollout, may ask of a rollout. Each command says what to do or why not;
+//! the caller applies and commits the actions just like those of [`super::advance`].
+
+use foreshore_protocol::Digest;
+use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
+use foreshore_protocol::message::Phase;
+
+use super::rollback::restore;
+use super::state::{Action, Assignment, Cause, Refused, Revert, Rollout, StateName};
+
+/// Stops offering, or stops going back, until [`resume`]. Devices that were offered the release go on with it,
+/// and what they report is taken in. Does nothing if it is paused already.
+///
+/// # Errors
+///
+/// [`Refused::Final`].
+pub fn pause(rollout: &Rollout) -> Result<Vec<Action>, Refused> {
+    let enter = |state| Action::Enter {
+        state,
+        cause: Some(Cause::Operator),
+        message: Some("paused by an operator".to_owned()),
+    };
+    match rollout.state {
+        RolloutState::Running => Ok(vec![enter(RolloutState::Paused)]),
+        RolloutState::RollingBack => Ok(vec![enter(RolloutState::RollbackPaused)]),
+        RolloutState::Paused | RolloutState::RollbackPaused => Ok(Vec::new()),
+        RolloutState::Completed
+        | RolloutState::Aborted
+        | RolloutState::RolledBack
+        | RolloutState::Superseded => Err(is_final(rollout)),
+    }
+}
+
+/// Goes on. If failures had stopped it, the failed devices are tried again, in their own waves and against a
+/// budget that counts anew; so the brakes hold for the second try as for the first. If its way back had
+/// failed, the devices that could not go back are told again. Does nothing if it is not paused.
+///
+/// # Errors
+///
+/// [`Refused::Final`].
+pub fn resume(rollout: &Rollout) -> Result<Vec<Action>, Refused> {
+    let enter = |state, cause, message| Action::Enter {
+        state,
+        cause,
+        message,
+    };
+    match rollout.state {
+        RolloutState::Paused => {
+            let mut actions = match rollout.cause {
+                Some(Cause::Budget | Cause::WaveFailed) => retries(rollout),
+                Some(Cause::Operator | Cause::RollbackFailed | Cause::Superseded) | None => {
+                    Vec::new()
+                }
+            };
+            actions.push(enter(RolloutState::Running, None, None));
+            Ok(actions)
+        }
+        RolloutState::RollbackPaused => {
+            let mut actions: Vec<_> = rollout
+                .assignments
+                .iter()
+                .filter(|(_, assignment)| assignment.revert == Some(Revert::Failed))
+                .map(|(device, assignment)| restore(device, assignment, Revert::Settling))
+                .collect();
+            actions.push(enter(
+                RolloutState::RollingBack,
+                Some(Cause::Budget),
+                Some("an operator told it to go on going back".to_owned()),
+            ));
+            Ok(actions)
+        }
+        RolloutState::Running | RolloutState::RollingBack => Ok(Vec::new()),
+        RolloutState::Completed
+        | RolloutState::Aborted
+        | RolloutState::RolledBack
+        | RolloutState::Superseded => Err(is_final(rollout)),
+    }
+}
+
+/// Gives up: nothing more is offered, devices that have not begun to switch and those that failed are given their
+/// release of before, and those that have or are switching to the new one keep it.
+///
+/// # Errors
+///
+/// [`Refused::Final`].
+pub fn abort(rollout: &Rollout) -> Result<Vec<Action>, Refused> {
+    give_up(
+        rollout,
+        RolloutState::Aborted,
+        Cause::Operator,
+        "aborted by an operator".to_owned(),
+    )
+}
+
+/// Makes room for rollout `by` of the same app, opened in the same transaction: like [`abort`], so that no
+/// device that was offline comes back to a release that nobody watches any more.
+///
+/// # Errors
+///
+/// [`Refused::Final`].
+pub fn supersede(rollout: &Rollout, by: u64) -> Result<Vec<Action>, Refused> {
+    give_up(
+        rollout,
+        RolloutState::Superseded,
+        Cause::Superseded,
+        format!("rollout {by} took its place"),
+    )
+}
+
+/// The release that undoing this rollout goes to, as a rollout of its own with waves and gates.
+///
+/// # Errors
+///
+/// [`Refused::NothingBefore`] if it brought the app's first release.
+pub fn undo_target(rollout: &Rollout) -> Result<Digest, Refused> {
+    rollout
+        .from
+        .ok_or(Refused::NothingBefore { id: rollout.id })
+}
+
+fn is_final(rollout: &Rollout) -> Refused {
+    Refused::Final {
+        id: rollout.id,
+        state: StateName(rollout.state),
+    }
+}
+
+fn retries(rollout: &Rollout) -> Vec<Action> {
+    let waves = rollout
+        .waves
+        .iter()
+        .zip(1_u32..)
+        .filter(|(wave, _)| wave.state == WaveState::Failed)
+        .map(|(_, ordinal)| Action::Wave {
+            ordinal,
+            state: WaveState::Open,
+            bake_until: None,
+        });
+    let devices = rollout
+        .assignments
+        .iter()
+        .filter(|(_, assignment)| {
+            assignment.failed && assignment.state != AssignmentState::Reverted
+        })
+        .map(|(device, _)| Action::Assign {
+            device: device.clone(),
+            state: AssignmentState::Planned,
+            deferral: None,
+            deadline: None,
+            message: None,
+        });
+    waves.chain(devices).collect()
+}
+
+fn give_up(
+    rollout: &Rollout,
+    state: RolloutState,
+    cause: Cause,
+    message: String,
+) -> Result<Vec<Action>, Refused> {
+    if rollout.state.is_final() {
+        return Err(is_final(rollout));
+    }
+    let mut actions: Vec<_> = rollout
+        .assignments
+        .iter()
+        .filter(|(_, assignment)| assignment.has_intent() && !is_updated(assignment))
+        .map(|(device, assignment)| restore(device, assignment, Revert::Settling))
+        .collect();
+    actions.push(Action::Enter {
+        state,
+        cause: Some(cause),
+        message: Some(message),
+    });
+    Ok(actions)
+}
+
+/// Whether the device has the new release, or may have: what an abort leaves alone.
+const fn is_updated(assignment: &Assignment) -> bool {
+    match assignment.state {
+        AssignmentState::Device(phase) => match phase {
+            Phase::Activating | Phase::Soaking | Phase::Succeeded => true,
+            Phase::Accepted
+            | Phase::Rejected
+            | Phase::Staging
+            | Phase::Blocked
+            | Phase::RolledBack
+            | Phase::Failed
+            | Phase::Removing => false,
+        },
+        AssignmentState::Silent => true,
+        AssignmentState::Planned
+        | AssignmentState::Offered
+        | AssignmentState::Deferred
+        | AssignmentState::Reverted => false,
+    }
+}

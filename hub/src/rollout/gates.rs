@@ -1,0 +1,55 @@
+//! When a wave is over, and whether it passed.
+
+use foreshore_protocol::api::WaveState;
+
+use super::budget::Tally;
+use super::state::{Rollout, Tick, Wave};
+
+/// What a wave that was opened waits for, or what becomes of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// Devices are still to be offered the release, or have not ended.
+    InProgress,
+    /// Nobody in the rollout has succeeded yet, and all devices of this wave are put off: finishing
+    /// nothing is not passing.
+    NoCanary,
+    /// Every device that tried failed. An all-failed wave never passes, however large the budget is.
+    AllFailed,
+    /// It waits until its last success is this old.
+    Bake(Tick),
+    /// Every gate is passed.
+    Pass,
+}
+
+/// Looks at the gates of a wave that is open or bakes, at a time when no device of it is `Planned` because it
+/// is offline (those were put off before).
+#[must_use]
+pub fn look(rollout: &Rollout, ordinal: u32, wave: &Wave, tick: Tick) -> Gate {
+    if wave.state == WaveState::Baking {
+        // A device that was put off and returns during the bake joins the rollout's count, not the wave's: a
+        // link that flaps must not hold the wave for ever.
+        return match wave.bake_until {
+            Some(until) if tick < until => Gate::Bake(until),
+            Some(_) | None => Gate::Pass,
+        };
+    }
+    let tally = Tally::of_wave(rollout, ordinal);
+    if tally.planned > 0 || tally.in_progress > 0 {
+        return Gate::InProgress;
+    }
+    match tally.last_success {
+        Some(success) => {
+            let until = success.plus(rollout.policy.bake_ms);
+            if tick < until {
+                Gate::Bake(until)
+            } else {
+                Gate::Pass
+            }
+        }
+        None if tally.failed > 0 => Gate::AllFailed,
+        None if tally.devices == 0 => Gate::Pass,
+        // Every device is put off. Some earlier wave has shown that the release works.
+        None if Tally::of(rollout).succeeded > 0 => Gate::Pass,
+        None => Gate::NoCanary,
+    }
+}
