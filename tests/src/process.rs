@@ -50,26 +50,32 @@ pub fn programs() -> &'static Path {
     static PROGRAMS: OnceLock<PathBuf> = OnceLock::new();
     PROGRAMS.get_or_init(|| {
         let exe = std::env::current_exe().expect("a running test has a path");
-        // target/debug/deps/test-hash
-        let dir = exe
-            .ancestors()
-            .nth(2)
-            .expect("tests run from target/<profile>/deps")
+        // Tests run from target/<profile>/deps, programs from target/<profile>.
+        let mut dir = exe
+            .parent()
+            .expect("a program is in a directory")
             .to_owned();
+        if dir.ends_with("deps") {
+            dir.pop();
+        }
         let target = dir
             .parent()
             .expect("the profile directory is in the target directory");
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let status = Command::new(cargo)
-            .args(["build", "--quiet", "--bins"])
-            .args([
-                "-p",
-                "foreshore-agent",
-                "-p",
-                "foreshore-hub",
-                "-p",
-                "foreshore",
-            ])
+        let mut command = Command::new(cargo);
+        command.args(["build", "--quiet", "--bins"]);
+        command.args([
+            "-p",
+            "foreshore-agent",
+            "-p",
+            "foreshore-hub",
+            "-p",
+            "foreshore",
+        ]);
+        if dir.ends_with("release") {
+            command.arg("--release");
+        }
+        let status = command
             .arg("--target-dir")
             .arg(target)
             .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
