@@ -1,0 +1,295 @@
+//! `hub.toml`: what a hub is configured with. Strict: an unknown key is an error with its line.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use foreshore_images::registry::{ClientConfig, Credentials, RegistryConfig};
+use serde::Deserialize;
+
+/// The largest configuration file that is read: 256 KiB.
+const MAX_CONFIG_BYTES: u64 = 256 * 1024;
+
+/// The longest secret file that is read: a password, not a document.
+const MAX_SECRET_BYTES: u64 = 4096;
+
+/// A hub's configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where SQLite, images and tokens are. Made with mode 0700 when missing.
+    pub data: PathBuf,
+    /// The HTTP side: REST API, registry endpoint and health.
+    #[serde(default)]
+    pub api: ApiConfig,
+    /// Where the MQTT broker is.
+    #[serde(default)]
+    pub broker: BrokerConfig,
+    /// How registries are reached to resolve image tags, by `host` or `host:port`.
+    #[serde(default)]
+    pub registries: BTreeMap<String, RegistryEntry>,
+}
+
+/// `[api]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ApiConfig {
+    /// Address and port; port 0 takes a free one. Default: `127.0.0.1:8480`.
+    pub listen: SocketAddr,
+    /// The largest image archive that is taken, in bytes. Default: 4 GiB.
+    pub max_image_bytes: u64,
+}
+
+impl Default for ApiConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8480)),
+            max_image_bytes: 4 << 30,
+        }
+    }
+}
+
+/// `[broker]`, as written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BrokerConfig {
+    /// Which broker.
+    #[serde(default)]
+    pub kind: BrokerKind,
+    /// For `embedded`: address and port; port 0 takes a free one. Default: `127.0.0.1:1883`.
+    pub listen: Option<SocketAddr>,
+    /// For `external`: `mqtt://host:port`.
+    pub url: Option<String>,
+}
+
+/// Which broker a hub uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BrokerKind {
+    /// The one inside the hub's own process.
+    #[default]
+    Embedded,
+    /// One that runs elsewhere, for example mosquitto.
+    External,
+}
+
+/// `[broker]`, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Broker {
+    /// Listen here.
+    Embedded(SocketAddr),
+    /// Connect there: host and port.
+    External(String, u16),
+}
+
+/// One of `[registries."host:port"]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegistryEntry {
+    /// Whether it speaks HTTP without TLS. Default: false.
+    #[serde(default)]
+    pub plain_http: bool,
+    /// A certificate authority to trust for it, in PEM.
+    pub ca_file: Option<PathBuf>,
+    /// User name, if it wants one.
+    pub username: Option<String>,
+    /// File that holds the password on one line.
+    pub password_file: Option<PathBuf>,
+}
+
+/// Why a configuration is not usable.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("failed to read {}", path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is too large to be what it should be.
+    #[error("{} has more than {max} bytes; it is not what it should be", path.display())]
+    TooLarge {
+        /// Which file.
+        path: PathBuf,
+        /// How much is read.
+        max: u64,
+    },
+    /// The file is not a hub configuration.
+    #[error("{} is not a hub configuration: {message}", path.display())]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Where and what, over several lines.
+        message: String,
+    },
+    /// `[broker]` contradicts itself.
+    #[error("[broker] {0}")]
+    Broker(String),
+    /// A registry entry contradicts itself.
+    #[error("[registries.\"{host}\"] {message}")]
+    Registry {
+        /// Which registry.
+        host: String,
+        /// What is wrong, and what would be right.
+        message: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks a configuration file.
+    ///
+    /// # Errors
+    ///
+    /// See [`ConfigError`].
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = read_bounded(path, MAX_CONFIG_BYTES)?;
+        let config: Self = toml::from_str(&text).map_err(|error| ConfigError::Parse {
+            path: path.to_owned(),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
+        config.broker.check()?;
+        Ok(config)
+    }
+
+    /// What the registry client is built from; reads the password files.
+    ///
+    /// # Errors
+    ///
+    /// When a password file cannot be read, or a user name has no password.
+    pub fn registry_client(&self) -> Result<ClientConfig, ConfigError> {
+        let mut client = ClientConfig::default();
+        for (host, entry) in &self.registries {
+            let wrong = |message: &str| ConfigError::Registry {
+                host: host.clone(),
+                message: message.to_owned(),
+            };
+            let credentials = match (&entry.username, &entry.password_file) {
+                (None, None) => None,
+                (Some(username), Some(file)) => {
+                    let password = read_bounded(file, MAX_SECRET_BYTES)?;
+                    Some(Credentials::new(username.clone(), password.trim_end_matches(['\r', '\n'])))
+                }
+                (Some(_), None) => return Err(wrong("has a username but no password_file")),
+                (None, Some(_)) => return Err(wrong("has a password_file but no username")),
+            };
+            let registry = RegistryConfig {
+                plain_http: entry.plain_http,
+                credentials,
+                ca_file: entry.ca_file.clone(),
+                ..RegistryConfig::default()
+            };
+            client.registries.insert(host.clone(), registry);
+        }
+        Ok(client)
+    }
+}
+
+impl BrokerConfig {
+    /// The broker that is meant.
+    ///
+    /// # Errors
+    ///
+    /// When keys of the other kind are given, or the URL is not `mqtt://host[:port]`.
+    pub fn check(&self) -> Result<Broker, ConfigError> {
+        let wrong = |message: &str| Err(ConfigError::Broker(message.to_owned()));
+        match (self.kind, &self.listen, &self.url) {
+            (BrokerKind::Embedded, _, Some(_)) => {
+                wrong("url belongs to kind = \"external\"; an embedded broker has listen")
+            }
+            (BrokerKind::Embedded, listen, None) => {
+                Ok(Broker::Embedded(listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 1883)))))
+            }
+            (BrokerKind::External, Some(_), _) => {
+                wrong("listen belongs to kind = \"embedded\"; an external broker has url")
+            }
+            (BrokerKind::External, None, None) => {
+                wrong("kind = \"external\" needs url = \"mqtt://host:port\"")
+            }
+            (BrokerKind::External, None, Some(url)) => broker_url(url),
+        }
+    }
+}
+
+fn broker_url(url: &str) -> Result<Broker, ConfigError> {
+    let wrong = || ConfigError::Broker(format!("url {url:?} is not mqtt://host:port"));
+    let authority = url.strip_prefix("mqtt://").ok_or_else(wrong)?.trim_end_matches('/');
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !host.ends_with(':') && (!host.contains(':') || host.ends_with(']')) => {
+            (host, port.parse().map_err(|_| wrong())?)
+        }
+        _ => (authority, 1883),
+    };
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    if host.is_empty() || host.contains(['/', '@', '?', '#', ' ']) {
+        return Err(wrong());
+    }
+    Ok(Broker::External(host.to_owned(), port))
+}
+
+fn read_bounded(path: &Path, max: u64) -> Result<String, ConfigError> {
+    use std::io::Read as _;
+    let read = |source| ConfigError::Read { path: path.to_owned(), source };
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(read)?;
+    file.take(max + 1).read_to_string(&mut text).map_err(read)?;
+    if text.len() as u64 > max {
+        return Err(ConfigError::TooLarge { path: path.to_owned(), max });
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hub.toml");
+        std::fs::write(&path, text).unwrap();
+        Config::load(&path)
+    }
+
+    #[test]
+    fn the_smallest_configuration_has_the_documented_defaults() {
+        let config = load("data = \"/var/lib/foreshore-hub\"").unwrap();
+        assert_eq!(config.api.listen.to_string(), "127.0.0.1:8480");
+        assert_eq!(
+            config.broker.check().unwrap(),
+            Broker::Embedded("127.0.0.1:1883".parse().unwrap())
+        );
+    }
+
+    #[test]
+    fn unknown_keys_are_named_with_their_line() {
+        let error = load("data = \"/x\"\n[api]\nlisten = \"127.0.0.1:0\"\nport = 1\n").unwrap_err().to_string();
+        assert!(error.contains("port") && error.contains("line 4"), "{error}");
+    }
+
+    #[test]
+    fn brokers_say_one_thing() {
+        for (text, expected) in [
+            ("kind = \"external\"\nurl = \"mqtt://h:1\"", Some(Broker::External("h".into(), 1))),
+            ("kind = \"external\"\nurl = \"mqtt://h\"", Some(Broker::External("h".into(), 1883))),
+            ("kind = \"external\"\nurl = \"mqtt://[::1]:5\"", Some(Broker::External("::1".into(), 5))),
+            ("kind = \"external\"", None),
+            ("kind = \"external\"\nurl = \"http://h:1\"", None),
+            ("kind = \"external\"\nurl = \"mqtt://:1\"", None),
+            ("kind = \"external\"\nurl = \"mqtt://h:x\"", None),
+            ("kind = \"external\"\nurl = \"mqtt://h:1\"\nlisten = \"127.0.0.1:1\"", None),
+            ("kind = \"embedded\"\nurl = \"mqtt://h:1\"", None),
+        ] {
+            let loaded = load(&format!("data = \"/x\"\n[broker]\n{text}\n"));
+            assert_eq!(loaded.ok().map(|config| config.broker.check().unwrap()), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn half_a_credential_is_refused() {
+        let config = load("data = \"/x\"\n[registries.\"r:5000\"]\nusername = \"u\"\n").unwrap();
+        let error = config.registry_client().unwrap_err().to_string();
+        assert!(error.contains("r:5000") && error.contains("password_file"), "{error}");
+    }
+}

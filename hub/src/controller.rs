@@ -1,0 +1,303 @@
+//! The controller: every change of what the hub knows, each in one transaction.
+//!
+//! [`Controller`] is the handle that API and link call. Each call runs synchronous code over a [`Change`] on the
+//! store's writer, so that the pure [`crate::rollout`] engine, the desired states it asks for and their outbox
+//! rows commit together or not at all. [`Controller::run`] is the one loop: it advances rollouts that have news
+//! or are due. Deadlines are columns; a crash loses none.
+//!
+//! | file | what it changes |
+//! |---|---|
+//! | [`change`] | the transaction at hand and what follows from it |
+//! | [`apps`] | apply, plan, undo, delete |
+//! | [`rollouts`] | opening, advancing and commanding rollouts |
+//! | [`membership`] | which device an app selects, and what newcomers get |
+//! | [`ingest`] | what devices say |
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use foreshore_protocol::AppName;
+use rusqlite::Connection;
+use tokio::sync::{Notify, watch};
+
+use crate::clock::HubClock;
+use crate::rollout::{Refused, UnixMs};
+use crate::store::{self, Store, StoreError};
+
+pub mod apps;
+pub mod change;
+pub mod ingest;
+pub mod membership;
+pub mod rollouts;
+
+pub use change::{Change, Effects};
+
+/// How often devices send a beacon: 15 minutes.
+pub const BEACON_INTERVAL_MS: u32 = 15 * 60_000;
+
+/// A device that was not heard of for so long is not connected, whatever the broker said last: its Will was lost.
+const STALE_AFTER_MS: u64 = 2 * BEACON_INTERVAL_MS as u64 + 60_000;
+
+/// How often the loop looks for what no event announces: stale devices, events beyond the bound.
+const HOUSEKEEPING: Duration = Duration::from_secs(30);
+
+/// The least time between two rounds of advancing, so that a burst of reports is taken in at once.
+const ROUND_MIN: Duration = Duration::from_millis(20);
+
+/// How many rollouts of an app are kept at least.
+const KEEP_ROLLOUTS: u64 = 100;
+
+/// Why a change was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// There is no such app.
+    #[error("there is no app {0}")]
+    UnknownApp(AppName),
+    /// There is no such device.
+    #[error("there is no device {0}; a device appears when it first connects")]
+    UnknownDevice(foreshore_protocol::DeviceId),
+    /// There is no such rollout.
+    #[error("there is no rollout {0}")]
+    UnknownRollout(u64),
+    /// The manifest names another app than the path.
+    #[error("the path names app {path}, the manifest {manifest}")]
+    OtherApp {
+        /// In the path.
+        path: AppName,
+        /// In the manifest.
+        manifest: AppName,
+    },
+    /// The rollout is in a state that does not allow it.
+    #[error("{0}")]
+    Refused(#[from] Refused),
+    /// The app is being deleted.
+    #[error("app {0} is being deleted; apply it again to keep it")]
+    Deleting(AppName),
+    /// The app has no rollout to go back from.
+    #[error("app {0} has no completed release that could be undone")]
+    NothingToUndo(AppName),
+    /// A connected device would come back at once.
+    #[error("device {0} is connected; stop its agent first, or it comes back at once")]
+    Connected(foreshore_protocol::DeviceId),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<rusqlite::Error> for ControlError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+/// What is known of the hub's own link to the broker.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Listening {
+    /// Since when the hub hears the broker without a break; `None`: it does not.
+    pub since: Option<UnixMs>,
+    /// How long devices may need from then on to be heard again, in milliseconds.
+    pub settle_ms: u64,
+}
+
+/// The handle to the controller. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Controller {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    store: Store,
+    clock: HubClock,
+    listening: Mutex<Listening>,
+    dirty: Mutex<BTreeSet<AppName>>,
+    news: Notify,
+    publish: Notify,
+    events: watch::Sender<()>,
+}
+
+impl Controller {
+    /// A controller over a store. Nothing moves until [`Self::run`].
+    #[must_use]
+    pub fn new(store: Store, clock: HubClock) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                store,
+                clock,
+                listening: Mutex::default(),
+                dirty: Mutex::default(),
+                news: Notify::new(),
+                publish: Notify::new(),
+                events: watch::Sender::new(()),
+            }),
+        }
+    }
+
+    /// The store, for reading.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.inner.store
+    }
+
+    /// The hub's time.
+    #[must_use]
+    pub fn now(&self) -> UnixMs {
+        self.inner.clock.now()
+    }
+
+    /// Wakes once when something waits in the outbox.
+    pub async fn outbox_news(&self) {
+        self.inner.publish.notified().await;
+    }
+
+    /// Changes whenever an event was recorded.
+    #[must_use]
+    pub fn event_news(&self) -> watch::Receiver<()> {
+        self.inner.events.subscribe()
+    }
+
+    /// Whether the hub hears the broker.
+    #[must_use]
+    pub fn listening(&self) -> Listening {
+        *lock(&self.inner.listening)
+    }
+
+    /// Tells whether the hub hears the broker; live rollouts look again.
+    pub fn set_listening(&self, listening: Listening) {
+        *lock(&self.inner.listening) = listening;
+        self.touch_live();
+    }
+
+    fn touch_live(&self) {
+        let controller = self.clone();
+        tokio::spawn(async move {
+            let live = controller.inner.store.read(|connection| Ok::<_, StoreError>(store::rollout::live_apps(connection)?));
+            match live.await {
+                Ok(apps) => controller.touch(apps),
+                Err(error) => tracing::warn!(%error, "failed to list the live rollouts"),
+            }
+        });
+    }
+
+    fn touch(&self, apps: impl IntoIterator<Item = AppName>) {
+        let mut dirty = lock(&self.inner.dirty);
+        dirty.extend(apps);
+        if !dirty.is_empty() {
+            self.inner.news.notify_one();
+        }
+    }
+
+    /// Runs `work` in one transaction, and after its commit tells everybody concerned.
+    ///
+    /// # Errors
+    ///
+    /// What `work` returns; then nothing of it happened.
+    ///
+    /// # Cancel safety
+    ///
+    /// The change happens or not regardless of whether the future is dropped; the loop and the publisher
+    /// learn of it at the latest by their own clocks.
+    pub async fn change<T, F>(&self, work: F) -> Result<T, ControlError>
+    where
+        F: FnOnce(&mut Change<'_>) -> Result<T, ControlError> + Send + 'static,
+        T: Send + 'static,
+    {
+        let (now, listening) = (self.now(), self.listening());
+        let run = move |connection: &Connection| {
+            let mut change = Change { connection, now, listening, effects: Effects::default() };
+            let value = work(&mut change)?;
+            Ok((value, change.effects))
+        };
+        let (value, effects) = self.inner.store.write::<_, ControlError, _>(run).await?;
+        self.follow(effects);
+        Ok(value)
+    }
+
+    fn follow(&self, effects: Effects) {
+        if effects.publish {
+            self.inner.publish.notify_one();
+        }
+        if effects.events {
+            self.inner.events.send_replace(());
+        }
+        self.touch(effects.dirty);
+    }
+
+    /// Advances rollouts that have news or are due, until the future is dropped.
+    pub async fn run(&self) {
+        self.touch_live();
+        let mut housekeeping = Instant::now();
+        loop {
+            let begun = Instant::now();
+            let next = match self.round().await {
+                Ok(next) => next,
+                Err(error) => {
+                    tracing::error!(error = &error as &dyn std::error::Error, "failed to advance the rollouts");
+                    None
+                }
+            };
+            if housekeeping.elapsed() >= HOUSEKEEPING {
+                housekeeping = Instant::now();
+                self.keep_house().await;
+            }
+            // Half of the writer's time at most goes into advancing, however large the fleet.
+            tokio::time::sleep(begun.elapsed().max(ROUND_MIN)).await;
+            let due = next.map_or(HOUSEKEEPING, |next| Duration::from_millis(next.since(self.now())));
+            tokio::select! {
+                () = self.inner.news.notified() => {}
+                () = tokio::time::sleep(due.min(HOUSEKEEPING)) => {}
+            }
+        }
+    }
+
+    /// Advances what is dirty or due now; when the next rollout is due.
+    ///
+    /// # Errors
+    ///
+    /// When the store fails; what was dirty stays so.
+    pub async fn round(&self) -> Result<Option<UnixMs>, ControlError> {
+        let dirty = std::mem::take(&mut *lock(&self.inner.dirty));
+        let again = dirty.clone();
+        let round = self.change(move |change| {
+            let (due, _) = store::rollout::due(change.connection, change.now)?;
+            let apps: BTreeSet<AppName> = dirty.into_iter().chain(due).collect();
+            for app in &apps {
+                rollouts::advance_newest(change, app)?;
+            }
+            Ok(store::rollout::due(change.connection, change.now)?.1)
+        });
+        round.await.inspect_err(|_| lock(&self.inner.dirty).extend(again))
+    }
+
+    async fn keep_house(&self) {
+        let kept = self.change(|change| {
+            let before = UnixMs(change.now.0.saturating_sub(STALE_AFTER_MS));
+            let listened = change.listening.since.is_some_and(|since| since <= before);
+            let stale = if listened { store::device::mark_stale(change.connection, before)? } else { Vec::new() };
+            for device in &stale {
+                change.event("device-offline").device(device).record("it was not heard of for half an hour")?;
+            }
+            if !stale.is_empty() {
+                change.touch_live()?;
+            }
+            store::event::prune(change.connection, store::event::KEEP)?;
+            for app in store::app::list(change.connection)? {
+                store::rollout::prune(change.connection, app.name(), KEEP_ROLLOUTS)?;
+            }
+            change.connection.execute(
+                "UPDATE meta SET value = max(value, ?1) WHERE key = 'latest_ms'",
+                [change.now.0],
+            )?;
+            Ok(())
+        });
+        if let Err(error) = kept.await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "failed to tidy up the store");
+        }
+    }
+}
+
+/// A panic while one of these small locks is held leaves nothing half-done in it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

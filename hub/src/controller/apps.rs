@@ -1,0 +1,348 @@
+//! What operators do to apps: apply, plan, undo, delete; and to devices: label, forget.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use foreshore_protocol::api::{
+    ApplyAnswer, ApplyOutcome, Change as Changed, LabelPatch, PlanAnswer, PlanWave, RolloutState, ServiceChange,
+};
+use foreshore_protocol::manifest::{App, Service};
+use foreshore_protocol::release::Release;
+use foreshore_protocol::{AppName, DeviceId, Digest, topic};
+
+use super::{Change, ControlError, membership, rollouts};
+use crate::rollout::{Rollout, waves};
+use crate::store::{self, app::AppRow};
+
+/// A manifest with its release, images pinned.
+#[derive(Debug, Clone)]
+pub struct Resolved {
+    /// As the user wrote it.
+    pub app: App,
+    /// The release's digest.
+    pub digest: Digest,
+    /// The release's canonical JSON.
+    pub bytes: Vec<u8>,
+    /// The release itself.
+    pub release: Release,
+}
+
+/// Makes `resolved` the app's desired state. An equal release opens no rollout.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn apply(change: &mut Change<'_>, resolved: &Resolved, seed: u64) -> Result<ApplyAnswer, ControlError> {
+    let name = &resolved.app.metadata.name;
+    let existing = revive(change, name)?;
+    let outcome = outcome(change, existing.as_ref(), resolved)?;
+    let row = AppRow {
+        manifest: resolved.app.clone(),
+        created: existing.as_ref().map_or(change.now, |app| app.created),
+        updated: change.now,
+        deleting: false,
+    };
+    let mut rollout = None;
+    if existing.as_ref().is_none_or(|app| app.manifest != resolved.app) {
+        store::app::put(change.connection, &row)?;
+        membership::refresh_app(change, &row)?;
+    }
+    if matches!(outcome, ApplyOutcome::Created | ApplyOutcome::Updated) {
+        store::app::put_release(change.connection, &resolved.digest, name, &resolved.bytes, change.now)?;
+        rollout = Some(rollouts::open(change, name, resolved.digest, &resolved.app.spec.rollout, seed)?);
+    }
+    match outcome {
+        ApplyOutcome::Created => change.event("app-created").app(name).record(resolved.digest.to_string())?,
+        ApplyOutcome::Updated => change.event("app-updated").app(name).record(resolved.digest.to_string())?,
+        ApplyOutcome::Reconfigured => {
+            change.event("app-reconfigured").app(name).record("same release; the selector or the policy changed")?;
+        }
+        ApplyOutcome::Unchanged => {}
+    }
+    Ok(ApplyAnswer {
+        app: name.clone(),
+        release: resolved.digest,
+        rollout,
+        outcome,
+        devices: store::app::member_count(change.connection, name)?,
+    })
+}
+
+/// The app, unless it is being deleted: then what is left of it goes, and it is as new.
+fn revive(change: &Change<'_>, name: &AppName) -> Result<Option<AppRow>, ControlError> {
+    let existing = store::app::get(change.connection, name)?;
+    if existing.as_ref().is_some_and(|app| app.deleting) {
+        store::app::delete(change.connection, name)?;
+        return Ok(None);
+    }
+    Ok(existing)
+}
+
+fn outcome(
+    change: &Change<'_>,
+    existing: Option<&AppRow>,
+    resolved: &Resolved,
+) -> Result<ApplyOutcome, ControlError> {
+    let Some(existing) = existing.filter(|app| !app.deleting) else { return Ok(ApplyOutcome::Created) };
+    if settled_on(change, existing.name())? != Some(resolved.digest) {
+        return Ok(ApplyOutcome::Updated);
+    }
+    let (before, after) = (&existing.manifest.spec, &resolved.app.spec);
+    let same = before.selector == after.selector && before.rollout == after.rollout;
+    Ok(if same { ApplyOutcome::Unchanged } else { ApplyOutcome::Reconfigured })
+}
+
+/// The release that every device of the app has or is on its way to, if that can be said: applying it again
+/// changes nothing. After an abort devices differ, so it cannot.
+fn settled_on(change: &Change<'_>, app: &AppName) -> Result<Option<Digest>, ControlError> {
+    let Some(newest) = store::rollout::newest_header(change.connection, app)? else { return Ok(None) };
+    match newest.state {
+        RolloutState::Running | RolloutState::Paused | RolloutState::Completed => Ok(Some(newest.to)),
+        RolloutState::RolledBack => {
+            Ok(store::rollout::newest_completed(change.connection, app)?.map(|rollout| rollout.to))
+        }
+        RolloutState::RollingBack
+        | RolloutState::RollbackPaused
+        | RolloutState::Aborted
+        | RolloutState::Superseded => Ok(None),
+    }
+}
+
+/// The release that the app is at or moving to: of its newest rollout that was not given up.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn current_release(
+    connection: &rusqlite::Connection,
+    app: &AppName,
+) -> rusqlite::Result<Option<(Digest, Rollout)>> {
+    let Some(newest) = store::rollout::newest_header(connection, app)? else { return Ok(None) };
+    if store::rollout::stands(newest.state) {
+        return Ok(Some((newest.to, newest)));
+    }
+    let completed = store::rollout::newest_completed(connection, app)?;
+    Ok(Some((completed.map_or(newest.to, |rollout| rollout.to), newest)))
+}
+
+/// What [`apply`] would do now. Changes nothing.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn plan(change: &Change<'_>, resolved: &Resolved, seed: u64) -> Result<PlanAnswer, ControlError> {
+    let name = &resolved.app.metadata.name;
+    let existing = store::app::get(change.connection, name)?.filter(|app| !app.deleting);
+    let outcome = outcome(change, existing.as_ref(), resolved)?;
+    let current = match &existing {
+        Some(_) => current_release(change.connection, name)?.map(|(digest, _)| digest),
+        None => None,
+    };
+    let before = match current {
+        Some(digest) => release_services(change.connection, &digest)?,
+        None => BTreeMap::new(),
+    };
+    let selected: Vec<DeviceId> = store::device::all_labels(change.connection)?
+        .into_iter()
+        .filter(|(_, labels)| resolved.app.spec.selector.matches(labels))
+        .map(|(device, _)| device)
+        .collect();
+    let warnings = warnings(change.connection, name, &selected, existing.is_some())?;
+    let waves = if matches!(outcome, ApplyOutcome::Created | ApplyOutcome::Updated) {
+        plan_waves(resolved, seed, selected)
+    } else {
+        Vec::new()
+    };
+    Ok(PlanAnswer {
+        app: name.clone(),
+        current,
+        release: resolved.digest,
+        outcome,
+        services: service_changes(&before, &resolved.release.services),
+        waves,
+        warnings,
+    })
+}
+
+fn plan_waves(resolved: &Resolved, seed: u64, selected: Vec<DeviceId>) -> Vec<PlanWave> {
+    let total = selected.len();
+    let mut ranked = waves::rank(seed, selected).into_iter();
+    let cut = waves::cut(&resolved.app.spec.rollout.waves, total);
+    cut.into_iter()
+        .zip(1_u32..)
+        .map(|((target, size), ordinal)| PlanWave {
+            ordinal,
+            target,
+            devices: ranked.by_ref().take(size).collect(),
+        })
+        .collect()
+}
+
+fn warnings(
+    connection: &rusqlite::Connection,
+    app: &AppName,
+    selected: &[DeviceId],
+    exists: bool,
+) -> rusqlite::Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    if selected.is_empty() {
+        warnings.push("no device matches the selector".to_owned());
+    }
+    let mut offline = Vec::new();
+    for device in selected {
+        if store::device::link(connection, device)?.is_some_and(|link| !link.online) {
+            offline.push(device.as_str());
+        }
+    }
+    if !offline.is_empty() {
+        let names = offline.iter().take(5).copied().collect::<Vec<_>>().join(", ");
+        let more = if offline.len() > 5 { ", …" } else { "" };
+        warnings.push(format!("{} devices are offline and get it when they return: {names}{more}", offline.len()));
+    }
+    let live = store::rollout::newest_header(connection, app)?.filter(|rollout| !rollout.state.is_final());
+    if let (Some(live), true) = (live, exists) {
+        warnings.push(format!("rollout {} is under way; a new release takes its place", live.id));
+    }
+    let lost: BTreeSet<DeviceId> = store::app::members(connection, app)?.into_iter().collect();
+    let kept: BTreeSet<DeviceId> = selected.iter().cloned().collect();
+    let gone = lost.difference(&kept).count();
+    if gone > 0 {
+        warnings.push(format!("{gone} devices are no longer selected; the app is removed from them at once"));
+    }
+    Ok(warnings)
+}
+
+fn release_services(
+    connection: &rusqlite::Connection,
+    digest: &Digest,
+) -> rusqlite::Result<BTreeMap<foreshore_protocol::ServiceName, Service>> {
+    let bytes = store::app::release_bytes(connection, digest)?;
+    let release = bytes.and_then(|bytes| Release::from_bytes(&bytes, digest).ok());
+    Ok(release.map_or_else(BTreeMap::new, |release| release.services))
+}
+
+fn service_changes(
+    before: &BTreeMap<foreshore_protocol::ServiceName, Service>,
+    after: &BTreeMap<foreshore_protocol::ServiceName, Service>,
+) -> Vec<ServiceChange> {
+    let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
+    names
+        .into_iter()
+        .map(|service| {
+            let (change, fields) = match (before.get(service), after.get(service)) {
+                (None, _) => (Changed::Added, Vec::new()),
+                (_, None) => (Changed::Removed, Vec::new()),
+                (Some(old), Some(new)) if old == new => (Changed::Unchanged, Vec::new()),
+                (Some(old), Some(new)) => (Changed::Changed, differing_fields(old, new)),
+            };
+            ServiceChange { service: service.clone(), change, fields }
+        })
+        .collect()
+}
+
+fn differing_fields(old: &Service, new: &Service) -> Vec<String> {
+    let fields = |service| match serde_json::to_value(service) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    };
+    let (old, new) = (fields(old), fields(new));
+    new.into_iter().filter(|(key, value)| old.get(key) != Some(value)).map(|(key, _)| key).collect()
+}
+
+/// Opens a rollout to the release before.
+///
+/// # Errors
+///
+/// When there is no such app, nothing to go back to, or the store fails.
+pub fn undo(change: &mut Change<'_>, name: &AppName, seed: u64) -> Result<ApplyAnswer, ControlError> {
+    let app = store::app::get(change.connection, name)?
+        .ok_or_else(|| ControlError::UnknownApp(name.clone()))?;
+    if app.deleting {
+        return Err(ControlError::Deleting(name.clone()));
+    }
+    let release = rollouts::undo_target(change, name)?;
+    let rollout = rollouts::open(change, name, release, &app.manifest.spec.rollout, seed)?;
+    Ok(ApplyAnswer {
+        app: name.clone(),
+        release,
+        rollout: Some(rollout),
+        outcome: ApplyOutcome::Updated,
+        devices: store::app::member_count(change.connection, name)?,
+    })
+}
+
+/// Removes an app from its devices; it is gone when the last of them says so. Doing it again is the same.
+///
+/// # Errors
+///
+/// When there is no such app, or the store fails.
+pub fn delete(change: &mut Change<'_>, name: &AppName) -> Result<(), ControlError> {
+    let mut app = store::app::get(change.connection, name)?
+        .ok_or_else(|| ControlError::UnknownApp(name.clone()))?;
+    if app.deleting {
+        return Ok(());
+    }
+    app.deleting = true;
+    app.updated = change.now;
+    store::app::put(change.connection, &app)?;
+    change.event("app-deleting").app(name).record("it is removed from its devices")?;
+    for device in store::app::members(change.connection, name)? {
+        store::app::set_member(change.connection, name, &device, false)?;
+    }
+    rollouts::stop(change, name, "the app was deleted")?;
+    for device in store::app::placed_on(change.connection, name)? {
+        if store::desired::remove(change.connection, &device, name)?.is_some() {
+            change.effects.publish = true;
+        }
+    }
+    finish_deleting(change, name)
+}
+
+/// Ends the deletion of an app once every device said that it has removed it.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn finish_deleting(change: &mut Change<'_>, name: &AppName) -> Result<(), ControlError> {
+    let deleting = store::app::get(change.connection, name)?.is_some_and(|app| app.deleting);
+    if deleting && store::app::removals_left(change.connection, name)? == 0 {
+        store::app::delete(change.connection, name)?;
+        change.event("app-deleted").app(name).record("no device has it any more")?;
+    }
+    Ok(())
+}
+
+/// Changes the operator's labels of a device.
+///
+/// # Errors
+///
+/// When there is no such device, or the store fails.
+pub fn patch_labels(change: &mut Change<'_>, device: &DeviceId, patch: &LabelPatch) -> Result<(), ControlError> {
+    store::device::patch_labels(change.connection, device, &patch.labels)?
+        .ok_or_else(|| ControlError::UnknownDevice(device.clone()))?;
+    membership::refresh_device(change, device)
+}
+
+/// Forgets a device that is not connected, and clears what the broker keeps for it.
+///
+/// # Errors
+///
+/// When there is no such device, it is connected, or the store fails.
+pub fn forget(change: &mut Change<'_>, device: &DeviceId) -> Result<(), ControlError> {
+    let link = store::device::link(change.connection, device)?
+        .ok_or_else(|| ControlError::UnknownDevice(device.clone()))?;
+    if link.online {
+        return Err(ControlError::Connected(device.clone()));
+    }
+    let waiting = store::app::removals_of(change.connection, device)?;
+    change.effects.dirty.extend(store::rollout::interested(change.connection, device)?);
+    store::device::delete(change.connection, device)?;
+    for leaf in [topic::Leaf::Head, topic::Leaf::Reported, topic::Leaf::Presence] {
+        store::desired::enqueue_clear(change.connection, &topic::device(device, leaf))?;
+    }
+    change.effects.publish = true;
+    change.event("device-forgotten").device(device).record("by an operator")?;
+    for app in waiting {
+        finish_deleting(change, &app)?;
+    }
+    Ok(())
+}

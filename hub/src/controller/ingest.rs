@@ -1,0 +1,293 @@
+//! What devices say, taken into the store: a batch of messages, one transaction.
+//!
+//! Both directions carry state, not deltas, so a message that was lost, doubled or overtaken does no harm: it is
+//! recognized by its counters, and what is missing is asked for. A device keeps events and reports until the
+//! [`Receipt`] of their commit reaches it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use foreshore_protocol::message::{Beacon, Event, Presence, Reported};
+use foreshore_protocol::{DeviceId, Version};
+
+use super::{Change, ControlError, apps, membership};
+use crate::rollout::UnixMs;
+use crate::store::{self, device::LinkState};
+
+/// Something that a device said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inbound {
+    /// Who; the broker lets nobody else write to its topics.
+    pub device: DeviceId,
+    /// The broker kept it: it may be old, and the device may be gone.
+    pub retained: bool,
+    /// What.
+    pub message: Message,
+}
+
+/// What a device can say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// Birth or Will.
+    Presence(Presence),
+    /// Its whole state.
+    Reported(Reported),
+    /// A sign of life.
+    Beacon(Beacon),
+    /// Something that happened.
+    Event(Event),
+}
+
+/// What a device is told once the batch is committed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Receipt {
+    /// It said something that it keeps until acknowledged: `(event, reported)` are stored up to here.
+    pub stored: Option<(u64, u64)>,
+    /// Something is missing: it shall send all that it keeps.
+    pub resync: bool,
+}
+
+/// What follows from a batch.
+pub type Receipts = BTreeMap<DeviceId, Receipt>;
+
+/// The first repair of a device that stays behind waits so long; doubled with each one in a row.
+const REPAIR_FIRST_MS: u64 = 60_000;
+
+/// The longest wait between repairs: six hours.
+const REPAIR_MAX_MS: u64 = 6 * 3_600_000;
+
+/// Takes in a batch, in order.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn ingest(change: &mut Change<'_>, batch: &[Inbound]) -> Result<Receipts, ControlError> {
+    let mut receipts = Receipts::new();
+    for inbound in batch {
+        let Some(mut link) = link_of(change, inbound)? else { continue };
+        let before = link.clone();
+        let receipt = receipts.entry(inbound.device.clone()).or_default();
+        if !inbound.retained {
+            link.last_seen = Some(change.now);
+        }
+        let mut device = Device { id: &inbound.device, link: &mut link, receipt };
+        match &inbound.message {
+            Message::Presence(presence) => device.presence(change, presence, inbound.retained)?,
+            Message::Reported(reported) => device.reported(change, reported, inbound.retained)?,
+            Message::Beacon(beacon) => device.beacon(change, beacon)?,
+            Message::Event(event) => device.event(change, event)?,
+        }
+        if before.online != link.online {
+            announce_presence(change, &inbound.device, link.online)?;
+        }
+        if before.accepted != link.accepted || before.online != link.online {
+            change.effects.dirty.extend(store::rollout::interested(change.connection, &inbound.device)?);
+        }
+        warn_if_ahead(change, &inbound.device, &before, &link)?;
+        if before != link {
+            store::device::put_link(change.connection, &inbound.device, &link)?;
+        }
+    }
+    Ok(receipts)
+}
+
+/// The device's link; makes the device when it is new and really there.
+fn link_of(change: &mut Change<'_>, inbound: &Inbound) -> Result<Option<LinkState>, ControlError> {
+    if let Some(link) = store::device::link(change.connection, &inbound.device)? {
+        return Ok(Some(link));
+    }
+    let born = matches!(&inbound.message, Message::Presence(presence) if presence.online);
+    let will = matches!(&inbound.message, Message::Presence(presence) if !presence.online);
+    if will || (inbound.retained && !born) {
+        return Ok(None);
+    }
+    store::device::insert(change.connection, &inbound.device, change.now)?;
+    change.event("device-joined").device(&inbound.device).record("it connected for the first time")?;
+    membership::refresh_device(change, &inbound.device)?;
+    Ok(store::device::link(change.connection, &inbound.device)?)
+}
+
+fn announce_presence(change: &mut Change<'_>, device: &DeviceId, online: bool) -> rusqlite::Result<()> {
+    // Most of the fleet going dark concerns every live rollout, not only those with this device.
+    change.touch_live()?;
+    let (kind, message) =
+        if online { ("device-online", "it is connected") } else { ("device-offline", "it lost its connection") };
+    change.event(kind).device(device).record(message)
+}
+
+/// A device that stored a newer desired state than there is: this database is an older copy of itself. What the
+/// device runs stays; what is applied here is refused by it until the epoch grows.
+fn warn_if_ahead(
+    change: &mut Change<'_>,
+    device: &DeviceId,
+    before: &LinkState,
+    after: &LinkState,
+) -> rusqlite::Result<()> {
+    let ahead = |link: &LinkState| link.accepted.filter(|accepted| Some(*accepted) > link.desired);
+    let Some(accepted) = ahead(after).filter(|_| ahead(before).is_none()) else { return Ok(()) };
+    let desired = after.desired.map_or_else(|| "none".to_owned(), |version| version.to_string());
+    tracing::warn!(%device, %accepted, %desired, "a device is ahead of the hub");
+    change.event("device-ahead").device(device).record(format!(
+        "it has stored {accepted}, and the hub's newest for it is {desired}: this database is older than the \
+         device has seen; stop the hub and run `foreshore-hub new-epoch`, so that devices obey it again"
+    ))
+}
+
+struct Device<'a> {
+    id: &'a DeviceId,
+    link: &'a mut LinkState,
+    receipt: &'a mut Receipt,
+}
+
+impl Device<'_> {
+    fn presence(&mut self, change: &mut Change<'_>, presence: &Presence, retained: bool) -> Result<(), ControlError> {
+        let stale = presence.session < self.link.session;
+        if !presence.online {
+            // The Will of an earlier connection, delivered after the birth of the one that stands.
+            if !stale {
+                self.link.session = presence.session;
+                self.link.online = false;
+            }
+            return Ok(());
+        }
+        if stale && retained {
+            return Ok(());
+        }
+        if presence.boot < self.link.boot {
+            self.reset(change, presence)?;
+        }
+        self.link.session = presence.session;
+        self.link.online = true;
+        if presence.boot > self.link.boot {
+            self.link.boot = presence.boot;
+            self.link.reported_seq = 0;
+        }
+        self.link.accepted = presence.version;
+        if presence.reported_seq > self.link.reported_seq && retained {
+            self.receipt.resync = true;
+        }
+        self.link.repair_at = UnixMs(0);
+        self.repair(change, presence.version)
+    }
+
+    /// The device lost its state: its counters began anew, so ours must.
+    fn reset(&mut self, change: &mut Change<'_>, presence: &Presence) -> rusqlite::Result<()> {
+        self.link.boot = presence.boot;
+        self.link.reported_seq = 0;
+        self.link.event_seq = 0;
+        self.link.event_gap = None;
+        change.event("device-reset").device(self.id).record("its counters began anew: it lost its state")
+    }
+
+    fn reported(&mut self, change: &mut Change<'_>, reported: &Reported, retained: bool) -> Result<(), ControlError> {
+        let newer = (reported.boot, reported.seq) > (self.link.boot, self.link.reported_seq);
+        if newer {
+            self.link.boot = reported.boot;
+            self.link.reported_seq = reported.seq;
+            self.link.accepted = reported.version;
+            if store::device::put_inventory(change.connection, self.id, &reported.inventory)? {
+                membership::refresh_device(change, self.id)?;
+                // The refresh may have given the device a new desired state.
+                if let Some(link) = store::device::link(change.connection, self.id)? {
+                    self.link.desired = link.desired;
+                }
+            }
+            store::device::put_reports(change.connection, self.id, &reported.apps)?;
+            change.effects.dirty.extend(store::rollout::interested(change.connection, self.id)?);
+            self.end_removals(change, reported)?;
+            self.caught_up(reported.version);
+        }
+        if !retained {
+            self.link.online = true;
+        }
+        self.acknowledge();
+        Ok(())
+    }
+
+    fn end_removals(&self, change: &mut Change<'_>, reported: &Reported) -> Result<(), ControlError> {
+        let Some(version) = reported.version else { return Ok(()) };
+        let apps = reported.apps.iter().map(|status| &status.app);
+        for app in store::app::end_removals(change.connection, self.id, version, apps)? {
+            apps::finish_deleting(change, &app)?;
+        }
+        Ok(())
+    }
+
+    fn beacon(&mut self, change: &mut Change<'_>, beacon: &Beacon) -> Result<(), ControlError> {
+        if beacon.boot < self.link.boot {
+            return Ok(());
+        }
+        self.link.online = true;
+        store::device::put_gauges(change.connection, self.id, beacon.memory_mib, beacon.load_centi)?;
+        let report_missing = (beacon.boot, beacon.reported_seq) > (self.link.boot, self.link.reported_seq)
+            && beacon.reported_seq > 0;
+        if report_missing || beacon.event_seq > self.link.event_seq {
+            self.receipt.resync = true;
+        }
+        if beacon.version.is_some() {
+            self.link.accepted = beacon.version;
+        }
+        self.repair(change, beacon.version)
+    }
+
+    /// Sends the newest head and its releases again to a device that is behind, less and less often.
+    fn repair(&mut self, change: &mut Change<'_>, seen: Option<Version>) -> Result<(), ControlError> {
+        let Some(desired) = self.link.desired.filter(|desired| Some(*desired) > seen) else {
+            self.caught_up(seen);
+            return Ok(());
+        };
+        if change.now < self.link.repair_at {
+            return Ok(());
+        }
+        let wait = REPAIR_FIRST_MS.saturating_mul(1 << self.link.repair_tries.min(20)).min(REPAIR_MAX_MS);
+        self.link.repair_at = change.now.plus(wait);
+        self.link.repair_tries = self.link.repair_tries.saturating_add(1);
+        store::desired::enqueue(change.connection, self.id, desired)?;
+        for release in store::desired::releases_of(change.connection, self.id)? {
+            store::desired::enqueue_release(change.connection, &release)?;
+        }
+        change.effects.publish = true;
+        Ok(())
+    }
+
+    fn caught_up(&mut self, seen: Option<Version>) {
+        if seen >= self.link.desired {
+            self.link.repair_tries = 0;
+            self.link.repair_at = UnixMs(0);
+        }
+    }
+
+    fn event(&mut self, change: &mut Change<'_>, event: &Event) -> Result<(), ControlError> {
+        self.link.online = true;
+        if event.seq > self.link.event_seq {
+            let next = event.seq == self.link.event_seq + 1;
+            // The first one ever, or the same one for the second time: there is nothing before it.
+            let first = self.link.event_seq == 0 || self.link.event_gap == Some(event.seq);
+            if next || first {
+                self.link.event_seq = event.seq;
+                self.link.event_gap = None;
+                let kind = store::column::to_word(&event.kind)?;
+                let mut draft = change.event(&kind).device(self.id).service(event.service.as_ref());
+                if let Some(app) = &event.app {
+                    draft = draft.app(app);
+                }
+                draft.record(event.message.clone())?;
+            } else {
+                let gap = self.link.event_gap.map_or(event.seq, |gap| gap.min(event.seq));
+                self.link.event_gap = Some(gap);
+                self.receipt.resync = true;
+            }
+        }
+        self.acknowledge();
+        Ok(())
+    }
+
+    const fn acknowledge(&mut self) {
+        self.receipt.stored = Some((self.link.event_seq, self.link.reported_seq));
+    }
+}
+
+/// The devices that a batch speaks of, for logs.
+#[must_use]
+pub fn speakers(batch: &[Inbound]) -> BTreeSet<&DeviceId> {
+    batch.iter().map(|inbound| &inbound.device).collect()
+}

@@ -1,0 +1,102 @@
+//! Which devices an app selects, and what a device gets that comes in or goes outside a rollout.
+//!
+//! A device that an app selects only now gets the release of the app's newest completed rollout at once. While a
+//! rollout runs it waits for its end: newcomers never skip the brakes. A device that is no longer selected
+//! has the app removed.
+
+use foreshore_protocol::api::RolloutState;
+use foreshore_protocol::id::Labels;
+use foreshore_protocol::{AppName, DeviceId};
+
+use super::{Change, ControlError};
+use crate::rollout::joiner_release;
+use crate::store::{self, app::AppRow};
+
+/// Brings the members of an app in step with its selector.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn refresh_app(change: &mut Change<'_>, app: &AppRow) -> Result<(), ControlError> {
+    for (device, labels) in store::device::all_labels(change.connection)? {
+        set(change, app, &device, &labels)?;
+    }
+    Ok(())
+}
+
+/// Brings a device's memberships in step with its labels.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn refresh_device(change: &mut Change<'_>, device: &DeviceId) -> Result<(), ControlError> {
+    let Some((operator, own)) = store::device::labels(change.connection, device)? else { return Ok(()) };
+    let labels = store::device::merged(operator, own);
+    for app in store::app::list(change.connection)? {
+        set(change, &app, device, &labels)?;
+    }
+    Ok(())
+}
+
+fn set(change: &mut Change<'_>, app: &AppRow, device: &DeviceId, labels: &Labels) -> Result<(), ControlError> {
+    let selected = !app.deleting && app.manifest.spec.selector.matches(labels);
+    let name = app.name();
+    if !store::app::set_member(change.connection, name, device, selected)? {
+        return Ok(());
+    }
+    change.effects.dirty.insert(name.clone());
+    if selected {
+        place_newcomer(change, name, device)
+    } else {
+        if store::desired::remove(change.connection, device, name)?.is_some() {
+            change.effects.publish = true;
+        }
+        Ok(())
+    }
+}
+
+fn place_newcomer(change: &mut Change<'_>, app: &AppName, device: &DeviceId) -> Result<(), ControlError> {
+    let newest = store::rollout::newest_header(change.connection, app)?;
+    if newest.is_some_and(|rollout| !rollout.state.is_final()) {
+        return Ok(());
+    }
+    let completed = store::rollout::newest_completed(change.connection, app)?;
+    let Some(placement) = joiner_release(completed.as_ref()) else { return Ok(()) };
+    if store::desired::placement(change.connection, device, app)?.is_none() {
+        store::desired::place(change.connection, device, app, &placement)?;
+        store::desired::enqueue_release(change.connection, &placement.release)?;
+        change.effects.publish = true;
+    }
+    Ok(())
+}
+
+/// After the end of a rollout: members that came in meanwhile get what newcomers get. After a completed one,
+/// so do those that have another release, for example one that was aborted earlier.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn settle(change: &mut Change<'_>, app: &AppName) -> Result<(), ControlError> {
+    let Some(newest) = store::rollout::newest_header(change.connection, app)? else { return Ok(()) };
+    // One that was superseded is followed by another in the same transaction.
+    if !newest.state.is_final() || newest.state == RolloutState::Superseded {
+        return Ok(());
+    }
+    let completed = store::rollout::newest_completed(change.connection, app)?;
+    let Some(placement) = joiner_release(completed.as_ref()) else { return Ok(()) };
+    for device in store::app::members(change.connection, app)? {
+        let placed = store::desired::placement(change.connection, &device, app)?;
+        let replace = match placed {
+            None => true,
+            Some((found, _)) => {
+                newest.state == RolloutState::Completed && found.release != placement.release
+            }
+        };
+        if replace {
+            store::desired::place(change.connection, &device, app, &placement)?;
+            store::desired::enqueue_release(change.connection, &placement.release)?;
+            change.effects.publish = true;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,239 @@
+//! Opening, advancing and commanding rollouts: the engine's decisions, carried out in the transaction at hand.
+
+use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
+use foreshore_protocol::manifest::RolloutPolicy;
+use foreshore_protocol::{AppName, Digest, Version};
+
+use super::{Change, ControlError, membership};
+use crate::rollout::{
+    self, Action, Fleet, Opening, Policy, Refused, Rollout, StateName, advance, command,
+};
+use crate::store;
+
+/// Opens a rollout of `app` to the release `to` over the devices that the app selects now, and takes its first
+/// step. A live rollout of the app makes room.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn open(
+    change: &mut Change<'_>,
+    app: &AppName,
+    to: Digest,
+    policy: &RolloutPolicy,
+    seed: u64,
+) -> Result<u64, ControlError> {
+    let id = store::rollout::next_id(change.connection)?;
+    let mut before = store::rollout::newest(change.connection, app)?;
+    if let Some(live) = before.as_mut().filter(|rollout| !rollout.state.is_final()) {
+        let actions = command::supersede(live, id)?;
+        act(change, live, &actions)?;
+    }
+    let from = store::rollout::newest_completed(change.connection, app)?.map(|rollout| rollout.to);
+    let members = store::rollout::opening_members(change.connection, app)?;
+    let rollout = Rollout::open(Opening {
+        id,
+        app: app.clone(),
+        from,
+        to,
+        seed,
+        policy: Policy::freeze(policy, members.len()),
+        members,
+        before: before.as_ref(),
+        now: change.now,
+    });
+    store::rollout::insert(change.connection, &rollout)?;
+    let message = format!("to {} on {} devices", to.short(), rollout.assignments.len());
+    change.event("rollout-opened").app(app).rollout(id).record(message)?;
+    store::desired::enqueue_release(change.connection, &to)?;
+    change.effects.publish = true;
+    advance_newest(change, app)?;
+    Ok(id)
+}
+
+/// Lets the engine look at the newest rollout of an app and does what it says.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn advance_newest(change: &mut Change<'_>, app: &AppName) -> Result<(), ControlError> {
+    let Some(mut rollout) = store::rollout::newest(change.connection, app)? else { return Ok(()) };
+    let fleet = Fleet {
+        devices: store::rollout::facts(change.connection, &rollout)?,
+        pulse: store::rollout::pulse(change.connection, rollout.pulse_since())?,
+        listening_since: change.listening.since,
+        settle_ms: change.listening.settle_ms,
+    };
+    let step = advance(&rollout, &fleet, change.now);
+    act(change, &mut rollout, &step.actions)?;
+    store::rollout::put_wake(change.connection, rollout.id, step.wake_at)?;
+    Ok(())
+}
+
+/// A command of an operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Offer nothing more until `Resume`.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Give up; devices that have the release keep it.
+    Abort,
+}
+
+/// Does what an operator asks of a rollout.
+///
+/// # Errors
+///
+/// When there is no such rollout, its state does not allow it, or the store fails.
+pub fn command(change: &mut Change<'_>, id: u64, command: Command) -> Result<(), ControlError> {
+    let mut rollout =
+        store::rollout::get(change.connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
+    let actions = match command {
+        Command::Pause => command::pause(&rollout),
+        Command::Resume => command::resume(&rollout),
+        Command::Abort => command::abort(&rollout),
+    }?;
+    act(change, &mut rollout, &actions)?;
+    let app = rollout.app.clone();
+    advance_newest(change, &app)
+}
+
+/// Ends a live rollout where it stands, without giving devices anything; its app is being removed from them.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn stop(change: &mut Change<'_>, app: &AppName, why: &str) -> Result<(), ControlError> {
+    let Some(mut rollout) = store::rollout::newest(change.connection, app)? else { return Ok(()) };
+    if rollout.state.is_final() {
+        return Ok(());
+    }
+    let end = Action::Enter {
+        state: RolloutState::Aborted,
+        cause: Some(rollout::Cause::Operator),
+        message: Some(why.to_owned()),
+    };
+    act(change, &mut rollout, &[end])
+}
+
+/// Carries out actions: desired states and their outbox rows first, then the records that changed, then events.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn act(change: &mut Change<'_>, rollout: &mut Rollout, actions: &[Action]) -> Result<(), ControlError> {
+    let ended_before = rollout.state.is_final();
+    for action in actions {
+        let written = write_desired(change, &rollout.app, action)?;
+        let touched = rollout.apply(action, written, change.now);
+        store::rollout::put(change.connection, rollout, &touched)?;
+        announce(change, rollout, action)?;
+    }
+    if rollout.state.is_final() && !ended_before {
+        membership::settle(change, &rollout.app)?;
+    }
+    Ok(())
+}
+
+fn write_desired(
+    change: &mut Change<'_>,
+    app: &AppName,
+    action: &Action,
+) -> Result<Option<Version>, ControlError> {
+    let (device, placement) = match action {
+        Action::Offer { device, placement } | Action::OfferLater { device, placement } => {
+            (device, Some(placement))
+        }
+        Action::Restore { device, placement, .. } => (device, placement.as_ref()),
+        Action::Assign { .. }
+        | Action::Reverted { .. }
+        | Action::Replace { .. }
+        | Action::Wave { .. }
+        | Action::Enter { .. }
+        | Action::Freeze
+        | Action::Thaw => return Ok(None),
+    };
+    change.effects.publish = true;
+    let version = match placement {
+        Some(placement) => store::desired::place(change.connection, device, app, placement)?,
+        None => match store::desired::remove(change.connection, device, app)? {
+            Some(version) => version,
+            // Nothing was placed; the device must still answer to a version of its own.
+            None => store::desired::bump(change.connection, device)?,
+        },
+    };
+    Ok(Some(version))
+}
+
+/// The events that people follow a rollout by.
+fn announce(change: &mut Change<'_>, rollout: &Rollout, action: &Action) -> rusqlite::Result<()> {
+    let (app, id) = (&rollout.app, rollout.id);
+    match action {
+        Action::Enter { state, message, .. } => {
+            let kind = format!("rollout-{}", StateName(*state));
+            let message = message.clone().unwrap_or_else(|| format!("to {}", rollout.to.short()));
+            change.event(&kind).app(app).rollout(id).record(message)
+        }
+        Action::Wave { ordinal, state, .. } => {
+            let kind = match state {
+                WaveState::Pending => "wave-pending",
+                WaveState::Open => "wave-open",
+                WaveState::Baking => "wave-baking",
+                WaveState::Passed => "wave-passed",
+                WaveState::Failed => "wave-failed",
+                WaveState::Skipped => "wave-skipped",
+            };
+            let devices = rollout.wave(*ordinal).map_or(0, |wave| wave.size);
+            let message = format!("wave {ordinal} of {}, {devices} devices", rollout.waves.len());
+            change.event(kind).app(app).rollout(id).record(message)
+        }
+        Action::Freeze => change
+            .event("rollout-frozen")
+            .app(app)
+            .rollout(id)
+            .record("most of the fleet is dark; nothing is offered and no device counts as failed until it is back"),
+        Action::Thaw => change.event("rollout-thawed").app(app).rollout(id).record("the fleet is back"),
+        Action::Assign { device, state: AssignmentState::Silent, message, .. } => {
+            let message = message.clone().unwrap_or_else(|| "it went silent while switching".to_owned());
+            change.event("device-silent").device(device).app(app).rollout(id).record(message)
+        }
+        Action::Assign { device, state: AssignmentState::Deferred, message, .. } => {
+            let message = message.clone().unwrap_or_else(|| "it is put off".to_owned());
+            change.event("device-deferred").device(device).app(app).rollout(id).record(message)
+        }
+        Action::Offer { .. }
+        | Action::OfferLater { .. }
+        | Action::Restore { .. }
+        | Action::Assign { .. }
+        | Action::Reverted { .. }
+        | Action::Replace { .. } => Ok(()),
+    }
+}
+
+/// The release that undoing the app's newest change goes back to.
+///
+/// # Errors
+///
+/// When there is none, or it goes back already.
+pub fn undo_target(change: &Change<'_>, app: &AppName) -> Result<Digest, ControlError> {
+    let nothing = || ControlError::NothingToUndo(app.clone());
+    let newest = store::rollout::newest_header(change.connection, app)?.ok_or_else(nothing)?;
+    match newest.state {
+        RolloutState::Running | RolloutState::Paused | RolloutState::Completed | RolloutState::Aborted => {
+            Ok(command::undo_target(&newest)?)
+        }
+        RolloutState::RollingBack | RolloutState::RollbackPaused => Err(Refused::State {
+            id: newest.id,
+            state: StateName(newest.state),
+            command: "undo",
+            needs: "running, paused, completed or aborted; it goes back already",
+        }
+        .into()),
+        RolloutState::RolledBack | RolloutState::Superseded => {
+            let completed =
+                store::rollout::newest_completed(change.connection, app)?.ok_or_else(nothing)?;
+            Ok(command::undo_target(&completed)?)
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! The hub's memory: one SQLite database, written by one thread and read beside it.
+//!
+//! Everything that must survive is here and nowhere else; a crash at any point leaves either all of a change or
+//! nothing of it. The writer takes what is queued, runs each piece in a savepoint of one `BEGIN IMMEDIATE`, and
+//! answers after the one commit (with `synchronous=FULL`, so after the disk has it). Readers see the last
+//! commit. Nothing here reads a clock; time comes in with the data.
+//!
+//! The interface is narrow on purpose: functions over a connection in the files beside this one, and
+//! [`Store::write`] and [`Store::read`] to run them.
+//!
+//! | file | rows |
+//! |---|---|
+//! | [`schema`] | the tables and their migrations |
+//! | [`app`] | apps, releases and who is a member |
+//! | [`device`] | devices, their labels, presence and reports |
+//! | [`desired`] | placements, generations and the outbox |
+//! | [`rollout`] | rollouts, waves, assignments and the facts they are decided on |
+//! | [`event`] | what happened |
+//! | [`image`] | images imported into the hub |
+//! | [`column`] | between SQL and Rust types |
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+use tokio::sync::{Semaphore, oneshot};
+
+pub mod app;
+pub mod column;
+pub mod desired;
+pub mod device;
+pub mod event;
+pub mod image;
+pub mod rollout;
+pub mod schema;
+
+/// The oldest SQLite that is trusted: 3.53.2, as later fixes reach back to bugs that lost WAL content.
+const MIN_SQLITE: i32 = 3_053_002;
+
+/// How many readers may run at once; SQLite readers never wait for the writer.
+const READERS: usize = 4;
+
+/// The most changes that share one commit: bounds how long the first of them waits.
+const BATCH_MAX: usize = 256;
+
+/// Why the store did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file could not be opened.
+    #[error("failed to open the database {}", path.display())]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// The SQLite that is linked is too old.
+    #[error("SQLite {found} is linked; at least 3.53.2 is needed")]
+    TooOld {
+        /// Its version.
+        found: &'static str,
+    },
+    /// A newer hub wrote the database.
+    #[error(
+        "the database has schema {found}, and this hub knows up to {known}: a newer hub wrote it; run that one, or restore a backup from before"
+    )]
+    Newer {
+        /// In the file.
+        found: i64,
+        /// The newest known.
+        known: i64,
+    },
+    /// SQLite failed.
+    #[error("the database failed")]
+    Sqlite(#[source] rusqlite::Error),
+    /// The disk that holds the database is full.
+    #[error("the disk that holds the database is full; make room, nothing was lost")]
+    Full,
+    /// The commit of a whole batch failed; nothing of it happened.
+    #[error("the change could not be committed: {0}")]
+    Commit(String),
+    /// The store has been closed, or the change made it panic.
+    #[error("the store is closing or gave up on this change; see the hub's log")]
+    Stopped,
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DiskFull) => Self::Full,
+            _ => Self::Sqlite(error),
+        }
+    }
+}
+
+/// What a change leaves behind: called with `None` after the commit, or with why there was none.
+type Answer = Box<dyn FnOnce(Option<&str>) + Send>;
+
+/// A change: whether it wants to be kept, and its answer.
+type Job = Box<dyn FnOnce(&Connection) -> (bool, Answer) + Send>;
+
+/// A handle to the store. Cheap to clone; the writer ends when the last one is dropped.
+#[derive(Clone)]
+pub struct Store {
+    jobs: mpsc::Sender<Job>,
+    readers: Arc<Readers>,
+}
+
+struct Readers {
+    path: PathBuf,
+    permits: Semaphore,
+    idle: Mutex<Vec<Connection>>,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("path", &self.readers.path).finish_non_exhaustive()
+    }
+}
+
+/// The writer's thread, to be waited for at the end.
+#[derive(Debug)]
+pub struct Writer(std::thread::JoinHandle<()>);
+
+impl Writer {
+    /// Waits until every [`Store`] is dropped and all queued changes are committed. Blocks.
+    pub fn join(self) {
+        if self.0.join().is_err() {
+            tracing::error!("the store's writer panicked");
+        }
+    }
+}
+
+impl Store {
+    /// Opens the database at `path`, making or migrating it. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be opened, the linked SQLite is too old, or a newer hub wrote the file.
+    pub fn open(path: &Path) -> Result<(Self, Writer), StoreError> {
+        if rusqlite::version_number() < MIN_SQLITE {
+            return Err(StoreError::TooOld { found: rusqlite::version() });
+        }
+        let open = |source| StoreError::Open { path: path.to_owned(), source };
+        let mut connection = Connection::open(path).map_err(open)?;
+        configure(&connection).map_err(open)?;
+        schema::migrate(&mut connection)?;
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let writer = std::thread::Builder::new()
+            .name("store-writer".to_owned())
+            .spawn(move || write_all(connection, &queue))
+            .expect("a thread can be spawned while the program starts");
+        let readers = Arc::new(Readers {
+            path: path.to_owned(),
+            permits: Semaphore::new(READERS),
+            idle: Mutex::new(Vec::new()),
+        });
+        Ok((Self { jobs, readers }, Writer(writer)))
+    }
+
+    /// Runs `change` in a transaction and returns after its commit. When it returns an error, nothing of
+    /// it is kept.
+    ///
+    /// # Errors
+    ///
+    /// What `change` returns; [`StoreError`] when the commit fails.
+    ///
+    /// # Cancel safety
+    ///
+    /// The change happens or not regardless of whether the future is dropped.
+    pub async fn write<T, E, F>(&self, change: F) -> Result<T, E>
+    where
+        F: FnOnce(&Connection) -> Result<T, E> + Send + 'static,
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        let (sender, receiver) = oneshot::channel();
+        let job: Job = Box::new(move |connection| {
+            let result = change(connection);
+            let keep = result.is_ok();
+            let answer: Answer = Box::new(move |failed| {
+                let result = match failed {
+                    Some(why) if keep => Err(StoreError::Commit(why.to_owned()).into()),
+                    _ => result,
+                };
+                // The caller may have gone away; the change stands all the same.
+                drop(sender.send(result));
+            });
+            (keep, answer)
+        });
+        self.jobs.send(job).map_err(|_| StoreError::Stopped)?;
+        receiver.await.map_err(|_| StoreError::Stopped)?
+    }
+
+    /// Runs `query` on a consistent snapshot, beside the writer, on a thread that may block.
+    ///
+    /// # Errors
+    ///
+    /// What `query` returns; [`StoreError`] when there is no connection.
+    pub async fn read<T, E, F>(&self, query: F) -> Result<T, E>
+    where
+        F: FnOnce(&Connection) -> Result<T, E> + Send + 'static,
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        let readers = Arc::clone(&self.readers);
+        let task = async move {
+            let _permit = self.readers.permits.acquire().await.map_err(|_| StoreError::Stopped)?;
+            tokio::task::spawn_blocking(move || readers.run(query)).await.map_err(|_| StoreError::Stopped)?
+        };
+        task.await
+    }
+}
+
+impl Readers {
+    fn run<T, E: From<StoreError>>(&self, query: impl FnOnce(&Connection) -> Result<T, E>) -> Result<T, E> {
+        let idle = self.idle.lock().map_or(None, |mut idle| idle.pop());
+        let connection = match idle {
+            Some(connection) => connection,
+            None => self.connect()?,
+        };
+        let snapshot = connection.unchecked_transaction().map_err(StoreError::from)?;
+        let result = query(&snapshot);
+        drop(snapshot);
+        if let Ok(mut idle) = self.idle.lock() {
+            idle.push(connection);
+        }
+        result
+    }
+
+    fn connect(&self) -> Result<Connection, StoreError> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&self.path, flags)
+            .map_err(|source| StoreError::Open { path: self.path.clone(), source })?;
+        connection.busy_timeout(Duration::from_secs(5))?;
+        Ok(connection)
+    }
+}
+
+/// WAL so that readers and the writer do not wait for each other; FULL so that a commit survives a power
+/// loss, not only a crash; a small `cache_size`, as the hub must be happy on a Raspberry Pi.
+fn configure(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    connection.pragma_update(None, "cache_size", -16_384)?;
+    connection.pragma_update(None, "journal_size_limit", 64 << 20)?;
+    connection.set_prepared_statement_cache_capacity(128);
+    Ok(())
+}
+
+fn write_all(mut connection: Connection, queue: &mpsc::Receiver<Job>) {
+    while let Ok(first) = queue.recv() {
+        let mut answers = Vec::new();
+        let failed = write_batch(&mut connection, first, queue, &mut answers).err();
+        if let Some(error) = &failed {
+            tracing::error!(%error, "failed to commit a batch of changes");
+        }
+        let why = failed.map(|error| error.to_string());
+        for answer in answers {
+            answer(why.as_deref());
+        }
+    }
+    if let Err((_, error)) = connection.close() {
+        tracing::warn!(%error, "failed to close the database");
+    }
+}
+
+fn write_batch(
+    connection: &mut Connection,
+    first: Job,
+    queue: &mpsc::Receiver<Job>,
+    answers: &mut Vec<Answer>,
+) -> rusqlite::Result<()> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let mut next = Some(first);
+    while let Some(job) = next.take() {
+        transaction.execute_batch("SAVEPOINT change")?;
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&transaction))) {
+            Ok((true, answer)) => answers.push(answer),
+            Ok((false, answer)) => {
+                transaction.execute_batch("ROLLBACK TO change")?;
+                answers.push(answer);
+            }
+            // The caller learns of it as its channel closes; the others in the batch are not harmed.
+            Err(_) => {
+                tracing::error!("a change panicked and was rolled back");
+                transaction.execute_batch("ROLLBACK TO change")?;
+            }
+        }
+        transaction.execute_batch("RELEASE change")?;
+        if answers.len() < BATCH_MAX {
+            next = queue.try_recv().ok();
+        }
+    }
+    transaction.commit()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A migrated database in memory, for tests of row functions.
+    pub(crate) fn memory() -> Connection {
+        let mut connection = Connection::open_in_memory().unwrap();
+        connection.pragma_update(None, "foreign_keys", true).unwrap();
+        schema::migrate(&mut connection).unwrap();
+        connection
+    }
+
+    fn put(connection: &Connection, key: &str) -> Result<(), StoreError> {
+        connection.execute("INSERT INTO meta (key, value) VALUES (?1, 1)", [key])?;
+        Ok(())
+    }
+
+    fn keys(connection: &Connection) -> Result<i64, StoreError> {
+        Ok(connection.query_row("SELECT count(*) FROM meta WHERE key LIKE 't%'", [], |row| row.get(0))?)
+    }
+
+    #[tokio::test]
+    async fn a_failed_or_panicking_change_leaves_nothing_and_harms_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hub.db");
+        let (store, writer) = Store::open(&path).unwrap();
+        let changes = (0..50).map(|number| {
+            let store = store.clone();
+            async move {
+                store
+                    .write(move |connection| {
+                        put(connection, &format!("t{number}"))?;
+                        assert_ne!(number % 10, 3, "a change that panics");
+                        if number % 10 == 7 {
+                            return Err(StoreError::Full);
+                        }
+                        Ok(())
+                    })
+                    .await
+            }
+        });
+        let results = futures_util::future::join_all(changes).await;
+        let count = |wanted: fn(&Result<(), StoreError>) -> bool| results.iter().filter(|r| wanted(r)).count();
+        assert_eq!(count(|result| matches!(result, Err(StoreError::Stopped))), 5);
+        assert_eq!(count(|result| matches!(result, Err(StoreError::Full))), 5);
+        assert_eq!(store.read(keys).await.unwrap(), 40);
+        drop(store);
+        tokio::task::spawn_blocking(|| writer.join()).await.unwrap();
+        let (store, _writer) = Store::open(&path).unwrap();
+        assert_eq!(store.read(keys).await.unwrap(), 40, "everything that was answered is on disk");
+    }
+
+    #[test]
+    fn a_database_of_a_newer_hub_is_refused_untouched() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hub.db");
+        drop(Store::open(&path).unwrap());
+        let connection = Connection::open(&path).unwrap();
+        connection.pragma_update(None, "user_version", 999).unwrap();
+        drop(connection);
+        let error = Store::open(&path).unwrap_err();
+        assert!(matches!(error, StoreError::Newer { found: 999, .. }), "{error}");
+    }
+}

@@ -1,0 +1,393 @@
+//! What devices should run, and what must be published about it.
+//!
+//! Every change of a placement gives its device a new generation and an outbox row in the same transaction.
+//! The outbox holds one row a device: what is sent is always the newest head, read when it is sent.
+
+use std::collections::BTreeSet;
+
+use foreshore_protocol::message::{Head, HeadApp};
+use foreshore_protocol::{AppName, DeviceId, Digest, Epoch, Version};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+
+use super::column;
+use crate::rollout::Placement;
+
+/// The hub's epoch.
+///
+/// # Errors
+///
+/// When SQLite fails or the row is damaged.
+pub fn epoch(connection: &Connection) -> rusqlite::Result<Epoch> {
+    let number: u64 = connection
+        .prepare_cached("SELECT value FROM meta WHERE key = 'epoch'")?
+        .query_row([], |row| row.get(0))?;
+    Epoch::new(number).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))
+}
+
+/// Gives a device its next version and an outbox row.
+///
+/// # Errors
+///
+/// When SQLite fails, or the generations are used up.
+pub fn bump(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Version> {
+    let epoch = epoch(connection)?;
+    let generation: u64 = connection
+        .prepare_cached(
+            "UPDATE device SET desired_generation = coalesce(desired_generation, 0) + 1, desired_epoch = ?2,
+                    repair_at_ms = 0, repair_tries = 0
+             WHERE id = ?1 RETURNING desired_generation",
+        )?
+        .query_row(params![device.as_str(), epoch.get()], |row| row.get(0))?;
+    let version = Version::from_numbers(epoch.get(), generation)
+        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?;
+    enqueue(connection, device, version)?;
+    Ok(version)
+}
+
+/// Writes the outbox row of a device that shall be told `version`.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn enqueue(connection: &Connection, device: &DeviceId, version: Version) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("INSERT OR REPLACE INTO outbox (device, epoch, generation) VALUES (?1, ?2, ?3)")?
+        .execute(params![device.as_str(), version.epoch.get(), version.generation.get()])?;
+    Ok(())
+}
+
+/// Places a release of an app on a device: the version it is placed under.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn place(
+    connection: &Connection,
+    device: &DeviceId,
+    app: &AppName,
+    placement: &Placement,
+) -> rusqlite::Result<Version> {
+    let version = bump(connection, device)?;
+    connection
+        .prepare_cached(
+            "INSERT OR REPLACE INTO placement
+             (device, app, release, soak_ms, deadline_ms, since_epoch, since_generation)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        )?
+        .execute(params![
+            device.as_str(),
+            app.as_str(),
+            placement.release.to_string(),
+            placement.soak_ms,
+            placement.progress_deadline_ms,
+            version.epoch.get(),
+            version.generation.get(),
+        ])?;
+    connection
+        .prepare_cached("DELETE FROM removal WHERE device = ?1 AND app = ?2")?
+        .execute([device.as_str(), app.as_str()])?;
+    Ok(version)
+}
+
+/// Takes an app from a device, and remembers that the device must say so; the version, or `None` when
+/// there was nothing to take.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn remove(connection: &Connection, device: &DeviceId, app: &AppName) -> rusqlite::Result<Option<Version>> {
+    let taken = connection
+        .prepare_cached("DELETE FROM placement WHERE device = ?1 AND app = ?2")?
+        .execute([device.as_str(), app.as_str()])?;
+    if taken == 0 {
+        return Ok(None);
+    }
+    let version = bump(connection, device)?;
+    connection
+        .prepare_cached("INSERT OR REPLACE INTO removal (device, app, epoch, generation) VALUES (?1, ?2, ?3, ?4)")?
+        .execute(params![device.as_str(), app.as_str(), version.epoch.get(), version.generation.get()])?;
+    Ok(Some(version))
+}
+
+/// What is placed on a device for an app, and since which version.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn placement(
+    connection: &Connection,
+    device: &DeviceId,
+    app: &AppName,
+) -> rusqlite::Result<Option<(Placement, Version)>> {
+    connection
+        .prepare_cached(
+            "SELECT release, soak_ms, deadline_ms, since_epoch, since_generation
+             FROM placement WHERE device = ?1 AND app = ?2",
+        )?
+        .query_row([device.as_str(), app.as_str()], |row| {
+            let placement = Placement {
+                release: column::parsed(row, 0)?,
+                soak_ms: row.get(1)?,
+                progress_deadline_ms: row.get(2)?,
+            };
+            Ok((placement, column::version(row, 3)?))
+        })
+        .optional()
+}
+
+/// The newest desired state of a device; `None` when it was never given one.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn head(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Option<Head>> {
+    let version = connection
+        .prepare_cached("SELECT desired_epoch, desired_generation FROM device WHERE id = ?1")?
+        .query_row([device.as_str()], |row| column::version_option(row, 0))
+        .optional()?
+        .flatten();
+    let Some(version) = version else { return Ok(None) };
+    let apps = connection
+        .prepare_cached(
+            "SELECT app, release, since_epoch, since_generation, soak_ms, deadline_ms
+             FROM placement WHERE device = ?1 ORDER BY app",
+        )?
+        .query_map([device.as_str()], |row| {
+            Ok(HeadApp {
+                app: column::parsed(row, 0)?,
+                release: column::parsed(row, 1)?,
+                since: column::version(row, 2)?,
+                soak_ms: row.get(4)?,
+                progress_deadline_ms: row.get(5)?,
+            })
+        })?
+        .collect::<rusqlite::Result<_>>()?;
+    Ok(Some(Head { version, apps }))
+}
+
+/// Heads that wait to be published, in the order of their devices after `after`, at most `limit`.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn waiting_heads(
+    connection: &Connection,
+    after: &str,
+    limit: usize,
+) -> rusqlite::Result<Vec<(DeviceId, Head)>> {
+    let devices: Vec<DeviceId> = connection
+        .prepare_cached("SELECT device FROM outbox WHERE device > ?1 ORDER BY device LIMIT ?2")?
+        .query_map(params![after, limit], |row| column::parsed(row, 0))?
+        .collect::<rusqlite::Result<_>>()?;
+    let mut heads = Vec::with_capacity(devices.len());
+    for device in devices {
+        if let Some(head) = head(connection, &device)? {
+            heads.push((device, head));
+        }
+    }
+    Ok(heads)
+}
+
+/// Clears the outbox row of a device whose head of `version` the broker took, unless a newer one waits.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn published(connection: &Connection, device: &DeviceId, version: Version) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("DELETE FROM outbox WHERE device = ?1 AND epoch = ?2 AND generation <= ?3")?
+        .execute(params![device.as_str(), version.epoch.get(), version.generation.get()])?;
+    Ok(())
+}
+
+/// Queues a release for publication.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn enqueue_release(connection: &Connection, digest: &Digest) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("INSERT OR IGNORE INTO outbox_release (digest) VALUES (?1)")?
+        .execute([digest.to_string()])?;
+    Ok(())
+}
+
+/// Releases that wait to be published, at most `limit`.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn waiting_releases(connection: &Connection, limit: usize) -> rusqlite::Result<Vec<(Digest, Vec<u8>)>> {
+    connection
+        .prepare_cached(
+            "SELECT release.digest, release.bytes FROM outbox_release JOIN release USING (digest) LIMIT ?1",
+        )?
+        .query_map([limit], |row| Ok((column::parsed(row, 0)?, row.get(1)?)))?
+        .collect()
+}
+
+/// Clears the outbox row of a release that the broker took.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn release_published(connection: &Connection, digest: &Digest) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("DELETE FROM outbox_release WHERE digest = ?1")?
+        .execute([digest.to_string()])?;
+    Ok(())
+}
+
+/// Topics whose retained message must be cleared, at most `limit`.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn waiting_clears(connection: &Connection, limit: usize) -> rusqlite::Result<Vec<String>> {
+    connection
+        .prepare_cached("SELECT topic FROM outbox_clear LIMIT ?1")?
+        .query_map([limit], |row| row.get(0))?
+        .collect()
+}
+
+/// Queues a topic whose retained message must be cleared.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn enqueue_clear(connection: &Connection, topic: &str) -> rusqlite::Result<()> {
+    connection.prepare_cached("INSERT OR IGNORE INTO outbox_clear (topic) VALUES (?1)")?.execute([topic])?;
+    Ok(())
+}
+
+/// Forgets a topic that was cleared.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn cleared(connection: &Connection, topic: &str) -> rusqlite::Result<()> {
+    connection.prepare_cached("DELETE FROM outbox_clear WHERE topic = ?1")?.execute([topic])?;
+    Ok(())
+}
+
+/// How many messages wait to be published.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn outbox_depth(connection: &Connection) -> rusqlite::Result<u64> {
+    connection.query_row(
+        "SELECT (SELECT count(*) FROM outbox) + (SELECT count(*) FROM outbox_release)
+              + (SELECT count(*) FROM outbox_clear)",
+        [],
+        |row| row.get(0),
+    )
+}
+
+/// Queues everything that should be retained on the broker: the head of every device that has one, and every
+/// release that is placed somewhere.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn enqueue_all(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute_batch(
+        "INSERT OR IGNORE INTO outbox (device, epoch, generation)
+             SELECT id, desired_epoch, desired_generation FROM device WHERE desired_generation IS NOT NULL;
+         INSERT OR IGNORE INTO outbox_release (digest) SELECT DISTINCT release FROM placement;",
+    )
+}
+
+/// Every release that is placed on a device, for the repair of that device.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn releases_of(connection: &Connection, device: &DeviceId) -> rusqlite::Result<BTreeSet<Digest>> {
+    connection
+        .prepare_cached("SELECT release FROM placement WHERE device = ?1")?
+        .query_map([device.as_str()], |row: &Row<'_>| column::parsed(row, 0))?
+        .collect()
+}
+
+/// Begins a new epoch: every desired state is newer than any that devices may have seen from a later life of
+/// this database, and is published again.
+///
+/// # Errors
+///
+/// When SQLite fails, or the epochs are used up.
+pub fn begin_epoch(connection: &Connection) -> rusqlite::Result<Epoch> {
+    connection.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'", [])?;
+    let epoch = epoch(connection)?;
+    connection.execute(
+        "UPDATE device SET desired_epoch = ?1 WHERE desired_generation IS NOT NULL",
+        [epoch.get()],
+    )?;
+    connection.execute("DELETE FROM outbox", [])?;
+    enqueue_all(connection)?;
+    Ok(epoch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rollout::UnixMs;
+    use crate::store::tests::memory;
+    use crate::store::{app, device};
+
+    fn names(text: &str) -> (DeviceId, AppName) {
+        (text.parse().unwrap(), "shop".parse().unwrap())
+    }
+
+    fn placed(connection: &Connection, content: &[u8]) -> Placement {
+        let (_, app) = names("d");
+        let release = Digest::of(content);
+        app::put_release(connection, &release, &app, content, UnixMs(1)).unwrap();
+        Placement { release, soak_ms: 1, progress_deadline_ms: 2 }
+    }
+
+    #[test]
+    fn a_publication_of_an_old_head_does_not_clear_a_newer_one() {
+        let connection = memory();
+        let (id, app) = names("d");
+        device::insert(&connection, &id, UnixMs(1)).unwrap();
+        let first = place(&connection, &id, &app, &placed(&connection, b"1")).unwrap();
+        let second = place(&connection, &id, &app, &placed(&connection, b"2")).unwrap();
+        assert!(second > first);
+        published(&connection, &id, first).unwrap();
+        let waiting = waiting_heads(&connection, "", 10).unwrap();
+        assert_eq!(waiting.len(), 1);
+        assert_eq!(waiting[0].1.version, second);
+        assert_eq!(waiting[0].1.apps[0].since, second);
+        published(&connection, &id, second).unwrap();
+        assert!(waiting_heads(&connection, "", 10).unwrap().is_empty());
+    }
+
+    #[test]
+    fn another_apps_change_leaves_since_and_a_removal_waits_for_the_device() {
+        let connection = memory();
+        let (id, app) = names("d");
+        let other: AppName = "other".parse().unwrap();
+        device::insert(&connection, &id, UnixMs(1)).unwrap();
+        let since = place(&connection, &id, &app, &placed(&connection, b"1")).unwrap();
+        place(&connection, &id, &other, &placed(&connection, b"2")).unwrap();
+        assert_eq!(placement(&connection, &id, &app).unwrap().unwrap().1, since);
+        assert!(remove(&connection, &id, &other).unwrap().is_some());
+        assert_eq!(remove(&connection, &id, &other).unwrap(), None, "nothing to take, no new generation");
+        let head = head(&connection, &id).unwrap().unwrap();
+        assert_eq!((head.version.generation.get(), head.apps.len()), (3, 1));
+    }
+
+    #[test]
+    fn a_new_epoch_is_above_every_version_before_and_publishes_all_again() {
+        let connection = memory();
+        let (id, app) = names("d");
+        device::insert(&connection, &id, UnixMs(1)).unwrap();
+        let before = place(&connection, &id, &app, &placed(&connection, b"1")).unwrap();
+        published(&connection, &id, before).unwrap();
+        begin_epoch(&connection).unwrap();
+        let (_, head) = waiting_heads(&connection, "", 10).unwrap().remove(0);
+        assert!(head.version > before && head.version.epoch > before.epoch);
+        assert_eq!(waiting_releases(&connection, 10).unwrap().len(), 1);
+    }
+}

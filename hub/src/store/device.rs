@@ -1,0 +1,336 @@
+//! Devices: who they are, whether they are there, and what they say.
+
+use foreshore_protocol::DeviceId;
+use foreshore_protocol::api::DeviceView;
+use foreshore_protocol::id::{LabelKey, LabelValue, Labels, Version};
+use foreshore_protocol::message::{AppStatus, Inventory};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+
+use super::column;
+use crate::rollout::UnixMs;
+
+/// What the hub keeps of a device's link, to tell new from old and lost from late.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkState {
+    /// The newest connection that it announced.
+    pub session: u64,
+    /// Whether that one stands.
+    pub online: bool,
+    /// When it was last heard of.
+    pub last_seen: Option<UnixMs>,
+    /// The newest boot it spoke of.
+    pub boot: u64,
+    /// The newest report of that boot.
+    pub reported_seq: u64,
+    /// The newest event below which none is missing.
+    pub event_seq: u64,
+    /// The first event seen beyond a gap; if it comes again, the device has none before it.
+    pub event_gap: Option<u64>,
+    /// The newest desired state it stored.
+    pub accepted: Option<Version>,
+    /// The newest desired state it should have.
+    pub desired: Option<Version>,
+    /// No repair before then.
+    pub repair_at: UnixMs,
+    /// Repairs in a row that did not help.
+    pub repair_tries: u32,
+}
+
+/// Makes a device; it was just heard of for the first time.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn insert(connection: &Connection, device: &DeviceId, now: UnixMs) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("INSERT OR IGNORE INTO device (id, created_ms, last_seen_ms) VALUES (?1, ?2, ?2)")?
+        .execute(params![device.as_str(), now.0])?;
+    Ok(())
+}
+
+/// The link of a device; `None` when it is unknown.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn link(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Option<LinkState>> {
+    connection
+        .prepare_cached(
+            "SELECT session, online, last_seen_ms, boot, reported_seq, event_seq, event_gap,
+                    accepted_epoch, accepted_generation, desired_epoch, desired_generation,
+                    repair_at_ms, repair_tries
+             FROM device WHERE id = ?1",
+        )?
+        .query_row([device.as_str()], |row| {
+            Ok(LinkState {
+                session: row.get(0)?,
+                online: row.get(1)?,
+                last_seen: row.get::<_, Option<u64>>(2)?.map(UnixMs),
+                boot: row.get(3)?,
+                reported_seq: row.get(4)?,
+                event_seq: row.get(5)?,
+                event_gap: row.get(6)?,
+                accepted: column::version_option(row, 7)?,
+                desired: column::version_option(row, 9)?,
+                repair_at: UnixMs(row.get(11)?),
+                repair_tries: row.get(12)?,
+            })
+        })
+        .optional()
+}
+
+/// Writes what [`link`] read and the caller changed; `desired` is not written here.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn put_link(connection: &Connection, device: &DeviceId, link: &LinkState) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(
+            "UPDATE device SET session = ?2, online = ?3, last_seen_ms = ?4, boot = ?5, reported_seq = ?6,
+                    event_seq = ?7, event_gap = ?8, accepted_epoch = ?9, accepted_generation = ?10,
+                    repair_at_ms = ?11, repair_tries = ?12
+             WHERE id = ?1",
+        )?
+        .execute(params![
+            device.as_str(),
+            link.session,
+            link.online,
+            link.last_seen.map(|seen| seen.0),
+            link.boot,
+            link.reported_seq,
+            link.event_seq,
+            link.event_gap,
+            link.accepted.map(|version| version.epoch.get()),
+            link.accepted.map(|version| version.generation.get()),
+            link.repair_at.0,
+            link.repair_tries,
+        ])?;
+    Ok(())
+}
+
+/// Keeps the gauges of a beacon.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn put_gauges(connection: &Connection, device: &DeviceId, memory_mib: u32, load_centi: u32) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("UPDATE device SET memory_mib = ?2, load_centi = ?3 WHERE id = ?1")?
+        .execute(params![device.as_str(), memory_mib, load_centi])?;
+    Ok(())
+}
+
+/// Keeps a device's inventory; whether its own labels changed.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn put_inventory(connection: &Connection, device: &DeviceId, inventory: &Inventory) -> rusqlite::Result<bool> {
+    let before: Labels = connection
+        .prepare_cached("SELECT own_labels FROM device WHERE id = ?1")?
+        .query_row([device.as_str()], |row| column::json(row, 0))?;
+    connection
+        .prepare_cached("UPDATE device SET inventory = ?2, own_labels = ?3 WHERE id = ?1")?
+        .execute(params![device.as_str(), column::to_json(inventory)?, column::to_json(&inventory.labels)?])?;
+    Ok(before != inventory.labels)
+}
+
+/// Replaces what a device says of its apps.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn put_reports(connection: &Connection, device: &DeviceId, apps: &[AppStatus]) -> rusqlite::Result<()> {
+    connection.prepare_cached("DELETE FROM report WHERE device = ?1")?.execute([device.as_str()])?;
+    for status in apps {
+        connection
+            .prepare_cached(
+                "INSERT OR REPLACE INTO report (device, app, since_epoch, since_generation, release, phase, body)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            )?
+            .execute(params![
+                device.as_str(),
+                status.app.as_str(),
+                status.since.epoch.get(),
+                status.since.generation.get(),
+                status.release.to_string(),
+                column::to_word(&status.phase)?,
+                column::to_json(status)?,
+            ])?;
+    }
+    Ok(())
+}
+
+/// The labels that operator and device gave, in this order.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn labels(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Option<(Labels, Labels)>> {
+    connection
+        .prepare_cached("SELECT operator_labels, own_labels FROM device WHERE id = ?1")?
+        .query_row([device.as_str()], |row| Ok((column::json(row, 0)?, column::json(row, 1)?)))
+        .optional()
+}
+
+/// A device's labels, the operator's over its own.
+#[must_use]
+pub fn merged(operator: Labels, mut own: Labels) -> Labels {
+    own.extend(operator);
+    own
+}
+
+/// Writes the operator's labels.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn put_operator_labels(connection: &Connection, device: &DeviceId, labels: &Labels) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("UPDATE device SET operator_labels = ?2 WHERE id = ?1")?
+        .execute(params![device.as_str(), column::to_json(labels)?])?;
+    Ok(())
+}
+
+/// Every device with its merged labels, by id.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn all_labels(connection: &Connection) -> rusqlite::Result<Vec<(DeviceId, Labels)>> {
+    connection
+        .prepare_cached("SELECT id, operator_labels, own_labels FROM device ORDER BY id")?
+        .query_map([], |row| {
+            let (operator, own): (Labels, Labels) = (column::json(row, 1)?, column::json(row, 2)?);
+            Ok((column::parsed(row, 0)?, merged(operator, own)))
+        })?
+        .collect()
+}
+
+/// Removes a device and all that is known of it.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn delete(connection: &Connection, device: &DeviceId) -> rusqlite::Result<bool> {
+    connection.execute("DELETE FROM assignment WHERE device = ?1", [device.as_str()])?;
+    Ok(connection.execute("DELETE FROM device WHERE id = ?1", [device.as_str()])? > 0)
+}
+
+/// Marks every device as not connected: the broker that they were connected to is gone.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn all_offline(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute("UPDATE device SET online = 0 WHERE online", [])?;
+    Ok(())
+}
+
+/// Marks devices as not connected that were last heard of before `before`; which.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn mark_stale(connection: &Connection, before: UnixMs) -> rusqlite::Result<Vec<DeviceId>> {
+    connection
+        .prepare_cached("UPDATE device SET online = 0 WHERE online AND last_seen_ms < ?1 RETURNING id")?
+        .query_map([before.0], |row| column::parsed(row, 0))?
+        .collect()
+}
+
+/// How many devices are known, and how many of them are connected.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn count(connection: &Connection) -> rusqlite::Result<(u64, u64)> {
+    connection.query_row("SELECT count(*), coalesce(sum(online), 0) FROM device", [], |row| {
+        Ok((row.get(0)?, row.get(1)?))
+    })
+}
+
+/// Connected devices after `after`, by id, at most `limit`.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn online_after(connection: &Connection, after: &str, limit: usize) -> rusqlite::Result<Vec<DeviceId>> {
+    connection
+        .prepare_cached("SELECT id FROM device WHERE online AND id > ?1 ORDER BY id LIMIT ?2")?
+        .query_map(params![after, limit], |row| column::parsed(row, 0))?
+        .collect()
+}
+
+const VIEW: &str = "SELECT id, online, last_seen_ms, operator_labels, own_labels, desired_epoch, desired_generation,
+    accepted_epoch, accepted_generation, inventory FROM device";
+
+/// A device as the API shows it.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn view(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Option<DeviceView>> {
+    let found = connection
+        .prepare_cached(&format!("{VIEW} WHERE id = ?1"))?
+        .query_row([device.as_str()], read_view)
+        .optional()?;
+    found.map(|view| with_apps(connection, view)).transpose()
+}
+
+/// Every device as the API shows it, by id.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn views(connection: &Connection) -> rusqlite::Result<Vec<DeviceView>> {
+    let views: Vec<_> = connection
+        .prepare_cached(&format!("{VIEW} ORDER BY id"))?
+        .query_map([], read_view)?
+        .collect::<rusqlite::Result<_>>()?;
+    views.into_iter().map(|view| with_apps(connection, view)).collect()
+}
+
+fn read_view(row: &Row<'_>) -> rusqlite::Result<DeviceView> {
+    let (operator, own): (Labels, Labels) = (column::json(row, 3)?, column::json(row, 4)?);
+    Ok(DeviceView {
+        id: column::parsed(row, 0)?,
+        online: row.get(1)?,
+        last_seen_ms: row.get(2)?,
+        labels: merged(operator, own),
+        desired: column::version_option(row, 5)?,
+        reported: column::version_option(row, 7)?,
+        inventory: column::json_option(row, 9)?,
+        apps: Vec::new(),
+    })
+}
+
+fn with_apps(connection: &Connection, mut view: DeviceView) -> rusqlite::Result<DeviceView> {
+    view.apps = connection
+        .prepare_cached("SELECT body FROM report WHERE device = ?1 ORDER BY app")?
+        .query_map([view.id.as_str()], |row| column::json(row, 0))?
+        .collect::<rusqlite::Result<_>>()?;
+    Ok(view)
+}
+
+/// Applies a label patch to the operator's labels; `None` when the device is unknown.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn patch_labels<'a>(
+    connection: &Connection,
+    device: &DeviceId,
+    patch: impl IntoIterator<Item = (&'a LabelKey, &'a Option<LabelValue>)>,
+) -> rusqlite::Result<Option<()>> {
+    let Some((mut operator, _)) = labels(connection, device)? else { return Ok(None) };
+    for (key, value) in patch {
+        match value {
+            Some(value) => operator.insert(key.clone(), value.clone()),
+            None => operator.remove(key),
+        };
+    }
+    put_operator_labels(connection, device, &operator)?;
+    Ok(Some(()))
+}

@@ -1,0 +1,78 @@
+//! Images imported into the hub: names for blobs in the image directory.
+//!
+//! A tag that is imported again moves. What it named before stays in the image directory, as releases that
+//! devices run or go back to name images by digest.
+
+use foreshore_protocol::api::ImageView;
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+
+use super::column;
+
+/// An imported image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// What the API shows.
+    pub view: ImageView,
+    /// Of its index or manifest.
+    pub media_type: String,
+}
+
+const COLUMNS: &str = "reference, digest, media_type, size_bytes, platforms, imported_ms";
+
+/// Writes an image; a tag that exists is moved.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn put(connection: &Connection, image: &Image) -> rusqlite::Result<()> {
+    connection.execute(
+        "INSERT OR REPLACE INTO image (reference, digest, media_type, size_bytes, platforms, imported_ms)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        params![
+            image.view.reference,
+            image.view.digest.to_string(),
+            image.media_type,
+            image.view.size_bytes,
+            column::to_json(&image.view.platforms)?,
+            image.view.imported_ms,
+        ],
+    )?;
+    Ok(())
+}
+
+/// Every image, by name.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn list(connection: &Connection) -> rusqlite::Result<Vec<Image>> {
+    connection
+        .prepare_cached(&format!("SELECT {COLUMNS} FROM image ORDER BY reference"))?
+        .query_map([], read)?
+        .collect()
+}
+
+/// The image of that name, `hub.internal/NAME:TAG`.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn by_reference(connection: &Connection, reference: &str) -> rusqlite::Result<Option<Image>> {
+    connection
+        .prepare_cached(&format!("SELECT {COLUMNS} FROM image WHERE reference = ?1"))?
+        .query_row([reference], read)
+        .optional()
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<Image> {
+    Ok(Image {
+        view: ImageView {
+            reference: row.get(0)?,
+            digest: column::parsed(row, 1)?,
+            size_bytes: row.get(3)?,
+            platforms: column::json(row, 4)?,
+            imported_ms: row.get(5)?,
+        },
+        media_type: row.get(2)?,
+    })
+}

@@ -1,0 +1,191 @@
+//! The tables, and how an older database becomes one of today. Migrations only ever go forward.
+
+use rusqlite::{Connection, TransactionBehavior};
+
+use super::StoreError;
+
+/// One step per version; never edited after a release, only added to.
+const MIGRATIONS: &[&str] = &[INITIAL];
+
+/// Brings the database to the newest schema, each step in its own transaction.
+///
+/// # Errors
+///
+/// When a newer hub wrote it, or SQLite fails.
+pub fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
+    let known = i64::try_from(MIGRATIONS.len()).expect("a handful of migrations");
+    loop {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let found: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        if found > known {
+            return Err(StoreError::Newer { found, known });
+        }
+        let Some(step) = usize::try_from(found).ok().and_then(|found| MIGRATIONS.get(found)) else {
+            return Ok(());
+        };
+        transaction.execute_batch(step)?;
+        transaction.pragma_update(None, "user_version", found + 1)?;
+        transaction.commit()?;
+    }
+}
+
+/// Times are milliseconds since 1970. Digests, ids and JSON are text, so that `sqlite3` shows them.
+const INITIAL: &str = "
+CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+INSERT INTO meta (key, value) VALUES ('epoch', 1), ('latest_ms', 0);
+
+CREATE TABLE device (
+    id TEXT PRIMARY KEY,
+    created_ms INTEGER NOT NULL,
+    operator_labels TEXT NOT NULL DEFAULT '{}',
+    own_labels TEXT NOT NULL DEFAULT '{}',
+    inventory TEXT,
+    session INTEGER NOT NULL DEFAULT 0,
+    online INTEGER NOT NULL DEFAULT 0,
+    last_seen_ms INTEGER,
+    boot INTEGER NOT NULL DEFAULT 0,
+    reported_seq INTEGER NOT NULL DEFAULT 0,
+    event_seq INTEGER NOT NULL DEFAULT 0,
+    event_gap INTEGER,
+    accepted_epoch INTEGER,
+    accepted_generation INTEGER,
+    desired_epoch INTEGER,
+    desired_generation INTEGER,
+    memory_mib INTEGER,
+    load_centi INTEGER,
+    repair_at_ms INTEGER NOT NULL DEFAULT 0,
+    repair_tries INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+CREATE INDEX device_seen ON device (online, last_seen_ms);
+
+CREATE TABLE release (
+    digest TEXT PRIMARY KEY,
+    app TEXT NOT NULL,
+    bytes BLOB NOT NULL,
+    created_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE app (
+    name TEXT PRIMARY KEY,
+    manifest TEXT NOT NULL,
+    created_ms INTEGER NOT NULL,
+    updated_ms INTEGER NOT NULL,
+    deleting INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
+
+-- Which devices an app selects now; kept in step with labels and selectors in the same transaction.
+CREATE TABLE member (
+    app TEXT NOT NULL REFERENCES app (name) ON DELETE CASCADE,
+    device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
+    PRIMARY KEY (app, device)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX member_device ON member (device);
+
+CREATE TABLE placement (
+    device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
+    app TEXT NOT NULL,
+    release TEXT NOT NULL REFERENCES release (digest),
+    soak_ms INTEGER NOT NULL,
+    deadline_ms INTEGER NOT NULL,
+    since_epoch INTEGER NOT NULL,
+    since_generation INTEGER NOT NULL,
+    PRIMARY KEY (device, app)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX placement_release ON placement (release);
+CREATE INDEX placement_app ON placement (app);
+
+-- A device that must still say that it removed an app.
+CREATE TABLE removal (
+    device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
+    app TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    PRIMARY KEY (device, app)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX removal_app ON removal (app);
+
+-- What must be published: the newest head of a device, and releases. One row each, however often it changes.
+CREATE TABLE outbox (
+    device TEXT PRIMARY KEY REFERENCES device (id) ON DELETE CASCADE,
+    epoch INTEGER NOT NULL,
+    generation INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE outbox_release (digest TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+-- Topics whose retained message must go: those of forgotten devices and releases.
+CREATE TABLE outbox_clear (topic TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+
+CREATE TABLE rollout (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    app TEXT NOT NULL,
+    state TEXT NOT NULL,
+    final INTEGER NOT NULL,
+    wake_at_ms INTEGER,
+    created_ms INTEGER NOT NULL,
+    header TEXT NOT NULL
+) STRICT;
+CREATE INDEX rollout_app ON rollout (app, id);
+CREATE INDEX rollout_live ON rollout (final, wake_at_ms);
+
+CREATE TABLE wave (
+    rollout INTEGER NOT NULL REFERENCES rollout (id) ON DELETE CASCADE,
+    ordinal INTEGER NOT NULL,
+    body TEXT NOT NULL,
+    PRIMARY KEY (rollout, ordinal)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE assignment (
+    rollout INTEGER NOT NULL REFERENCES rollout (id) ON DELETE CASCADE,
+    device TEXT NOT NULL,
+    body TEXT NOT NULL,
+    PRIMARY KEY (rollout, device)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX assignment_device ON assignment (device);
+
+CREATE TABLE report (
+    device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
+    app TEXT NOT NULL,
+    since_epoch INTEGER NOT NULL,
+    since_generation INTEGER NOT NULL,
+    release TEXT NOT NULL,
+    phase TEXT NOT NULL,
+    body TEXT NOT NULL,
+    PRIMARY KEY (device, app)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX report_app ON report (app, release, phase);
+
+CREATE TABLE event (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    received_ms INTEGER NOT NULL,
+    device TEXT,
+    app TEXT,
+    service TEXT,
+    rollout INTEGER,
+    kind TEXT NOT NULL,
+    message TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE image (
+    reference TEXT PRIMARY KEY,
+    digest TEXT NOT NULL,
+    media_type TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    platforms TEXT NOT NULL,
+    imported_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn migrating_twice_changes_nothing() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        migrate(&mut connection).unwrap();
+        connection.execute("UPDATE meta SET value = 7 WHERE key = 'epoch'", []).unwrap();
+        migrate(&mut connection).unwrap();
+        let epoch: i64 =
+            connection.query_row("SELECT value FROM meta WHERE key = 'epoch'", [], |row| row.get(0)).unwrap();
+        assert_eq!(epoch, 7);
+    }
+}
