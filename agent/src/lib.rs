@@ -1,4 +1,5 @@
 //! The Foreshore agent.
+//!
 
 #[deny(
     clippy::disallowed_methods,
