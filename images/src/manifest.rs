@@ -246,6 +246,17 @@ impl Document {
     }
 }
 
+impl Document {
+    /// The media type that it says, or that goes with its shape.
+    #[must_use]
+    pub fn media_type(&self) -> &str {
+        match self {
+            Self::Index(index) => index.media_type.as_deref().unwrap_or(OCI_INDEX),
+            Self::Manifest(manifest) => manifest.media_type.as_deref().unwrap_or(OCI_MANIFEST),
+        }
+    }
+}
+
 impl ConfigDocument {
     /// Reads the config of an image that has `layers` layers.
     ///

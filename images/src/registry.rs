@@ -1,21 +1,45 @@
 //! The client of a registry: the pull side of the OCI distribution specification over HTTP.
 //!
-//! skeleton
+//! Every exchange is bounded: a connection must stand within [`Timeouts::connect`], something must come within
+//! [`Timeouts::stall`], the whole must be done within a time that follows from its size; documents have a cap,
+//! blobs their declared size. Redirects are followed here rather than in the HTTP library, since `Authorization`
+//! must reach nobody but the registry's own origin. Nothing is believed until its digest is right.
+
+mod auth;
+mod error;
+mod url;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, Write};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use crate::manifest::Descriptor;
-use crate::{Digest, Fault, Reference};
+use sha2::{Digest as _, Sha256};
+use ureq::http::{HeaderMap, Response, header};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
+use ureq::{Agent, Body};
+
+use self::auth::{Challenge, TOKEN_BYTES_MAX};
+pub use self::error::FetchError;
+pub(crate) use self::error::is_disk_full;
+use self::url::Origin;
+use crate::manifest::{ACCEPT, Descriptor, Document, MANIFEST_BYTES_MAX};
+use crate::reference::DEFAULT_HOST;
+use crate::{Digest, Reference};
+
+/// Hops that are followed for one request.
+const REDIRECTS_MAX: usize = 5;
+/// Default of [`ClientConfig::blob_bytes_max`].
+const BLOB_BYTES_MAX: u64 = 8 << 30;
 
 /// How to reach registries. `Default` is: everything over HTTPS, anonymously.
 #[derive(Debug, Clone, Default)]
 pub struct ClientConfig {
-    /// What is special about a registry, by the host as image references write it
-    /// (`docker.io`, `registry.lan:5000`, `hub.internal`). A host that is not listed is reached anonymously by HTTPS.
+    /// What is special about a registry, by the host as image references write it (`docker.io`,
+    /// `registry.lan:5000`, `hub.internal`). A host that is not listed is reached anonymously by HTTPS.
     pub registries: BTreeMap<String, RegistryConfig>,
     /// How long anything may take.
     pub timeouts: Timeouts,
@@ -26,7 +50,7 @@ pub struct ClientConfig {
 /// What is special about one registry.
 #[derive(Debug, Clone, Default)]
 pub struct RegistryConfig {
-    /// Where the registry really is, `http://HOST:PORT` or `https://HOST:PORT`; what maps `hub.internal`.
+    /// Where the registry really is, `http://HOST[:PORT]` or `https://HOST[:PORT]`; what maps `hub.internal`.
     /// A `http://` here allows plain HTTP to that address.
     pub url: Option<String>,
     /// Speak HTTP instead of HTTPS.
@@ -35,7 +59,8 @@ pub struct RegistryConfig {
     pub credentials: Option<Credentials>,
     /// PEM file with the certificates to trust for this registry, instead of the built-in (Mozilla) ones.
     pub ca_file: Option<PathBuf>,
-    /// Hosts of token servers that may be given the credentials, besides the registry's own host name.
+    /// Hosts (`HOST` or `HOST:PORT`) of token servers that may be given the credentials, besides the registry's
+    /// own host name, its parent and its child domains.
     pub token_hosts: Vec<String>,
 }
 
@@ -55,8 +80,8 @@ pub struct Timeouts {
     pub stall: Duration,
     /// One manifest or token exchange as a whole. Default 60 s.
     pub exchange: Duration,
-    /// The slowest pace at which a blob may come in, in bytes a second, after [`exchange`](Self::exchange) has
-    /// passed; a blob has `exchange + size / pace`. Default 4 KiB/s.
+    /// The slowest pace at which a blob may come in, in bytes a second: a blob has `exchange + size / pace`.
+    /// Default 4 KiB/s.
     pub pace_bytes: u64,
 }
 
@@ -71,31 +96,65 @@ pub struct RawManifest {
     pub bytes: Vec<u8>,
 }
 
-/// Why a registry was not asked at all.
+/// Why a client cannot be made from a [`ClientConfig`].
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// skeleton
-    #[error("registry \"{host}\": url \"{url}\" is not http://HOST[:PORT] or https://HOST[:PORT]")]
+    /// The URL, or the host as a URL, is none.
+    #[error("registry \"{host}\": \"{url}\" is not http://HOST[:PORT] or https://HOST[:PORT]")]
     Url {
         /// As configured.
         host: String,
-        /// As configured.
+        /// As configured, or made from the host.
         url: String,
+    },
+    /// The CA file cannot be read.
+    #[error("registry \"{host}\": cannot read the CA file {}", path.display())]
+    CaFile {
+        /// As configured.
+        host: String,
+        /// As configured.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The CA file holds no certificate.
+    #[error("registry \"{host}\": the CA file {} holds no PEM certificate", path.display())]
+    CaContent {
+        /// As configured.
+        host: String,
+        /// As configured.
+        path: PathBuf,
     },
 }
 
-/// Why something was not fetched. Every message names the registry and the repository.
-#[derive(Debug, thiserror::Error)]
-pub enum FetchError {
-    /// skeleton
-    #[error("skeleton")]
-    Sink(#[source] io::Error),
+/// A client of registries. Blocking; `Sync`, so threads may share it; keeps connections and tokens.
+pub struct Client {
+    /// For what is not configured.
+    agent: Agent,
+    registries: BTreeMap<String, Endpoint>,
+    timeouts: Timeouts,
+    blob_bytes_max: u64,
+    /// `Authorization` by host and repository. Only in memory; `Debug` does not show it.
+    authorizations: Mutex<BTreeMap<(String, String), String>>,
 }
 
-/// A client of registries. Blocking; `Sync`, so threads may share it; keeps connections and tokens.
-#[derive(Debug)]
-pub struct Client {
-    config: ClientConfig,
+/// One registry, ready to be asked.
+#[derive(Clone)]
+struct Endpoint {
+    origin: Origin,
+    agent: Agent,
+    credentials: Option<Credentials>,
+    token_hosts: Vec<String>,
+}
+
+/// One thing that is asked for: what errors are about.
+#[derive(Clone, Copy)]
+struct Ask<'a> {
+    host: &'a str,
+    repository: &'a str,
+    what: &'a str,
+    until: Instant,
 }
 
 impl Client {
@@ -104,7 +163,22 @@ impl Client {
     /// # Errors
     /// [`ConfigError`] for a bad host, URL or CA file.
     pub fn new(config: ClientConfig) -> Result<Self, ConfigError> {
-        Ok(Self { config })
+        let timeouts = config.timeouts;
+        let registries = config
+            .registries
+            .into_iter()
+            .map(|(host, registry)| {
+                let endpoint = Endpoint::new(&host, registry, &timeouts)?;
+                Ok((host, endpoint))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            agent: agent(&timeouts, None, true),
+            registries,
+            timeouts,
+            blob_bytes_max: config.blob_bytes_max.unwrap_or(BLOB_BYTES_MAX),
+            authorizations: Mutex::new(BTreeMap::new()),
+        })
     }
 
     /// The digest of the index or manifest that `reference` names. With a digest in the reference it is
@@ -121,7 +195,48 @@ impl Client {
     /// # Errors
     /// [`FetchError`].
     pub fn manifest(&self, reference: &Reference) -> Result<RawManifest, FetchError> {
-        todo!("{reference} {:?}", self.config)
+        let name = match (reference.digest(), reference.tag()) {
+            (Some(digest), _) => digest.to_string(),
+            (None, tag) => tag.unwrap_or("latest").to_owned(),
+        };
+        let what = match reference.digest() {
+            Some(digest) => format!("manifest {}@{digest}", reference.repository()),
+            None => format!("manifest {}:{name}", reference.repository()),
+        };
+        let ask = self.ask(reference, &what, 0);
+        let response = self.get(
+            &ask,
+            &format!("/v2/{}/manifests/{name}", reference.repository()),
+            ACCEPT,
+        )?;
+        let media_type = media_type(response.headers());
+        let bytes = self.read_document(&ask, response)?;
+        let digest = Digest::of(&bytes);
+        if let Some(expected) = reference.digest()
+            && expected != digest
+        {
+            // A login page is the likelier reason than a lying registry; say which it is.
+            return Err(match media_type {
+                Some(media_type) if is_web_page(&media_type) => ask.not_a_registry(media_type),
+                _ => ask.digest_mismatch(digest),
+            });
+        }
+        let media_type = match media_type {
+            Some(media_type) if is_web_page(&media_type) => {
+                return Err(ask.not_a_registry(media_type));
+            }
+            // Static file servers do not know better; the document says itself what it is.
+            Some(media_type) if is_vague(&media_type) => None,
+            other => other,
+        };
+        let document = Document::parse(&bytes, media_type.as_deref())
+            .map_err(|source| ask.document(source))?;
+        let media_type = media_type.unwrap_or_else(|| document.media_type().to_owned());
+        Ok(RawManifest {
+            digest,
+            media_type,
+            bytes,
+        })
     }
 
     /// Streams a blob of `reference`'s repository into `sink` and checks its declared size and digest.
@@ -136,11 +251,569 @@ impl Client {
         sink: &mut dyn Write,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), FetchError> {
-        todo!("{reference} {blob:?} {} {}", sink.flush().is_ok(), {
-            progress(1);
-            1
+        let what = format!("blob {}@{}", reference.repository(), blob.digest);
+        let ask = self.ask(reference, &what, blob.size);
+        if blob.size > self.blob_bytes_max {
+            return Err(ask.too_large(self.blob_bytes_max));
+        }
+        let path = format!("/v2/{}/blobs/{}", reference.repository(), blob.digest);
+        let response = self.get(&ask, &path, "*/*")?;
+        if let Some(media_type) = media_type(response.headers()).filter(|found| is_web_page(found))
+        {
+            return Err(ask.not_a_registry(media_type));
+        }
+        let mismatch = |found| ask.size_mismatch(blob.size, found);
+        if let Some(announced) =
+            content_length(response.headers()).filter(|length| *length != blob.size)
+        {
+            return Err(mismatch(announced));
+        }
+        // One byte more than declared is enough to know.
+        let mut body = response
+            .into_body()
+            .into_reader()
+            .take(blob.size.saturating_add(1));
+        let mut hasher = Sha256::new();
+        let mut received = 0;
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let count = match body.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(ask.body(error)),
+            };
+            received += count as u64;
+            if received > blob.size {
+                return Err(mismatch(received));
+            }
+            hasher.update(&buffer[..count]);
+            sink.write_all(&buffer[..count])
+                .map_err(|source| FetchError::Sink {
+                    what: what.clone(),
+                    source,
+                })?;
+            progress(count as u64);
+        }
+        if received != blob.size {
+            return Err(mismatch(received));
+        }
+        let found = Digest::from_bytes(hasher.finalize().into());
+        if found == blob.digest {
+            Ok(())
+        } else {
+            Err(ask.digest_mismatch(found))
+        }
+    }
+
+    fn ask<'a>(&self, reference: &'a Reference, what: &'a str, bytes: u64) -> Ask<'a> {
+        let time =
+            self.timeouts.exchange + Duration::from_secs(bytes / self.timeouts.pace_bytes.max(1));
+        Ask {
+            host: reference.host(),
+            repository: reference.repository(),
+            what,
+            until: Instant::now() + time,
+        }
+    }
+
+    /// The answer to a GET of `path`, 200 only; asks for a token or sends credentials when told to.
+    fn get(&self, ask: &Ask<'_>, path: &str, accept: &str) -> Result<Response<Body>, FetchError> {
+        let endpoint = self.endpoint(ask)?;
+        let key = (ask.host.to_owned(), ask.repository.to_owned());
+        let known = self.lock_authorizations().get(&key).cloned();
+        let response = self.follow(ask, &endpoint, path, accept, known.as_deref())?;
+        if response.status().as_u16() != 401 {
+            return ask.checked(response);
+        }
+        let Some(authorization) = self.authorize(ask, &endpoint, response.headers())? else {
+            return ask.checked(response);
+        };
+        drop(response);
+        self.lock_authorizations()
+            .insert(key.clone(), authorization.clone());
+        let response = self.follow(ask, &endpoint, path, accept, Some(&authorization))?;
+        if response.status().as_u16() == 401 {
+            self.lock_authorizations().remove(&key);
+        }
+        ask.checked(response)
+    }
+
+    fn lock_authorizations(&self) -> std::sync::MutexGuard<'_, BTreeMap<(String, String), String>> {
+        // A map of strings is whole after any panic.
+        self.authorizations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn endpoint(&self, ask: &Ask<'_>) -> Result<Endpoint, FetchError> {
+        if let Some(endpoint) = self.registries.get(ask.host) {
+            return Ok(endpoint.clone());
+        }
+        let origin = Origin::parse(&default_url(ask.host, false))
+            .ok_or_else(|| ask.unreachable("the host cannot be part of a URL".into()))?;
+        Ok(Endpoint {
+            origin,
+            agent: self.agent.clone(),
+            credentials: None,
+            token_hosts: Vec::new(),
         })
     }
+
+    /// GETs `path`, following redirects; `Authorization` goes to the registry's own origin only.
+    fn follow(
+        &self,
+        ask: &Ask<'_>,
+        endpoint: &Endpoint,
+        path: &str,
+        accept: &str,
+        authorization: Option<&str>,
+    ) -> Result<Response<Body>, FetchError> {
+        let mut origin = endpoint.origin.clone();
+        let mut url = format!("{}{path}", origin.base());
+        for _ in 0..=REDIRECTS_MAX {
+            let at_home = origin == endpoint.origin;
+            let agent = if at_home {
+                &endpoint.agent
+            } else {
+                self.agent_for(&origin)
+            };
+            let response = ask.call(agent, &url, accept, authorization.filter(|_| at_home))?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(response);
+            }
+            let location = header_text(response.headers(), &header::LOCATION).unwrap_or_default();
+            let next = url::resolve(&origin, &location)
+                .and_then(|next| Some((Origin::parse(&next)?, next)));
+            let Some((next_origin, next_url)) = next else {
+                return Err(ask.redirect("to something that is not a URL".to_owned()));
+            };
+            if !next_origin.is_https() && !self.plain_is_allowed(&endpoint.origin, &next_origin) {
+                return Err(ask.redirect(format!(
+                    "to plain HTTP at {}; set plain_http for that host if this is right",
+                    next_origin.authority()
+                )));
+            }
+            (origin, url) = (next_origin, next_url);
+        }
+        Err(ask.redirect(format!("more than {REDIRECTS_MAX} times")))
+    }
+
+    /// The agent with the CA that is configured for wherever a redirect leads.
+    fn agent_for(&self, origin: &Origin) -> &Agent {
+        self.registries
+            .values()
+            .find(|endpoint| endpoint.origin == *origin)
+            .map_or(&self.agent, |found| &found.agent)
+    }
+
+    /// A registry that is reached in the clear may send us elsewhere on its machine; others only to hosts that
+    /// are configured so.
+    fn plain_is_allowed(&self, registry: &Origin, target: &Origin) -> bool {
+        (!registry.is_https() && registry.hostname() == target.hostname())
+            || self
+                .registries
+                .values()
+                .any(|endpoint| endpoint.origin == *target)
+    }
+
+    /// Meets a challenge: the value for `Authorization`, or `None` if there is nothing that could be sent.
+    fn authorize(
+        &self,
+        ask: &Ask<'_>,
+        endpoint: &Endpoint,
+        headers: &HeaderMap,
+    ) -> Result<Option<String>, FetchError> {
+        let challenges: Vec<Challenge> = headers
+            .get_all(header::WWW_AUTHENTICATE)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(auth::parse_challenges)
+            .collect();
+        for challenge in &challenges {
+            if let Challenge::Bearer { realm, service } = challenge {
+                return self
+                    .token(ask, endpoint, realm, service.as_deref())
+                    .map(Some);
+            }
+        }
+        let basic = challenges
+            .contains(&Challenge::Basic)
+            .then_some(endpoint.credentials.as_ref())
+            .flatten();
+        Ok(basic.map(|credentials| auth::basic(&credentials.username, &credentials.password)))
+    }
+
+    fn token(
+        &self,
+        ask: &Ask<'_>,
+        endpoint: &Endpoint,
+        realm: &str,
+        service: Option<&str>,
+    ) -> Result<String, FetchError> {
+        let Some(origin) = Origin::parse(realm) else {
+            return Err(ask.token(realm, "which is not a URL".to_owned(), false));
+        };
+        if !origin.is_https() && !self.plain_is_allowed(&endpoint.origin, &origin) {
+            return Err(ask.token(
+                realm,
+                "which is plain HTTP: that is refused".to_owned(),
+                false,
+            ));
+        }
+        let basic = match &endpoint.credentials {
+            Some(_)
+                if !auth::may_have_credentials(
+                    &endpoint.origin,
+                    &origin,
+                    &endpoint.token_hosts,
+                ) =>
+            {
+                let problem = format!(
+                    "which is another host: the credentials are not sent there; if that is right, add \"{}\" to \
+                     token_hosts of this registry",
+                    origin.hostname()
+                );
+                return Err(ask.token(realm, problem, false));
+            }
+            Some(credentials) => Some(auth::basic(&credentials.username, &credentials.password)),
+            None => None,
+        };
+        let same_machine = origin.hostname() == endpoint.origin.hostname();
+        let agent = if same_machine {
+            &endpoint.agent
+        } else {
+            self.agent_for(&origin)
+        };
+        let url = auth::token_url(realm, service, ask.repository);
+        let response = ask.call(agent, &url, "application/json", basic.as_deref())?;
+        let status = response.status().as_u16();
+        match status {
+            200 => {}
+            401 | 403 => return Err(ask.denied(status)),
+            _ => {
+                let transient = status >= 500 || status == 429;
+                return Err(ask.token(realm, format!("which answers HTTP {status}"), transient));
+            }
+        }
+        let mut body = Vec::new();
+        let mut reader = response.into_body().into_reader().take(TOKEN_BYTES_MAX + 1);
+        reader
+            .read_to_end(&mut body)
+            .map_err(|error| ask.body(error))?;
+        if body.len() as u64 > TOKEN_BYTES_MAX {
+            return Err(ask.token(
+                realm,
+                format!("which answers more than {TOKEN_BYTES_MAX} bytes"),
+                true,
+            ));
+        }
+        let token = auth::parse_token(&body)
+            .ok_or_else(|| ask.token(realm, "which answers without a token".to_owned(), true))?;
+        Ok(format!("Bearer {token}"))
+    }
+
+    fn read_document(
+        &self,
+        ask: &Ask<'_>,
+        response: Response<Body>,
+    ) -> Result<Vec<u8>, FetchError> {
+        if content_length(response.headers()).is_some_and(|length| length > MANIFEST_BYTES_MAX) {
+            return Err(ask.too_large(MANIFEST_BYTES_MAX));
+        }
+        let mut bytes = Vec::new();
+        let mut reader = response
+            .into_body()
+            .into_reader()
+            .take(MANIFEST_BYTES_MAX + 1);
+        reader
+            .read_to_end(&mut bytes)
+            .map_err(|error| ask.body(error))?;
+        if bytes.len() as u64 > MANIFEST_BYTES_MAX {
+            Err(ask.too_large(MANIFEST_BYTES_MAX))
+        } else {
+            Ok(bytes)
+        }
+    }
+}
+
+impl Endpoint {
+    fn new(host: &str, config: RegistryConfig, timeouts: &Timeouts) -> Result<Self, ConfigError> {
+        let url = config
+            .url
+            .unwrap_or_else(|| default_url(host, config.plain_http));
+        let bad_url = || ConfigError::Url {
+            host: host.to_owned(),
+            url: url.clone(),
+        };
+        let origin = Origin::parse(&url).ok_or_else(bad_url)?;
+        let after_host = url.splitn(4, '/').nth(3).unwrap_or_default();
+        if !after_host.is_empty() {
+            return Err(bad_url());
+        }
+        let roots = config
+            .ca_file
+            .map(|path| load_ca(host, &path))
+            .transpose()?;
+        let mut token_hosts = config.token_hosts;
+        if host == DEFAULT_HOST {
+            token_hosts.push("auth.docker.io".to_owned());
+        }
+        // A proxy is for what is outside; whoever configures plain HTTP means a machine nearby.
+        let agent = agent(timeouts, roots, origin.is_https());
+        Ok(Self {
+            origin,
+            agent,
+            credentials: config.credentials,
+            token_hosts,
+        })
+    }
+}
+
+/// Where the registry that references call `host` is.
+fn default_url(host: &str, plain_http: bool) -> String {
+    match (host, plain_http) {
+        (DEFAULT_HOST, _) => "https://registry-1.docker.io".to_owned(),
+        (host, true) => format!("http://{host}"),
+        (host, false) => format!("https://{host}"),
+    }
+}
+
+fn agent(timeouts: &Timeouts, roots: Option<RootCerts>, proxied: bool) -> Agent {
+    let config = Agent::config_builder()
+        .user_agent(concat!("foreshore/", env!("CARGO_PKG_VERSION")))
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .timeout_resolve(Some(timeouts.connect))
+        .timeout_connect(Some(timeouts.connect))
+        .timeout_send_request(Some(timeouts.stall))
+        .timeout_recv_response(Some(timeouts.stall))
+        .timeout_per_read(Some(timeouts.stall))
+        .timeout_per_write(Some(timeouts.stall))
+        .tls_config(
+            TlsConfig::builder()
+                .root_certs(roots.unwrap_or(RootCerts::WebPki))
+                .build(),
+        );
+    let config = if proxied { config } else { config.proxy(None) };
+    config.build().new_agent()
+}
+
+fn load_ca(host: &str, path: &Path) -> Result<RootCerts, ConfigError> {
+    let pem = fs::read(path).map_err(|source| ConfigError::CaFile {
+        host: host.to_owned(),
+        path: path.to_owned(),
+        source,
+    })?;
+    let certificates: Vec<Certificate<'static>> = ureq::tls::parse_pem(&pem)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    if certificates.is_empty() {
+        return Err(ConfigError::CaContent {
+            host: host.to_owned(),
+            path: path.to_owned(),
+        });
+    }
+    Ok(RootCerts::new_with_certs(&certificates))
+}
+
+impl Ask<'_> {
+    /// One request, one answer, whatever it says.
+    fn call(
+        &self,
+        agent: &Agent,
+        url: &str,
+        accept: &str,
+        authorization: Option<&str>,
+    ) -> Result<Response<Body>, FetchError> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(self.timed_out());
+        }
+        let mut request = agent
+            .get(url)
+            .header(header::ACCEPT, accept)
+            // The digest is of the bytes as stored, so nobody may compress them on the way.
+            .header(header::ACCEPT_ENCODING, "identity");
+        if let Some(authorization) = authorization {
+            request = request.header(header::AUTHORIZATION, authorization);
+        }
+        request
+            .config()
+            .timeout_global(Some(left))
+            .build()
+            .call()
+            .map_err(|error| match error {
+                ureq::Error::Timeout(_) => self.timed_out(),
+                error => self.unreachable(error.into()),
+            })
+    }
+
+    fn checked(&self, response: Response<Body>) -> Result<Response<Body>, FetchError> {
+        match response.status().as_u16() {
+            200 => Ok(response),
+            404 => Err(FetchError::NotFound {
+                host: self.host(),
+                what: self.what(),
+            }),
+            status @ (401 | 403) => Err(self.denied(status)),
+            status => Err(FetchError::Status {
+                host: self.host(),
+                what: self.what(),
+                status,
+            }),
+        }
+    }
+
+    fn host(&self) -> String {
+        self.host.to_owned()
+    }
+
+    fn what(&self) -> String {
+        self.what.to_owned()
+    }
+
+    fn denied(&self, status: u16) -> FetchError {
+        FetchError::Denied {
+            host: self.host(),
+            what: self.what(),
+            status,
+        }
+    }
+
+    fn unreachable(&self, source: Box<dyn std::error::Error + Send + Sync>) -> FetchError {
+        FetchError::Unreachable {
+            host: self.host(),
+            what: self.what(),
+            source,
+        }
+    }
+
+    fn timed_out(&self) -> FetchError {
+        FetchError::TimedOut {
+            host: self.host(),
+            what: self.what(),
+        }
+    }
+
+    fn body(&self, error: io::Error) -> FetchError {
+        if matches!(
+            error.kind(),
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
+        ) {
+            return self.timed_out();
+        }
+        self.unreachable(error.into())
+    }
+
+    fn not_a_registry(&self, media_type: String) -> FetchError {
+        FetchError::NotARegistry {
+            host: self.host(),
+            what: self.what(),
+            media_type,
+        }
+    }
+
+    fn too_large(&self, max: u64) -> FetchError {
+        FetchError::TooLarge {
+            host: self.host(),
+            what: self.what(),
+            max,
+        }
+    }
+
+    fn digest_mismatch(&self, found: Digest) -> FetchError {
+        FetchError::DigestMismatch {
+            host: self.host(),
+            what: self.what(),
+            found,
+        }
+    }
+
+    fn size_mismatch(&self, declared: u64, found: u64) -> FetchError {
+        FetchError::SizeMismatch {
+            host: self.host(),
+            what: self.what(),
+            declared,
+            found,
+        }
+    }
+
+    fn redirect(&self, problem: String) -> FetchError {
+        FetchError::Redirect {
+            host: self.host(),
+            what: self.what(),
+            problem,
+        }
+    }
+
+    fn document(&self, source: crate::manifest::DocumentError) -> FetchError {
+        FetchError::Document {
+            host: self.host(),
+            what: self.what(),
+            source,
+        }
+    }
+
+    fn token(&self, realm: &str, problem: String, transient: bool) -> FetchError {
+        let realm = realm
+            .split('?')
+            .next()
+            .unwrap_or_default()
+            .chars()
+            .take(256)
+            .collect();
+        FetchError::Token {
+            host: self.host(),
+            what: self.what(),
+            realm,
+            problem,
+            transient,
+        }
+    }
+}
+
+fn header_text(headers: &HeaderMap, name: &header::HeaderName) -> Option<String> {
+    headers
+        .get(name)
+        .and_then(|value| value.to_str().ok())
+        .map(str::to_owned)
+}
+
+fn content_length(headers: &HeaderMap) -> Option<u64> {
+    header_text(headers, &header::CONTENT_LENGTH)?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// Lower-case, without parameters.
+fn media_type(headers: &HeaderMap) -> Option<String> {
+    let text = header_text(headers, &header::CONTENT_TYPE)?;
+    let media_type: String = text
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .chars()
+        .take(128)
+        .collect();
+    (!media_type.is_empty()).then(|| media_type.to_ascii_lowercase())
+}
+
+fn is_web_page(media_type: &str) -> bool {
+    matches!(media_type, "text/html" | "application/xhtml+xml")
+}
+
+fn is_vague(media_type: &str) -> bool {
+    matches!(
+        media_type,
+        "application/json" | "application/octet-stream" | "text/plain"
+    )
 }
 
 impl Credentials {
@@ -158,8 +831,15 @@ impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credentials")
             .field("username", &self.username)
-            .field("password", &"…")
-            .finish()
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("registries", &self.registries.keys())
+            .finish_non_exhaustive()
     }
 }
 
@@ -174,16 +854,72 @@ impl Default for Timeouts {
     }
 }
 
-impl FetchError {
-    /// Which class it falls into.
-    #[must_use]
-    pub const fn fault(&self) -> Fault {
-        Fault::Internal
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(host: &str, registry: RegistryConfig) -> Result<Client, ConfigError> {
+        Client::new(ClientConfig {
+            registries: [(host.to_owned(), registry)].into(),
+            ..ClientConfig::default()
+        })
     }
 
-    /// Whether trying again later, with nothing changed, may help.
-    #[must_use]
-    pub const fn is_transient(&self) -> bool {
-        false
+    #[test]
+    fn bad_configurations_are_told_apart() {
+        for url in [
+            "registry.lan",
+            "ftp://x",
+            "http://",
+            "http://u:p@h",
+            "http://h/path",
+            "http://h/?q",
+        ] {
+            let registry = RegistryConfig {
+                url: Some(url.to_owned()),
+                ..RegistryConfig::default()
+            };
+            assert!(
+                matches!(with("x", registry), Err(ConfigError::Url { .. })),
+                "{url}"
+            );
+        }
+        let missing = RegistryConfig {
+            ca_file: Some("/nonexistent/ca.pem".into()),
+            ..RegistryConfig::default()
+        };
+        assert!(matches!(
+            with("x", missing),
+            Err(ConfigError::CaFile { .. })
+        ));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let empty = RegistryConfig {
+            ca_file: Some(file.path().to_owned()),
+            ..RegistryConfig::default()
+        };
+        assert!(matches!(
+            with("x", empty),
+            Err(ConfigError::CaContent { .. })
+        ));
+        let good = RegistryConfig {
+            url: Some("http://127.0.0.1:8480/".to_owned()),
+            ..RegistryConfig::default()
+        };
+        assert!(with("hub.internal", good).is_ok());
+    }
+
+    #[test]
+    fn debug_shows_no_password() {
+        let credentials = Credentials::new("user", "secret-password");
+        let registry = RegistryConfig {
+            credentials: Some(credentials),
+            ..RegistryConfig::default()
+        };
+        let config = ClientConfig {
+            registries: [("h".to_owned(), registry)].into(),
+            ..ClientConfig::default()
+        };
+        assert!(!format!("{config:?}").contains("secret"));
+        assert!(!format!("{:?}", Client::new(config).unwrap()).contains("secret"));
     }
 }

@@ -1,15 +1,48 @@
-//! The images on a device.
+//! The images on a device: fetched, checked, unpacked, ready to be mounted by overlayfs.
 //!
-//! skeleton
+//! ```text
+//! ROOT/                     mode 0700: setuid programs of images are nobody's to run
+//!   lock                    flock(2): one process at a time stages or removes
+//!   blobs/sha256/HEX        manifests and configs; a layer's blob only until it is unpacked
+//!   layers/HEX/             one unpacked layer, by diff id or chain id (see below)
+//!   layers/HEX.json         what came of unpacking it
+//!   images/HEX.json         an image by the digest it was asked for: manifest and layers
+//!   quarantine/             records that could not be read, for people
+//!   tmp/                    what is on its way; swept when nobody holds the lock
+//! ```
+//!
+//! What stands under its name is whole: everything is made in `tmp/`, flushed and renamed. A layer is unpacked
+//! once for all images that have it, under its diff id, unless it leans on other layers below it than it does
+//! there (see [`crate::unpack`]); then it is unpacked again under its chain id (OCI image specification,
+//! "Layer ChainID").
+
+mod error;
+mod record;
+mod select;
+mod stream;
 
 use std::collections::BTreeSet;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::manifest::ImageConfig;
+use rustix::fs::FlockOperation;
+
+pub use self::error::StageError;
+use self::record::{ImageRecord, LayerRecord, PlacedLayer};
+use self::select::{Selected, select};
+use crate::blobs::{BlobDir, sync_dir};
+use crate::manifest::{
+    CONFIG_BYTES_MAX, ConfigDocument, Descriptor, Document, ImageConfig, MANIFEST_BYTES_MAX,
+    Manifest,
+};
 use crate::registry::Client;
-use crate::{Digest, Fault, Platform, Reference};
+use crate::unpack::{Budget, UnpackError, unpack_layer};
+use crate::{Digest, Platform, Reference};
+
+/// The most entries one image may have: ten times what a full distribution with a desktop has.
+const ENTRIES_MAX: u64 = 500_000;
 
 /// Limits of a [`Store`]. `Default` suits a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +57,7 @@ pub struct StoreConfig {
 #[derive(Debug)]
 pub struct Store {
     root: PathBuf,
+    blobs: BlobDir,
     config: StoreConfig,
 }
 
@@ -67,14 +101,6 @@ pub enum Progress {
     },
 }
 
-/// Why an image could not be staged.
-#[derive(Debug, thiserror::Error)]
-pub enum StageError {
-    /// skeleton
-    #[error("skeleton")]
-    Io(#[source] io::Error),
-}
-
 /// What [`Store::remove_unused`] did.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Removed {
@@ -91,7 +117,7 @@ impl Store {
     /// interrupted [`stage`](Self::stage) left.
     ///
     /// # Errors
-    /// [`StageError`] when the directory cannot be made.
+    /// [`StageError::Io`] when the directory cannot be made or swept.
     pub fn open(root: &Path) -> Result<Self, StageError> {
         Self::open_with(root, StoreConfig::default())
     }
@@ -99,12 +125,34 @@ impl Store {
     /// As [`open`](Self::open), with limits.
     ///
     /// # Errors
-    /// [`StageError`] when the directory cannot be made.
+    /// [`StageError::Io`] when the directory cannot be made or swept.
     pub fn open_with(root: &Path, config: StoreConfig) -> Result<Self, StageError> {
-        Ok(Self {
+        use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+        let make = |path: &Path| {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(path)
+                .map_err(|source| io_error("create", path, source))
+        };
+        make(root)?;
+        fs::set_permissions(root, fs::Permissions::from_mode(0o700))
+            .map_err(|source| io_error("set the mode of", root, source))?;
+        for name in ["layers", "images", "quarantine"] {
+            make(&root.join(name))?;
+        }
+        let blobs =
+            BlobDir::open(root).map_err(|source| io_error("open the store", root, source))?;
+        let store = Self {
             root: root.to_owned(),
+            blobs,
             config,
-        })
+        };
+        // Whoever holds the lock is at work there, and what lies in tmp/ is theirs.
+        if let Some(_lock) = store.try_lock()? {
+            store.sweep()?;
+        }
+        Ok(store)
     }
 
     /// Makes the image that `reference` pins (it must carry a digest) ready to be mounted: fetches what is
@@ -120,38 +168,655 @@ impl Store {
         platform: &Platform,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<StagedImage, StageError> {
-        todo!(
-            "{client:?} {reference} {platform} {:?} {:?}",
-            self.config,
-            {
-                progress(Progress::Fetched { bytes: 1 });
-                1
-            }
-        )
+        let Some(digest) = reference.digest() else {
+            return Err(StageError::NotPinned {
+                image: reference.to_string(),
+            });
+        };
+        if let Some(staged) = self.staged(&digest) {
+            return Ok(staged);
+        }
+        let _lock = self.lock()?;
+        // Another process may have staged it while this one waited.
+        if let Some(staged) = self.staged(&digest) {
+            return Ok(staged);
+        }
+        self.sweep()?;
+        self.quarantine_image(&digest)?;
+        let selected = select(client, reference, platform)?;
+        Staging::new(self, client, reference, &selected)?.run(progress)?;
+        let missing = || io::Error::other("the image is not there after it was staged");
+        self.staged(&digest)
+            .ok_or_else(|| io_error("read back", &self.image_path(&digest), missing()))
     }
 
     /// The image, if it is wholly here: its record, config and every layer directory. Uses no network and waits
     /// for nobody. A damaged record counts as absent; staging again repairs it.
     #[must_use]
     pub fn staged(&self, digest: &Digest) -> Option<StagedImage> {
-        todo!("{digest} {:?}", self.root)
+        let record = self.record(digest)?;
+        let config = self.config(&record.config, record.layers.len())?;
+        let mut staged = StagedImage {
+            digest: *digest,
+            manifest: record.manifest,
+            config: config.config,
+            layers: Vec::with_capacity(record.layers.len()),
+            size_bytes: 0,
+            notes: Vec::new(),
+        };
+        let mut seen = BTreeSet::new();
+        // From the top: of a layer that an image has twice only the upper one can be seen, and overlayfs refuses
+        // one directory twice.
+        for (layer, diff_id) in record.layers.iter().zip(&config.rootfs.diff_ids).rev() {
+            let path = self.layer_path(&layer.key);
+            if layer.diff_id != *diff_id || !is_directory(&path) {
+                return None;
+            }
+            if !seen.insert(layer.key) {
+                continue;
+            }
+            if let Some(known) = self.layer(&layer.key) {
+                staged.size_bytes += known.unpacked.bytes;
+                staged.notes.extend(known.unpacked.notes);
+            }
+            staged.layers.push(path);
+        }
+        staged.layers.reverse();
+        Some(staged)
     }
 
-    /// Every image that is wholly here, by the digest it was asked for.
+    /// Every image that is wholly here, in the order of the digests they were asked for by.
     ///
     /// # Errors
-    /// [`StageError`] when the directory cannot be read.
+    /// [`StageError::Io`] when the directory cannot be read.
     pub fn list(&self) -> Result<Vec<StagedImage>, StageError> {
-        todo!()
+        let digests = digests_in(&self.root.join("images"))?;
+        Ok(digests
+            .iter()
+            .filter_map(|digest| self.staged(digest))
+            .collect())
     }
 
     /// Removes every image whose asked-for digest is not in `keep`, and the layers and blobs that then nobody
     /// needs. Never touches a kept image.
     ///
     /// # Errors
-    /// [`StageError`] of [`Fault::Busy`] when another process is staging; nothing was removed then.
+    /// [`StageError::Busy`] when another process is staging; nothing was removed then. [`StageError::Io`] when
+    /// something cannot be removed; calling again goes on.
     pub fn remove_unused(&self, keep: &BTreeSet<Digest>) -> Result<Removed, StageError> {
-        todo!("{keep:?}")
+        let _lock = self.try_lock()?.ok_or_else(|| StageError::Busy {
+            path: self.root.clone(),
+        })?;
+        self.sweep()?;
+        let mut removed = Removed::default();
+        let mut layers = BTreeSet::new();
+        let mut blobs = BTreeSet::new();
+        for digest in digests_in(&self.root.join("images"))? {
+            match self.record(&digest) {
+                Some(record) if keep.contains(&digest) => {
+                    layers.extend(record.layers.iter().map(|layer| layer.key));
+                    blobs.extend([digest, record.manifest, record.config]);
+                }
+                // Nobody knows which layers it needs, so nothing of a kept image may go until it is staged again.
+                None if keep.contains(&digest) => return Ok(removed),
+                _ => {
+                    let path = self.image_path(&digest);
+                    fs::remove_file(&path).map_err(|source| io_error("remove", &path, source))?;
+                    removed.images.push(digest);
+                }
+            }
+        }
+        // The records are gone for good before what they name goes.
+        self.sync("images")?;
+        for key in digests_in(&self.root.join("layers"))?.difference(&layers) {
+            removed.bytes += self.layer(key).map_or(0, |record| record.unpacked.bytes);
+            removed.layers += usize::from(self.remove_layer(key)?);
+        }
+        removed.bytes += self
+            .blobs
+            .retain(&blobs)
+            .map_err(|source| io_error("remove blobs of", &self.root, source))?;
+        Ok(removed)
+    }
+
+    fn image_path(&self, digest: &Digest) -> PathBuf {
+        self.root
+            .join("images")
+            .join(format!("{}.json", digest.hex()))
+    }
+
+    fn layer_path(&self, key: &Digest) -> PathBuf {
+        self.root.join("layers").join(key.hex())
+    }
+
+    fn layer_record_path(&self, key: &Digest) -> PathBuf {
+        self.root.join("layers").join(format!("{}.json", key.hex()))
+    }
+
+    /// The record of an image. One that is damaged is made again from manifest, config and layers, without network:
+    /// a flipped bit must not keep a device from starting what it has.
+    fn record(&self, digest: &Digest) -> Option<ImageRecord> {
+        let path = self.image_path(digest);
+        ImageRecord::read(&path, digest)
+            .or_else(|| path.exists().then(|| self.rebuild(digest)).flatten())
+    }
+
+    fn rebuild(&self, digest: &Digest) -> Option<ImageRecord> {
+        let (raw, manifest) = self.local_manifest(digest, 4)?;
+        let config = self.config(&manifest.config.digest, manifest.layers.len())?;
+        let mut layers: Vec<PlacedLayer> = Vec::new();
+        for diff_id in &config.rootfs.diff_ids {
+            let chain_id = chain_id(layers.last().map(|layer| layer.chain_id), diff_id);
+            let lowers: Vec<PathBuf> = layers
+                .iter()
+                .rev()
+                .map(|layer| self.layer_path(&layer.key))
+                .collect();
+            let key = self.fitting_layer(diff_id, &chain_id, &lowers).ok()??.0;
+            layers.push(PlacedLayer {
+                diff_id: *diff_id,
+                chain_id,
+                key,
+            });
+        }
+        let config = manifest.config.digest;
+        Some(ImageRecord {
+            digest: *digest,
+            manifest: raw,
+            config,
+            reference: String::new(),
+            layers,
+        })
+    }
+
+    /// The manifest that `digest` names, or the one of its variants that is here.
+    fn local_manifest(&self, digest: &Digest, depth: usize) -> Option<(Digest, Manifest)> {
+        let bytes = self.blobs.read(digest, MANIFEST_BYTES_MAX).ok()??;
+        match Document::parse(&bytes, None).ok()? {
+            Document::Manifest(manifest) => Some((*digest, manifest)),
+            Document::Index(_) if depth == 0 => None,
+            Document::Index(index) => index
+                .manifests
+                .iter()
+                .find_map(|entry| self.local_manifest(&entry.digest, depth - 1)),
+        }
+    }
+
+    fn config(&self, digest: &Digest, layers: usize) -> Option<ConfigDocument> {
+        let bytes = self.blobs.read(digest, CONFIG_BYTES_MAX).ok()??;
+        ConfigDocument::parse(&bytes, layers).ok()
+    }
+
+    /// The key of a layer that is here and would come out the same above `lowers` (topmost first).
+    fn fitting_layer(
+        &self,
+        diff_id: &Digest,
+        chain_id: &Digest,
+        lowers: &[PathBuf],
+    ) -> Result<Option<(Digest, LayerRecord)>, StageError> {
+        for key in [chain_id, diff_id] {
+            let Some(record) = self.layer(key).filter(|record| record.diff_id == *diff_id) else {
+                continue;
+            };
+            let leans = &record.unpacked.leans;
+            let fits = record.chain_id == *chain_id
+                || leans
+                    .holds_above(lowers)
+                    .map_err(|source| io_error("look at", &self.layer_path(key), source))?;
+            if fits {
+                return Ok(Some((*key, record)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The record of a layer that is wholly here.
+    fn layer(&self, key: &Digest) -> Option<LayerRecord> {
+        let record = LayerRecord::read(&self.layer_record_path(key), key)?;
+        fs::symlink_metadata(self.layer_path(key))
+            .is_ok_and(|meta| meta.is_dir())
+            .then_some(record)
+    }
+
+    /// Moves a tree whose record is damaged out of the way. A container may be running from it, which keeps
+    /// working, so it is not removed.
+    fn quarantine_layer(&self, key: &Digest) -> Result<(), StageError> {
+        let (tree, aside) = (
+            self.layer_path(key),
+            self.root
+                .join("quarantine")
+                .join(format!("layer-{}", key.hex())),
+        );
+        if !is_directory(&tree) {
+            return Ok(());
+        }
+        if aside.exists() {
+            fs::remove_dir_all(&aside).map_err(|source| io_error("remove", &aside, source))?;
+        }
+        tracing::warn!(layer = %key, path = %aside.display(), "a layer with a damaged record was set aside");
+        fs::rename(&tree, &aside).map_err(|source| io_error("set aside", &tree, source))
+    }
+
+    /// Moves the tree away before it is removed, so that half a tree never stands under its name.
+    fn remove_layer(&self, key: &Digest) -> Result<bool, StageError> {
+        let (record, tree) = (self.layer_record_path(key), self.layer_path(key));
+        let away = self.blobs.tmp().join(format!("gone-{}", key.hex()));
+        let there = match fs::rename(&tree, &away) {
+            Ok(()) => {
+                fs::remove_dir_all(&away).map_err(|source| io_error("remove", &away, source))?;
+                true
+            }
+            Err(source) if source.kind() == io::ErrorKind::NotFound => false,
+            Err(source) => return Err(io_error("move away", &tree, source)),
+        };
+        match fs::remove_file(&record) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &record, source))
+            }
+            _ => Ok(there),
+        }
+    }
+
+    /// Sets a record that cannot be read aside; a readable one whose parts are missing is simply replaced.
+    fn quarantine_image(&self, digest: &Digest) -> Result<(), StageError> {
+        let path = self.image_path(digest);
+        if !path.exists() || self.record(digest).is_some() {
+            return Ok(());
+        }
+        let aside = self
+            .root
+            .join("quarantine")
+            .join(format!("image-{}.json", digest.hex()));
+        tracing::warn!(%digest, path = %aside.display(), "a damaged image record was set aside; the image is staged again");
+        fs::rename(&path, &aside).map_err(|source| io_error("set aside", &path, source))
+    }
+
+    /// Removes what an interrupted stage left: everything in `tmp/`, and records whose layer never got its name.
+    /// A tree without a good record stays: an image may be running from it. The caller holds the lock.
+    fn sweep(&self) -> Result<(), StageError> {
+        self.blobs
+            .sweep()
+            .map_err(|source| io_error("sweep", self.blobs.tmp(), source))?;
+        for key in digests_in(&self.root.join("layers"))? {
+            if !is_directory(&self.layer_path(&key)) {
+                self.remove_layer(&key)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&self, name: &str) -> Result<(), StageError> {
+        let path = self.root.join(name);
+        sync_dir(&path).map_err(|source| io_error("flush", &path, source))
+    }
+
+    fn lock_file(&self) -> Result<File, StageError> {
+        let path = self.root.join("lock");
+        File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(|source| io_error("open", &path, source))
+    }
+
+    /// The lock, or `None` if somebody else has it. Freed when the file is dropped or the process dies.
+    fn try_lock(&self) -> Result<Option<File>, StageError> {
+        let file = self.lock_file()?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => Err(io_error("lock", &self.root.join("lock"), errno.into())),
+        }
+    }
+
+    /// The lock, waited for: polled, since a wait in flock(2) cannot be bounded without signals.
+    fn lock(&self) -> Result<File, StageError> {
+        let until = Instant::now() + self.config.lock_wait;
+        loop {
+            if let Some(file) = self.try_lock()? {
+                return Ok(file);
+            }
+            if Instant::now() >= until {
+                return Err(StageError::Busy {
+                    path: self.root.clone(),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// One call of [`Store::stage`] that has work to do; the lock is held.
+struct Staging<'a> {
+    store: &'a Store,
+    client: &'a Client,
+    reference: &'a Reference,
+    selected: &'a Selected,
+    budget: Budget,
+    /// The budget's bytes come from the free disk, not from the configured limit.
+    bound_by_disk: bool,
+    placed: Vec<PlacedLayer>,
+}
+
+impl<'a> Staging<'a> {
+    fn new(
+        store: &'a Store,
+        client: &'a Client,
+        reference: &'a Reference,
+        selected: &'a Selected,
+    ) -> Result<Self, StageError> {
+        let half_free = free_bytes(&store.root)? / 2;
+        let max = store.config.unpacked_bytes_max;
+        let budget = Budget {
+            bytes: max.min(half_free),
+            entries: ENTRIES_MAX,
+        };
+        Ok(Self {
+            store,
+            client,
+            reference,
+            selected,
+            budget,
+            bound_by_disk: half_free < max,
+            placed: Vec::new(),
+        })
+    }
+
+    fn run(mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
+        let layers = &self.selected.manifest.layers;
+        let diff_ids = &self.selected.config.rootfs.diff_ids;
+        self.plan(progress)?;
+        for (layer, diff_id) in layers.iter().zip(diff_ids) {
+            let chain_id = chain_id(self.placed.last().map(|placed| placed.chain_id), diff_id);
+            if self.reuse(diff_id, &chain_id)? {
+                continue;
+            }
+            self.fetch(layer, progress)?;
+            let key = self.unpack(layer, diff_id, &chain_id)?;
+            self.placed.push(PlacedLayer {
+                diff_id: *diff_id,
+                chain_id,
+                key,
+            });
+            progress(Progress::Unpacked { diff_id: *diff_id });
+        }
+        self.record()
+    }
+
+    /// Says what is ahead and refuses what cannot fit before a byte is fetched.
+    fn plan(&self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
+        let missing = |digest: &Digest| self.store.layer(digest).is_none();
+        let layers = self
+            .selected
+            .manifest
+            .layers
+            .iter()
+            .zip(&self.selected.config.rootfs.diff_ids);
+        let ahead: Vec<&Descriptor> = layers
+            .filter(|(_, diff_id)| missing(diff_id))
+            .map(|(layer, _)| layer)
+            .collect();
+        let bytes = ahead
+            .iter()
+            .fold(0_u64, |sum, layer| sum.saturating_add(layer.size));
+        if bytes > free_bytes(&self.store.root)? {
+            return Err(self.disk_full());
+        }
+        progress(Progress::Planned {
+            bytes,
+            layers: ahead.len(),
+        });
+        Ok(())
+    }
+
+    /// Takes a layer that is already unpacked, if it would come out the same above these layers.
+    fn reuse(&mut self, diff_id: &Digest, chain_id: &Digest) -> Result<bool, StageError> {
+        let Some((key, record)) = self
+            .store
+            .fitting_layer(diff_id, chain_id, &self.lowers())?
+        else {
+            return Ok(false);
+        };
+        self.budget.entries = self.budget.entries.saturating_sub(record.unpacked.entries);
+        // What is on disk already takes no more of it.
+        if !self.bound_by_disk {
+            self.budget.bytes = self.budget.bytes.saturating_sub(record.unpacked.bytes);
+        }
+        self.placed.push(PlacedLayer {
+            diff_id: *diff_id,
+            chain_id: *chain_id,
+            key,
+        });
+        Ok(true)
+    }
+
+    /// The layers below the next one, topmost first.
+    fn lowers(&self) -> Vec<PathBuf> {
+        self.placed
+            .iter()
+            .rev()
+            .map(|placed| self.store.layer_path(&placed.key))
+            .collect()
+    }
+
+    fn fetch(
+        &self,
+        layer: &Descriptor,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(), StageError> {
+        let blobs = &self.store.blobs;
+        let path = blobs.path(&layer.digest);
+        // Left by a stage that was interrupted between fetching and unpacking.
+        if blobs
+            .verify(&layer.digest, layer.size)
+            .map_err(|source| io_error("read", &path, source))?
+        {
+            progress(Progress::Fetched { bytes: layer.size });
+            return Ok(());
+        }
+        let mut writer = blobs
+            .writer()
+            .map_err(|source| io_error("create", &path, source))?;
+        let mut fetched = |bytes| progress(Progress::Fetched { bytes });
+        self.client
+            .blob(self.reference, layer, &mut writer, &mut fetched)?;
+        writer
+            .flush()
+            .and_then(|()| writer.commit())
+            .map_err(|source| io_error("write", &path, source))?;
+        Ok(())
+    }
+
+    /// Unpacks a fetched layer and returns the key it stands under. On any error nothing of it is left.
+    fn unpack(
+        &mut self,
+        layer: &Descriptor,
+        diff_id: &Digest,
+        chain_id: &Digest,
+    ) -> Result<Digest, StageError> {
+        let store = self.store;
+        let blob_path = store.blobs.path(&layer.digest);
+        let open = || File::open(&blob_path).map_err(|source| io_error("open", &blob_path, source));
+        let staging = tempfile::Builder::new()
+            .prefix("layer-")
+            .tempdir_in(store.blobs.tmp())
+            .map_err(|source| io_error("create a directory in", store.blobs.tmp(), source))?;
+        let tree = staging.path().join("tree");
+        fs::create_dir(&tree).map_err(|source| io_error("create", &tree, source))?;
+        let lowers = self.lowers();
+        let budget = self.budget;
+        // Headers and padding come on top of the content: two blocks an entry, and a few for long names.
+        let stream_bytes_max = budget.bytes.saturating_add(budget.entries * 4096);
+        let unpacked = stream::with_layer(
+            open()?,
+            stream_bytes_max,
+            |stream| unpack_layer(stream, &tree, &lowers, budget),
+            |source| match source.raw_os_error() {
+                Some(_) => UnpackError::Io {
+                    act: "read",
+                    path: blob_path.display().to_string(),
+                    source,
+                },
+                None => UnpackError::Archive(Box::new(source)),
+            },
+        );
+        let (unpacked, found) = unpacked.map_err(|source| self.layer_error(layer, source))?;
+        // A wrong diff id is a wrong blob or a wrong config: fetching it again is the only way on.
+        store
+            .blobs
+            .remove(&layer.digest)
+            .map_err(|source| io_error("remove", &blob_path, source))?;
+        if found != *diff_id {
+            return Err(StageError::DiffId {
+                image: self.reference.to_string(),
+                layer: layer.digest,
+                expected: *diff_id,
+                found,
+            });
+        }
+        let record = LayerRecord {
+            diff_id: *diff_id,
+            chain_id: *chain_id,
+            unpacked,
+        };
+        self.budget.entries = self.budget.entries.saturating_sub(record.unpacked.entries);
+        self.budget.bytes = self.budget.bytes.saturating_sub(record.unpacked.bytes);
+        // Under the diff id, where every image finds it, unless another variant of it stands there.
+        let key = if store.layer(diff_id).is_none() {
+            *diff_id
+        } else {
+            *chain_id
+        };
+        self.publish(&tree, &key, &record)?;
+        Ok(key)
+    }
+
+    /// Flushes the tree and gives it its name, the record first: a record alone is swept.
+    fn publish(&self, tree: &Path, key: &Digest, record: &LayerRecord) -> Result<(), StageError> {
+        let store = self.store;
+        store.quarantine_layer(key)?;
+        File::open(tree)
+            .and_then(|dir| rustix::fs::syncfs(&dir).map_err(io::Error::from))
+            .map_err(|source| io_error("flush", tree, source))?;
+        let (record_path, path) = (store.layer_record_path(key), store.layer_path(key));
+        record
+            .write(&record_path, store.blobs.tmp())
+            .map_err(|source| io_error("write", &record_path, source))?;
+        fs::rename(tree, &path).map_err(|source| io_error("move into place", &path, source))?;
+        store.sync("layers")
+    }
+
+    /// Writes manifest, config and record: from here on the image is there.
+    fn record(&self) -> Result<(), StageError> {
+        let (store, selected) = (self.store, self.selected);
+        for bytes in [
+            &selected.root.bytes,
+            &selected.raw.bytes,
+            &selected.config_bytes,
+        ] {
+            store
+                .blobs
+                .put(bytes)
+                .map_err(|source| io_error("write a blob in", &store.root, source))?;
+        }
+        let record = ImageRecord {
+            digest: selected.root.digest,
+            manifest: selected.raw.digest,
+            config: selected.manifest.config.digest,
+            reference: self.reference.to_string(),
+            layers: self.placed.clone(),
+        };
+        let path = store.image_path(&selected.root.digest);
+        record
+            .write(&path, store.blobs.tmp())
+            .map_err(|source| io_error("write", &path, source))
+    }
+
+    fn layer_error(&self, layer: &Descriptor, source: UnpackError) -> StageError {
+        let over_budget = match &source {
+            UnpackError::TooLarge(_) => true,
+            UnpackError::Archive(source) => {
+                matches!(bomb(source.as_ref()), Some(stream::Bomb::Length(_)))
+            }
+            _ => false,
+        };
+        if over_budget && self.bound_by_disk {
+            return self.disk_full();
+        }
+        StageError::Layer {
+            image: self.reference.to_string(),
+            layer: layer.digest,
+            source,
+        }
+    }
+
+    fn disk_full(&self) -> StageError {
+        StageError::DiskFull {
+            image: self.reference.to_string(),
+            path: self.store.root.clone(),
+        }
+    }
+}
+
+/// Finds what stopped a stream, however it was wrapped on its way up.
+fn bomb<'e>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e stream::Bomb> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(bomb) = error.downcast_ref::<stream::Bomb>() {
+            return Some(bomb);
+        }
+        let inside = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref);
+        next = match inside {
+            Some(inside) => Some(inside as &(dyn std::error::Error + 'static)),
+            None => error.source(),
+        };
+    }
+    None
+}
+
+/// OCI image specification, "Layer ChainID".
+fn chain_id(below: Option<Digest>, diff_id: &Digest) -> Digest {
+    below.map_or(*diff_id, |below| {
+        Digest::of(format!("{below} {diff_id}").as_bytes())
+    })
+}
+
+/// What an unprivileged process could still write; root's reserve is not for images.
+fn free_bytes(path: &Path) -> Result<u64, StageError> {
+    let stat = rustix::fs::statvfs(path)
+        .map_err(|errno| io_error("look at the disk of", path, errno.into()))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// The digests that files `HEX`, `HEX.json` in a directory are named by.
+fn digests_in(path: &Path) -> Result<BTreeSet<Digest>, StageError> {
+    let entries = fs::read_dir(path).map_err(|source| io_error("list", path, source))?;
+    let mut found = BTreeSet::new();
+    for entry in entries {
+        let name = entry
+            .map_err(|source| io_error("list", path, source))?
+            .file_name();
+        let Some(name) = name.to_str() else { continue };
+        if let Ok(digest) = format!("sha256:{}", name.strip_suffix(".json").unwrap_or(name)).parse()
+        {
+            found.insert(digest);
+        }
+    }
+    Ok(found)
+}
+
+fn is_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir())
+}
+
+fn io_error(act: &'static str, path: &Path, source: io::Error) -> StageError {
+    StageError::Io {
+        act,
+        path: path.to_owned(),
+        source,
     }
 }
 
@@ -161,19 +826,5 @@ impl Default for StoreConfig {
             unpacked_bytes_max: 16 << 30,
             lock_wait: Duration::from_mins(10),
         }
-    }
-}
-
-impl StageError {
-    /// Which class it falls into: what the agent reports.
-    #[must_use]
-    pub const fn fault(&self) -> Fault {
-        Fault::Internal
-    }
-
-    /// Whether trying again later, with nothing changed, may help.
-    #[must_use]
-    pub const fn is_transient(&self) -> bool {
-        false
     }
 }

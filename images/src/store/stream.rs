@@ -1,0 +1,95 @@
+//! The way of a layer from its blob to the unpacker: counted, inflated, hashed, and stopped when it is a bomb.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, BufReader, Read};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::Digest;
+use crate::compression::decompress;
+
+/// A layer may inflate freely up to this many bytes; files of zeros do so 1000-fold.
+const FREE_BYTES: u64 = 256 << 20;
+/// Beyond [`FREE_BYTES`] a layer may be at most this many times as long as its blob.
+const RATIO_MAX: u64 = 200;
+
+/// Why a stream was stopped.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Bomb {
+    #[error(
+        "it inflates more than {RATIO_MAX}-fold beyond {FREE_BYTES} bytes, as only a decompression bomb does"
+    )]
+    Ratio,
+    #[error("its uncompressed stream is longer than the {0} bytes that are left for this image")]
+    Length(u64),
+}
+
+/// Inflates the blob and hands the stream to `unpack`, then reads what is left of it; returns what `unpack` made
+/// and the digest of the whole stream.
+///
+/// # Errors
+/// `unpack`'s own, or through `bad` an I/O error: with an OS error code if the disk failed, without if the
+/// stream is bad.
+pub(super) fn with_layer<T, E>(
+    blob: File,
+    stream_bytes_max: u64,
+    unpack: impl FnOnce(&mut dyn Read) -> Result<T, E>,
+    bad: impl Fn(io::Error) -> E,
+) -> Result<(T, Digest), E> {
+    let consumed = Cell::new(0);
+    let counted = Counted {
+        inner: blob,
+        consumed: &consumed,
+    };
+    let inflated = decompress(BufReader::with_capacity(64 << 10, counted)).map_err(&bad)?;
+    let mut guarded = Guarded {
+        inner: inflated,
+        consumed: &consumed,
+        produced: 0,
+        max: stream_bytes_max,
+        hasher: Sha256::new(),
+    };
+    let done = unpack(&mut guarded)?;
+    // The diff id covers what stands behind the archive's end, usually zeros.
+    io::copy(&mut guarded, &mut io::sink()).map_err(&bad)?;
+    Ok((done, Digest::from_bytes(guarded.hasher.finalize().into())))
+}
+
+/// Counts what is taken from the blob.
+struct Counted<'c> {
+    inner: File,
+    consumed: &'c Cell<u64>,
+}
+
+impl Read for Counted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.consumed.set(self.consumed.get() + count as u64);
+        Ok(count)
+    }
+}
+
+/// Hashes and bounds what comes out.
+struct Guarded<'c, R> {
+    inner: R,
+    consumed: &'c Cell<u64>,
+    produced: u64,
+    max: u64,
+    hasher: Sha256,
+}
+
+impl<R: Read> Read for Guarded<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.produced += count as u64;
+        if self.produced > self.max {
+            return Err(io::Error::other(Bomb::Length(self.max)));
+        }
+        if self.produced > FREE_BYTES && self.produced / RATIO_MAX > self.consumed.get() {
+            return Err(io::Error::other(Bomb::Ratio));
+        }
+        self.hasher.update(&buffer[..count]);
+        Ok(count)
+    }
+}
