@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod demo;
 mod packages;
 mod sim;
 mod step;
@@ -22,6 +23,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Show the main job on this machine: one hub, five devices, three versions (needs root)
+    Demo(demo::Options),
     /// Install what the tests need from Debian's packages where possible, then run every test (needs root)
     Test(test::Options),
     /// Run the seeded simulator: hub and devices on virtual time
@@ -32,6 +35,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().task {
+        Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Sim(options) => sim::run(&options),
         Task::Bench(options) => bench::run(&options),
