@@ -171,3 +171,61 @@ fn architecture() -> anyhow::Result<&'static str> {
     );
     Ok(name)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::io::Read as _;
+
+    use super::*;
+
+    fn files(archive: &Path) -> BTreeMap<String, Vec<u8>> {
+        let mut archive = tar::Archive::new(fs::File::open(archive).unwrap());
+        archive
+            .entries()
+            .unwrap()
+            .map(|entry| {
+                let mut entry = entry.unwrap();
+                let (name, mut bytes) = (entry.path().unwrap().display().to_string(), Vec::new());
+                entry.read_to_end(&mut bytes).unwrap();
+                (name, bytes)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_blob_has_its_digest_and_versions_share_their_layer() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("web");
+        fs::write(&program, b"a program").unwrap();
+        let layer = Layer::of(&program).unwrap();
+        let mut blobs = Vec::new();
+        for name in ["v1", "v2"] {
+            let path = dir.path().join(name);
+            write_archive(&path, Version { name, ready: true }, &layer).unwrap();
+            let files = files(&path);
+            let names: Vec<String> = files
+                .iter()
+                .filter_map(|(path, bytes)| {
+                    let hex = path.strip_prefix("blobs/sha256/")?;
+                    assert_eq!(hex, Digest::of(bytes).hex());
+                    Some(hex.to_owned())
+                })
+                .collect();
+            assert_eq!(names.len(), 3);
+            let index: Value = serde_json::from_slice(&files["index.json"]).unwrap();
+            let manifest = index["manifests"][0]["digest"].as_str().unwrap();
+            assert!(
+                names
+                    .iter()
+                    .any(|name| manifest == format!("sha256:{name}"))
+            );
+            blobs.push(names);
+        }
+        let shared = blobs[0]
+            .iter()
+            .filter(|name| blobs[1].contains(name))
+            .count();
+        assert_eq!(shared, 1, "the layer, and nothing else");
+    }
+}

@@ -202,3 +202,61 @@ fn supervise(
         shared.now = running(&child);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sleeper(log: &Path) -> Recipe {
+        Recipe {
+            name: "sleeper".to_owned(),
+            program: "/bin/sleep".into(),
+            arguments: vec!["1000".to_owned()],
+            environment: Vec::new(),
+            log: log.to_owned(),
+        }
+    }
+
+    fn wait_until(mut holds: impl FnMut() -> bool) {
+        let begin = Instant::now();
+        while !holds() {
+            assert!(
+                begin.elapsed() < Duration::from_secs(10),
+                "it does not come true"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_killed_program_is_started_again_and_a_stopped_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let mut program = Supervised::start(sleeper(&log), Some(Duration::ZERO)).unwrap();
+        let first = program.process().unwrap();
+        first.signal(libc::SIGKILL);
+        wait_until(|| program.process().is_some_and(|process| process != first));
+        let second = program.process().unwrap();
+        program.stop(Duration::from_secs(5));
+        assert!(!second.runs() && program.process().is_none());
+        assert!(
+            fs::read_to_string(&log)
+                .unwrap()
+                .contains("ended by signal 9")
+        );
+    }
+
+    #[test]
+    fn a_pid_alone_is_not_a_process() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let real = Process::of(own).unwrap();
+        assert!(real.runs());
+        assert!(
+            !Process {
+                start: real.start + 1,
+                ..real
+            }
+            .runs()
+        );
+    }
+}

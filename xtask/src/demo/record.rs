@@ -121,3 +121,85 @@ fn check_order(view: &RolloutView) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One line of a record: two waves with a device each.
+    fn line(state: &str, waves: [&str; 2], parts: [&str; 2]) -> String {
+        let wave = |ordinal: u32, state: &str| {
+            let succeeded = u32::from(state == "passed");
+            format!(
+                r#"{{"ordinal":{ordinal},"target":{{"count":{ordinal}}},"state":"{state}","devices":1,"succeeded":{succeeded},"failed":0,"deferred":0,"bakeUntilMs":null}}"#
+            )
+        };
+        let part = |wave: u32, state: &str| {
+            format!(r#"{{"device":"device-{wave}","wave":{wave},"state":{state},"message":null}}"#)
+        };
+        let digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        format!(
+            r#"{{"id":1,"app":"web","from":null,"to":"{digest}","state":"{state}","message":null,"waves":[{},{}],"assignments":[{},{}],"createdMs":1,"finishedMs":null}}"#,
+            wave(1, waves[0]),
+            wave(2, waves[1]),
+            part(1, parts[0]),
+            part(2, parts[1])
+        )
+    }
+
+    fn record(lines: &[String]) -> Record {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), lines.join("\n")).unwrap();
+        Record::read(file.path()).unwrap()
+    }
+
+    const WELL: &str = r#"{"device":"succeeded"}"#;
+    const PLANNED: &str = r#""planned""#;
+    const BACK: &str = r#"{"device":"rolledBack"}"#;
+
+    #[test]
+    fn waves_in_order_are_accepted() {
+        let good = record(&[
+            line("running", ["open", "pending"], [r#""offered""#, PLANNED]),
+            line("running", ["passed", "open"], [WELL, r#""offered""#]),
+            line("completed", ["passed", "passed"], [WELL, WELL]),
+        ]);
+        assert_eq!(good.check_waves().unwrap(), [1, 1]);
+        assert!(good.check_failure().is_err());
+    }
+
+    #[test]
+    fn a_device_that_is_offered_the_release_too_early_is_noticed() {
+        let early = record(&[
+            line("running", ["baking", "pending"], [WELL, r#""offered""#]),
+            line("completed", ["passed", "passed"], [WELL, WELL]),
+        ]);
+        assert!(early.check_waves().is_err());
+    }
+
+    #[test]
+    fn a_failure_needs_a_device_that_went_back_by_itself_and_no_second_wave() {
+        let end = line(
+            "rolled-back",
+            ["failed", "pending"],
+            [r#""reverted""#, PLANNED],
+        );
+        let good = record(&[
+            line("running", ["open", "pending"], [BACK, PLANNED]),
+            end.clone(),
+        ]);
+        assert_eq!(good.check_failure().unwrap(), ["device-1"]);
+        assert!(
+            record(std::slice::from_ref(&end)).check_failure().is_err(),
+            "nobody said it went back"
+        );
+        let spread = record(&[
+            line("running", ["open", "open"], [BACK, r#""offered""#]),
+            end,
+        ]);
+        assert!(
+            spread.check_failure().is_err(),
+            "the second wave was touched"
+        );
+    }
+}

@@ -195,3 +195,44 @@ fn leftovers(dir: &Path, cgroup: &str) -> Vec<String> {
         .map(|dir| format!("cgroup {}", dir.display()));
     processes.chain(mounts).chain(cgroups).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marked_processes_are_ended_and_the_directory_goes() {
+        let dir = tempfile::tempdir().unwrap().keep();
+        let cgroup = format!("foreshore-demo-test-{}", std::process::id());
+        let note = serde_json::json!({"cgroup": cgroup, "agent": "/does/not/exist"});
+        fs::write(dir.join("demo.json"), note.to_string()).unwrap();
+        let spawn = |mark: &Path| {
+            Command::new("/bin/sleep")
+                .arg("1000")
+                .env(MARK, mark)
+                .spawn()
+                .unwrap()
+        };
+        let (mut ours, mut other) = (spawn(&dir), spawn(Path::new("/another/demo")));
+        sweep(&dir, Keep::Nothing).unwrap();
+        assert!(!ours.wait().unwrap().success() && !dir.exists());
+        assert!(
+            other.try_wait().unwrap().is_none(),
+            "another demo's process was ended"
+        );
+        other.kill().unwrap();
+        other.wait().unwrap();
+    }
+
+    #[test]
+    fn only_the_directory_of_a_demo_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(sweep(dir.path(), Keep::Nothing).is_err());
+        for cgroup in ["", "system.slice", "foreshore-demo-1/..", "../x"] {
+            let note = serde_json::json!({"cgroup": cgroup, "agent": "x"});
+            fs::write(dir.path().join("demo.json"), note.to_string()).unwrap();
+            assert!(sweep(dir.path(), Keep::Nothing).is_err(), "{cgroup}");
+        }
+        assert!(dir.path().exists());
+    }
+}
