@@ -41,6 +41,8 @@ pub mod gates;
 mod observe;
 mod rollback;
 pub mod state;
+#[cfg(test)]
+mod tests;
 pub mod waves;
 
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
@@ -388,7 +390,10 @@ impl Work<'_> {
         if !self.settled() {
             return;
         }
-        for action in rollback::restores(&self.rollout, self.fleet) {
+        for action in rollback::restores_at_once(&self.rollout, self.fleet) {
+            self.act(action);
+        }
+        for action in rollback::restores_in_turn(&self.rollout, self.fleet) {
             self.act(action);
         }
         if let Some(end) = rollback::end(&self.rollout, self.fleet) {

@@ -65,6 +65,8 @@ impl Rollout {
             } => self.change(device, tick, |assignment| {
                 assignment.deadline = None;
                 assignment.revert = Some(*revert);
+                // One that left is not part of the rollout any more, and neither is its failure.
+                assignment.failed &= *revert != Revert::Gone;
                 assignment.enter(AssignmentState::Reverted, None);
                 if message.is_some() {
                     assignment.message.clone_from(message);

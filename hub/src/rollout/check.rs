@@ -196,17 +196,23 @@ fn check_assignment(
         format!("{device} is {state:?} without a deadline: nothing would ever end it")
     });
     let open = timed || *state == AssignmentState::Planned;
-    let withdrawn = !open
-        && !(*state == AssignmentState::Deferred && since.is_some())
-        && (*state == AssignmentState::Silent || !is_failure(*state));
     let at_rest = match rollout.state {
         RolloutState::Completed => {
             !open && (*state != AssignmentState::Deferred || since.is_some())
         }
         RolloutState::RolledBack => !assignment.has_intent(),
         RolloutState::Aborted | RolloutState::Superseded => {
-            let switching = matches!(state, AssignmentState::Device(phase) if phase.is_switching());
-            withdrawn || switching || *state == AssignmentState::Planned
+            // Nothing that was offered and not begun, or that failed, keeps the release as its intent.
+            match state {
+                AssignmentState::Planned | AssignmentState::Silent | AssignmentState::Reverted => {
+                    true
+                }
+                AssignmentState::Deferred => since.is_none(),
+                AssignmentState::Offered => false,
+                AssignmentState::Device(phase) => {
+                    phase.is_switching() || *phase == Phase::Succeeded
+                }
+            }
         }
         RolloutState::Running
         | RolloutState::Paused

@@ -197,11 +197,16 @@ impl Look<'_> {
         if !returns {
             return None;
         }
-        Some(if self.assignment.since.is_some() {
-            let deadline = self.tick.plus(self.rollout.policy.begin_within_ms);
-            self.assign(AssignmentState::Offered, None, Some(deadline), None)
-        } else {
-            self.assign(AssignmentState::Planned, None, None, None)
+        if self.assignment.since.is_none() {
+            return Some(self.assign(AssignmentState::Planned, None, None, None));
+        }
+        let deadline = Some(self.tick.plus(self.rollout.policy.begin_within_ms));
+        let report = self
+            .report_on(&self.rollout.placement())
+            .filter(|report| is_preparing(report.phase));
+        Some(match report {
+            Some(report) => self.record(report.phase, deadline, report.reason.clone()),
+            None => self.assign(AssignmentState::Offered, None, deadline, None),
         })
     }
 

@@ -2,6 +2,8 @@
 //!
 //! A rollback never causes a rollback. If it does not work it pauses and waits for an operator.
 
+use std::cmp::Reverse;
+
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::api::{AssignmentState, RolloutState};
 use foreshore_protocol::message::Phase;
@@ -53,43 +55,56 @@ pub(super) fn restore(device: &DeviceId, assignment: &Assignment, revert: Revert
     }
 }
 
-/// Who is given back what now: newest wave first, within a wave the last first, and of those that run the new
-/// release well only as many at once as `maxUnavailable` allows.
+/// Whom to tell at once: those who do not have to switch back, who switch already, or who are away. Newest wave
+/// first, within a wave the last first.
 ///
-/// While most of the fleet is dark nobody who runs the new release is touched: all would be written at
-/// once as "away", and switch at once when the network is back.
-pub(super) fn restores(rollout: &Rollout, fleet: &Fleet) -> Vec<Action> {
+/// While most of the fleet is dark nobody who runs the new release well is touched: all would be written as
+/// "away", and switch at once when the network is back.
+pub(super) fn restores_at_once(rollout: &Rollout, fleet: &Fleet) -> Vec<Action> {
+    candidates(rollout, fleet)
+        .into_iter()
+        .filter_map(|(device, assignment, way)| {
+            let revert = match way {
+                Way::Free => Revert::Settling,
+                Way::Underway => Revert::Switching,
+                Way::Away if !rollout.frozen => Revert::Settling,
+                Way::Away | Way::Switch => return None,
+            };
+            Some(restore(device, assignment, revert))
+        })
+        .collect()
+}
+
+/// Whom to tell next of those who run the new release well and are there: as many as `maxUnavailable` allows, in the
+/// same order.
+pub(super) fn restores_in_turn(rollout: &Rollout, fleet: &Fleet) -> Vec<Action> {
+    if rollout.frozen {
+        return Vec::new();
+    }
+    let free = rollout
+        .policy
+        .max_unavailable
+        .saturating_sub(Tally::of(rollout).slots);
+    candidates(rollout, fleet)
+        .into_iter()
+        .filter(|(_, _, way)| *way == Way::Switch)
+        .take(usize::try_from(free).unwrap_or(usize::MAX))
+        .map(|(device, assignment, _)| restore(device, assignment, Revert::Switching))
+        .collect()
+}
+
+fn candidates<'a>(rollout: &'a Rollout, fleet: &Fleet) -> Vec<(&'a DeviceId, &'a Assignment, Way)> {
     let mut candidates: Vec<_> = rollout
         .assignments
         .iter()
         .filter_map(|(device, assignment)| {
             let online = fleet.devices.get(device).is_some_and(|facts| facts.online);
-            Some((assignment, device, way(assignment, online)?))
+            Some((device, assignment, way(assignment, online)?))
         })
         .collect();
-    candidates.sort_unstable_by_key(|(assignment, _, _)| {
-        std::cmp::Reverse((assignment.wave, assignment.rank))
-    });
-    let mut free = rollout
-        .policy
-        .max_unavailable
-        .saturating_sub(Tally::of(rollout).slots);
-    let mut actions = Vec::new();
-    for (assignment, device, way) in candidates {
-        let revert = match way {
-            Way::Free => Revert::Settling,
-            Way::Underway => Revert::Switching,
-            Way::Switch | Way::Away if rollout.frozen => continue,
-            Way::Switch if free == 0 => continue,
-            Way::Switch => {
-                free -= 1;
-                Revert::Switching
-            }
-            Way::Away => Revert::Settling,
-        };
-        actions.push(restore(device, assignment, revert));
-    }
-    actions
+    candidates
+        .sort_unstable_by_key(|(_, assignment, _)| Reverse((assignment.wave, assignment.rank)));
+    candidates
 }
 
 /// What becomes of the rollback now; `None`: it goes on.

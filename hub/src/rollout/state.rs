@@ -245,7 +245,7 @@ pub struct Assignment {
     /// The version under which this rollout last wrote the device's desired state (an offer or, once
     /// `Reverted`, the release of before). Reports of another are not about this assignment.
     pub since: Option<Version>,
-    /// Whether its last attempt failed; stays when it is given its release of before.
+    /// Whether its last attempt failed; stays when it is given its release of before, not when it leaves.
     pub failed: bool,
     /// Why it is `Deferred`.
     pub deferral: Option<Deferral>,
@@ -436,6 +436,29 @@ pub enum Action {
     Freeze,
     /// The fleet is back: its clock goes on.
     Thaw,
+}
+
+impl Action {
+    /// The device whose desired state this action writes, and what it then holds of the app (`None`: nothing);
+    /// `None` if it writes no desired state.
+    #[must_use]
+    pub const fn writes(&self) -> Option<(&DeviceId, Option<Placement>)> {
+        match self {
+            Self::Offer { device, placement } | Self::OfferLater { device, placement } => {
+                Some((device, Some(*placement)))
+            }
+            Self::Restore {
+                device, placement, ..
+            } => Some((device, *placement)),
+            Self::Assign { .. }
+            | Self::Reverted { .. }
+            | Self::Replace { .. }
+            | Self::Wave { .. }
+            | Self::Enter { .. }
+            | Self::Freeze
+            | Self::Thaw => None,
+        }
+    }
 }
 
 /// Which record an [`Action`] changed, so that the store writes that one and no other.

@@ -1,0 +1,272 @@
+//! Property tests over a small world: devices that say anything at any time, operators that command anything at any
+//! time, networks and hubs that come and go. [`super::check`] is asked after every change.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use foreshore_protocol::manifest::{FailureBudget, OnFailure, WaveTarget};
+use foreshore_protocol::message::Phase;
+use foreshore_protocol::{DeviceId, Digest, Version};
+use proptest::prelude::*;
+
+use super::check::{Rule, check, check_action};
+use super::*;
+
+mod cuts;
+mod examples;
+mod noticed;
+mod properties;
+
+fn device(number: usize) -> DeviceId {
+    format!("device-{number}").parse().unwrap()
+}
+
+fn release(number: u8) -> Digest {
+    Digest::from_bytes([number; 32])
+}
+
+fn placement(number: u8) -> Placement {
+    Placement {
+        release: release(number),
+        soak_ms: 1_000,
+        progress_deadline_ms: 5_000,
+    }
+}
+
+fn policy(waves: Vec<WaveTarget>, devices: usize) -> Policy {
+    Policy {
+        waves,
+        soak_ms: 1_000,
+        bake_ms: 2_000,
+        progress_deadline_ms: 5_000,
+        max_unavailable: u32::try_from(devices.max(1)).unwrap(),
+        budget: FailureBudget {
+            count: 3,
+            percent: 100,
+            min_sample: 10,
+        },
+        on_failure: OnFailure::Rollback,
+        begin_within_ms: 60_000,
+        silent_margin_ms: 30_000,
+    }
+}
+
+/// A hub's store and the devices' side of it, as small as can be.
+#[derive(Clone)]
+struct World {
+    rollout: Rollout,
+    devices: BTreeMap<DeviceId, Known>,
+    now: UnixMs,
+    listening_since: Option<UnixMs>,
+    next: u64,
+    offers: BTreeMap<DeviceId, u32>,
+}
+
+#[derive(Clone, Default)]
+struct Known {
+    offline: bool,
+    gone: bool,
+    last_seen: UnixMs,
+    desired: Option<(Version, Option<Placement>)>,
+    report: Option<Report>,
+}
+
+impl World {
+    fn new(devices: usize, seed: u64, policy: Policy) -> Self {
+        Self::with_previous(devices, seed, policy, Some(placement(1)))
+    }
+
+    fn with_previous(
+        devices: usize,
+        seed: u64,
+        policy: Policy,
+        previous: Option<Placement>,
+    ) -> Self {
+        let now = UnixMs(1_000_000_000);
+        let rollout = Rollout::open(Opening {
+            id: 1,
+            app: "app".parse().unwrap(),
+            from: previous.map(|previous| previous.release),
+            to: release(2),
+            seed,
+            policy,
+            members: (0..devices)
+                .map(|number| Member {
+                    device: device(number),
+                    placement: previous,
+                    phase: Some(Phase::Succeeded),
+                })
+                .collect(),
+            before: None,
+            now,
+        });
+        let devices = (0..devices).map(|number| {
+            (
+                device(number),
+                Known {
+                    last_seen: now,
+                    ..Known::default()
+                },
+            )
+        });
+        Self {
+            rollout,
+            devices: devices.collect(),
+            now,
+            listening_since: Some(UnixMs(1)),
+            next: 1,
+            offers: BTreeMap::new(),
+        }
+    }
+
+    fn fleet(&self) -> Fleet {
+        Fleet {
+            devices: self
+                .devices
+                .iter()
+                .filter(|(_, one)| !one.gone)
+                .map(|(device, one)| {
+                    let facts = Facts {
+                        online: !one.offline,
+                        last_seen: Some(one.last_seen),
+                        version: one.desired.map(|(version, _)| version),
+                        report: one.report.clone(),
+                    };
+                    (device.clone(), facts)
+                })
+                .collect(),
+            pulse: Pulse::count(
+                self.devices
+                    .values()
+                    .map(|one| (!one.offline, Some(one.last_seen))),
+                self.rollout.pulse_since(),
+            ),
+            listening_since: self.listening_since,
+            settle_ms: 5_000,
+        }
+    }
+
+    /// One transaction of the controller, with every check there is.
+    fn step(&mut self) -> Step {
+        let fleet = self.fleet();
+        let step = advance(&self.rollout, &fleet, self.now);
+        assert_eq!(
+            step,
+            advance(&self.rollout, &fleet, self.now),
+            "same input, same decision"
+        );
+        for action in &step.actions {
+            let wrong = check_action(&self.rollout, action, &fleet, self.now);
+            assert!(
+                wrong.is_empty(),
+                "{action:?} at {:?}: {wrong:#?}\n{:#?}",
+                self.now,
+                self.rollout
+            );
+            self.commit(action);
+        }
+        let again = advance(&self.rollout, &fleet, self.now);
+        assert_eq!(
+            again.actions,
+            [],
+            "applied once, nothing follows from the same facts"
+        );
+        assert_eq!(again.wake_at, step.wake_at);
+        assert!(
+            step.wake_at.is_none_or(|at| at > self.now),
+            "{:?} is not after {:?}",
+            step.wake_at,
+            self.now
+        );
+        step
+    }
+
+    fn commit(&mut self, action: &Action) {
+        if let Action::Offer { device, .. } | Action::OfferLater { device, .. } = action {
+            *self.offers.entry(device.clone()).or_default() += 1;
+        }
+        let written = action.writes().map(|(device, placement)| {
+            let version = Version::from_numbers(1, self.next).unwrap();
+            self.next += 1;
+            self.devices.get_mut(device).unwrap().desired = Some((version, placement));
+            version
+        });
+        self.rollout.apply(action, written, self.now);
+        let wrong = check(&self.rollout);
+        // Half of what one transaction does need not fit together; the end must.
+        let wrong: Vec<_> = wrong
+            .into_iter()
+            .filter(|wrong| wrong.rule != Rule::FinalIsFinal)
+            .collect();
+        assert!(wrong.is_empty(), "after {action:?}: {wrong:#?}");
+    }
+
+    fn command(&mut self, actions: Result<Vec<Action>, Refused>) {
+        for action in actions.unwrap_or_default() {
+            self.commit(&action);
+        }
+        self.consistent();
+    }
+
+    fn consistent(&self) {
+        let wrong = check(&self.rollout);
+        assert!(wrong.is_empty(), "{wrong:#?}\n{:#?}", self.rollout);
+    }
+
+    /// The device speaks of what it was last told.
+    fn say(&mut self, device: &DeviceId, phase: Phase) {
+        let now = self.now;
+        let one = self.devices.get_mut(device).unwrap();
+        one.last_seen = now;
+        let Some((since, placement)) = one.desired else {
+            return;
+        };
+        one.report = placement.map(|placement| Report {
+            since,
+            release: placement.release,
+            phase,
+            reason: None,
+        });
+    }
+
+    fn pass(&mut self, ms: u64) {
+        self.now = self.now.plus(ms);
+        for one in self.devices.values_mut().filter(|one| !one.offline) {
+            one.last_seen = self.now;
+        }
+    }
+
+    fn in_state(&self, wanted: impl Fn(AssignmentState) -> bool) -> BTreeSet<DeviceId> {
+        self.rollout
+            .assignments
+            .iter()
+            .filter(|(_, assignment)| wanted(assignment.state))
+            .map(|(device, _)| device.clone())
+            .collect()
+    }
+
+    fn offered(&self) -> BTreeSet<DeviceId> {
+        self.in_state(|state| state == AssignmentState::Offered)
+    }
+
+    fn wave_states(&self) -> Vec<WaveState> {
+        self.rollout.waves.iter().map(|wave| wave.state).collect()
+    }
+
+    fn in_wave(&self, ordinal: u32) -> Vec<DeviceId> {
+        let mut devices: Vec<_> = self
+            .rollout
+            .assignments
+            .iter()
+            .filter(|(_, assignment)| assignment.wave == ordinal)
+            .collect();
+        devices.sort_by_key(|(_, assignment)| assignment.rank);
+        devices
+            .into_iter()
+            .map(|(device, _)| device.clone())
+            .collect()
+    }
+}
+
+fn percent(percents: &[u8]) -> Vec<WaveTarget> {
+    percents.iter().copied().map(WaveTarget::Percent).collect()
+}
