@@ -18,10 +18,12 @@
 //! | [`store`] | the SQLite database |
 //! | [`rollout`] | PURE: how a release spreads |
 //! | [`controller`] | every change, each in one transaction |
+//! | [`link`] | the hub as an MQTT client |
 
 pub mod clock;
 pub mod config;
 pub mod controller;
+pub mod link;
 #[deny(
     clippy::disallowed_methods,
     clippy::disallowed_types,

@@ -119,7 +119,10 @@ pub fn put_release(
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn release_bytes(connection: &Connection, digest: &Digest) -> rusqlite::Result<Option<Vec<u8>>> {
+pub fn release_bytes(
+    connection: &Connection,
+    digest: &Digest,
+) -> rusqlite::Result<Option<Vec<u8>>> {
     connection
         .prepare_cached("SELECT bytes FROM release WHERE digest = ?1")?
         .query_row([digest.to_string()], |row| row.get(0))
@@ -154,7 +157,11 @@ pub fn member_count(connection: &Connection, app: &AppName) -> rusqlite::Result<
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn up_to_date(connection: &Connection, app: &AppName, release: &Digest) -> rusqlite::Result<u64> {
+pub fn up_to_date(
+    connection: &Connection,
+    app: &AppName,
+    release: &Digest,
+) -> rusqlite::Result<u64> {
     connection
         .prepare_cached(
             "SELECT count(*) FROM member JOIN report USING (device, app)
@@ -179,7 +186,9 @@ pub fn set_member(
     } else {
         "DELETE FROM member WHERE app = ?1 AND device = ?2"
     };
-    let changed = connection.prepare_cached(sql)?.execute([app.as_str(), device.as_str()])?;
+    let changed = connection
+        .prepare_cached(sql)?
+        .execute([app.as_str(), device.as_str()])?;
     Ok(changed > 0)
 }
 
@@ -230,16 +239,26 @@ pub fn end_removals<'a>(
     apps: impl IntoIterator<Item = &'a AppName>,
 ) -> rusqlite::Result<Vec<AppName>> {
     let waiting: Vec<AppName> = connection
-        .prepare_cached("SELECT app FROM removal WHERE device = ?1 AND (epoch, generation) <= (?2, ?3)")?
-        .query_map(params![device.as_str(), version.epoch.get(), version.generation.get()], |row| {
-            column::parsed(row, 0)
-        })?
+        .prepare_cached(
+            "SELECT app FROM removal WHERE device = ?1 AND (epoch, generation) <= (?2, ?3)",
+        )?
+        .query_map(
+            params![
+                device.as_str(),
+                version.epoch.get(),
+                version.generation.get()
+            ],
+            |row| column::parsed(row, 0),
+        )?
         .collect::<rusqlite::Result<_>>()?;
     if waiting.is_empty() {
         return Ok(waiting);
     }
     let still: std::collections::BTreeSet<&AppName> = apps.into_iter().collect();
-    let ended: Vec<AppName> = waiting.into_iter().filter(|app| !still.contains(app)).collect();
+    let ended: Vec<AppName> = waiting
+        .into_iter()
+        .filter(|app| !still.contains(app))
+        .collect();
     for app in &ended {
         connection
             .prepare_cached("DELETE FROM removal WHERE device = ?1 AND app = ?2")?

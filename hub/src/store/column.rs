@@ -9,10 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Why a column does not hold what it should.
-fn wrong(
-    index: usize,
-    error: impl std::error::Error + Send + Sync + 'static,
-) -> rusqlite::Error {
+fn wrong(index: usize, error: impl std::error::Error + Send + Sync + 'static) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(index, Type::Text, Box::new(error))
 }
 
@@ -25,7 +22,10 @@ pub fn parsed<T>(row: &Row<'_>, index: usize) -> rusqlite::Result<T>
 where
     T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
 {
-    let text = row.get_ref(index)?.as_str().map_err(|error| wrong(index, error))?;
+    let text = row
+        .get_ref(index)?
+        .as_str()
+        .map_err(|error| wrong(index, error))?;
     text.parse().map_err(|error| wrong(index, error))
 }
 
@@ -38,8 +38,12 @@ pub fn parsed_option<T>(row: &Row<'_>, index: usize) -> rusqlite::Result<Option<
 where
     T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
 {
-    let text = row.get_ref(index)?.as_str_or_null().map_err(|error: FromSqlError| wrong(index, error))?;
-    text.map(|text| text.parse().map_err(|error| wrong(index, error))).transpose()
+    let text = row
+        .get_ref(index)?
+        .as_str_or_null()
+        .map_err(|error: FromSqlError| wrong(index, error))?;
+    text.map(|text| text.parse().map_err(|error| wrong(index, error)))
+        .transpose()
 }
 
 /// JSON text.
@@ -48,7 +52,10 @@ where
 ///
 /// When it is not JSON of a `T`.
 pub fn json<T: DeserializeOwned>(row: &Row<'_>, index: usize) -> rusqlite::Result<T> {
-    let text = row.get_ref(index)?.as_str().map_err(|error| wrong(index, error))?;
+    let text = row
+        .get_ref(index)?
+        .as_str()
+        .map_err(|error| wrong(index, error))?;
     serde_json::from_str(text).map_err(|error| wrong(index, error))
 }
 
@@ -57,9 +64,16 @@ pub fn json<T: DeserializeOwned>(row: &Row<'_>, index: usize) -> rusqlite::Resul
 /// # Errors
 ///
 /// When it is not JSON of a `T`.
-pub fn json_option<T: DeserializeOwned>(row: &Row<'_>, index: usize) -> rusqlite::Result<Option<T>> {
-    let text = row.get_ref(index)?.as_str_or_null().map_err(|error| wrong(index, error))?;
-    text.map(|text| serde_json::from_str(text).map_err(|error| wrong(index, error))).transpose()
+pub fn json_option<T: DeserializeOwned>(
+    row: &Row<'_>,
+    index: usize,
+) -> rusqlite::Result<Option<T>> {
+    let text = row
+        .get_ref(index)?
+        .as_str_or_null()
+        .map_err(|error| wrong(index, error))?;
+    text.map(|text| serde_json::from_str(text).map_err(|error| wrong(index, error)))
+        .transpose()
 }
 
 /// A version in two columns, `index` and the next; `None` when they are NULL.
@@ -70,9 +84,9 @@ pub fn json_option<T: DeserializeOwned>(row: &Row<'_>, index: usize) -> rusqlite
 pub fn version_option(row: &Row<'_>, index: usize) -> rusqlite::Result<Option<Version>> {
     let (epoch, generation): (Option<u64>, Option<u64>) = (row.get(index)?, row.get(index + 1)?);
     match (epoch, generation) {
-        (Some(epoch), Some(generation)) => {
-            Version::from_numbers(epoch, generation).map(Some).map_err(|error| wrong(index, error))
-        }
+        (Some(epoch), Some(generation)) => Version::from_numbers(epoch, generation)
+            .map(Some)
+            .map_err(|error| wrong(index, error)),
         _ => Ok(None),
     }
 }
@@ -92,7 +106,8 @@ pub fn version(row: &Row<'_>, index: usize) -> rusqlite::Result<Version> {
 ///
 /// Never for the types of this crate; maps have string keys.
 pub fn to_json<T: Serialize>(value: &T) -> rusqlite::Result<impl ToSql + use<T>> {
-    serde_json::to_string(value).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))
+    serde_json::to_string(value)
+        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))
 }
 
 /// The text of an enum that serializes as a string, such as a state or a phase.

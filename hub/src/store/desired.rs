@@ -10,7 +10,7 @@ use foreshore_protocol::{AppName, DeviceId, Digest, Epoch, Version};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::column;
-use crate::rollout::Placement;
+use crate::rollout::{Placement, UnixMs};
 
 /// The hub's epoch.
 ///
@@ -49,10 +49,20 @@ pub fn bump(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Vers
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn enqueue(connection: &Connection, device: &DeviceId, version: Version) -> rusqlite::Result<()> {
+pub fn enqueue(
+    connection: &Connection,
+    device: &DeviceId,
+    version: Version,
+) -> rusqlite::Result<()> {
     connection
-        .prepare_cached("INSERT OR REPLACE INTO outbox (device, epoch, generation) VALUES (?1, ?2, ?3)")?
-        .execute(params![device.as_str(), version.epoch.get(), version.generation.get()])?;
+        .prepare_cached(
+            "INSERT OR REPLACE INTO outbox (device, epoch, generation) VALUES (?1, ?2, ?3)",
+        )?
+        .execute(params![
+            device.as_str(),
+            version.epoch.get(),
+            version.generation.get()
+        ])?;
     Ok(())
 }
 
@@ -95,7 +105,11 @@ pub fn place(
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn remove(connection: &Connection, device: &DeviceId, app: &AppName) -> rusqlite::Result<Option<Version>> {
+pub fn remove(
+    connection: &Connection,
+    device: &DeviceId,
+    app: &AppName,
+) -> rusqlite::Result<Option<Version>> {
     let taken = connection
         .prepare_cached("DELETE FROM placement WHERE device = ?1 AND app = ?2")?
         .execute([device.as_str(), app.as_str()])?;
@@ -146,7 +160,9 @@ pub fn head(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
         .query_row([device.as_str()], |row| column::version_option(row, 0))
         .optional()?
         .flatten();
-    let Some(version) = version else { return Ok(None) };
+    let Some(version) = version else {
+        return Ok(None);
+    };
     let apps = connection
         .prepare_cached(
             "SELECT app, release, since_epoch, since_generation, soak_ms, deadline_ms
@@ -193,10 +209,18 @@ pub fn waiting_heads(
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn published(connection: &Connection, device: &DeviceId, version: Version) -> rusqlite::Result<()> {
+pub fn published(
+    connection: &Connection,
+    device: &DeviceId,
+    version: Version,
+) -> rusqlite::Result<()> {
     connection
         .prepare_cached("DELETE FROM outbox WHERE device = ?1 AND epoch = ?2 AND generation <= ?3")?
-        .execute(params![device.as_str(), version.epoch.get(), version.generation.get()])?;
+        .execute(params![
+            device.as_str(),
+            version.epoch.get(),
+            version.generation.get()
+        ])?;
     Ok(())
 }
 
@@ -217,7 +241,10 @@ pub fn enqueue_release(connection: &Connection, digest: &Digest) -> rusqlite::Re
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn waiting_releases(connection: &Connection, limit: usize) -> rusqlite::Result<Vec<(Digest, Vec<u8>)>> {
+pub fn waiting_releases(
+    connection: &Connection,
+    limit: usize,
+) -> rusqlite::Result<Vec<(Digest, Vec<u8>)>> {
     connection
         .prepare_cached(
             "SELECT release.digest, release.bytes FROM outbox_release JOIN release USING (digest) LIMIT ?1",
@@ -256,7 +283,9 @@ pub fn waiting_clears(connection: &Connection, limit: usize) -> rusqlite::Result
 ///
 /// When SQLite fails.
 pub fn enqueue_clear(connection: &Connection, topic: &str) -> rusqlite::Result<()> {
-    connection.prepare_cached("INSERT OR IGNORE INTO outbox_clear (topic) VALUES (?1)")?.execute([topic])?;
+    connection
+        .prepare_cached("INSERT OR IGNORE INTO outbox_clear (topic) VALUES (?1)")?
+        .execute([topic])?;
     Ok(())
 }
 
@@ -266,7 +295,9 @@ pub fn enqueue_clear(connection: &Connection, topic: &str) -> rusqlite::Result<(
 ///
 /// When SQLite fails.
 pub fn cleared(connection: &Connection, topic: &str) -> rusqlite::Result<()> {
-    connection.prepare_cached("DELETE FROM outbox_clear WHERE topic = ?1")?.execute([topic])?;
+    connection
+        .prepare_cached("DELETE FROM outbox_clear WHERE topic = ?1")?
+        .execute([topic])?;
     Ok(())
 }
 
@@ -303,11 +334,54 @@ pub fn enqueue_all(connection: &Connection) -> rusqlite::Result<()> {
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn releases_of(connection: &Connection, device: &DeviceId) -> rusqlite::Result<BTreeSet<Digest>> {
+pub fn releases_of(
+    connection: &Connection,
+    device: &DeviceId,
+) -> rusqlite::Result<BTreeSet<Digest>> {
     connection
         .prepare_cached("SELECT release FROM placement WHERE device = ?1")?
         .query_map([device.as_str()], |row: &Row<'_>| column::parsed(row, 0))?
         .collect()
+}
+
+/// The mark that the hub left on the broker last.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn canary(connection: &Connection) -> rusqlite::Result<Option<u64>> {
+    connection
+        .prepare_cached("SELECT value FROM meta WHERE key = 'canary_ms'")?
+        .query_row([], |row| row.get(0))
+        .optional()
+}
+
+/// Remembers the mark that the hub leaves on the broker.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn put_canary(connection: &Connection, unix_ms: u64) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("INSERT OR REPLACE INTO meta (key, value) VALUES ('canary_ms', ?1)")?
+        .execute([unix_ms])?;
+    Ok(())
+}
+
+/// The latest time that the store knows of: no event of the future is older.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn latest(connection: &Connection) -> rusqlite::Result<UnixMs> {
+    connection
+        .query_row(
+            "SELECT max((SELECT value FROM meta WHERE key = 'latest_ms'),
+                        coalesce((SELECT max(received_ms) FROM event), 0))",
+            [],
+            |row| row.get(0),
+        )
+        .map(UnixMs)
 }
 
 /// Begins a new epoch: every desired state is newer than any that devices may have seen from a later life of
@@ -331,7 +405,6 @@ pub fn begin_epoch(connection: &Connection) -> rusqlite::Result<Epoch> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rollout::UnixMs;
     use crate::store::tests::memory;
     use crate::store::{app, device};
 
@@ -343,7 +416,11 @@ mod tests {
         let (_, app) = names("d");
         let release = Digest::of(content);
         app::put_release(connection, &release, &app, content, UnixMs(1)).unwrap();
-        Placement { release, soak_ms: 1, progress_deadline_ms: 2 }
+        Placement {
+            release,
+            soak_ms: 1,
+            progress_deadline_ms: 2,
+        }
     }
 
     #[test]
@@ -373,7 +450,11 @@ mod tests {
         place(&connection, &id, &other, &placed(&connection, b"2")).unwrap();
         assert_eq!(placement(&connection, &id, &app).unwrap().unwrap().1, since);
         assert!(remove(&connection, &id, &other).unwrap().is_some());
-        assert_eq!(remove(&connection, &id, &other).unwrap(), None, "nothing to take, no new generation");
+        assert_eq!(
+            remove(&connection, &id, &other).unwrap(),
+            None,
+            "nothing to take, no new generation"
+        );
         let head = head(&connection, &id).unwrap().unwrap();
         assert_eq!((head.version.generation.get(), head.apps.len()), (3, 1));
     }

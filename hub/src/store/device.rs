@@ -43,7 +43,9 @@ pub struct LinkState {
 /// When SQLite fails.
 pub fn insert(connection: &Connection, device: &DeviceId, now: UnixMs) -> rusqlite::Result<()> {
     connection
-        .prepare_cached("INSERT OR IGNORE INTO device (id, created_ms, last_seen_ms) VALUES (?1, ?2, ?2)")?
+        .prepare_cached(
+            "INSERT OR IGNORE INTO device (id, created_ms, last_seen_ms) VALUES (?1, ?2, ?2)",
+        )?
         .execute(params![device.as_str(), now.0])?;
     Ok(())
 }
@@ -84,7 +86,11 @@ pub fn link(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn put_link(connection: &Connection, device: &DeviceId, link: &LinkState) -> rusqlite::Result<()> {
+pub fn put_link(
+    connection: &Connection,
+    device: &DeviceId,
+    link: &LinkState,
+) -> rusqlite::Result<()> {
     connection
         .prepare_cached(
             "UPDATE device SET session = ?2, online = ?3, last_seen_ms = ?4, boot = ?5, reported_seq = ?6,
@@ -114,7 +120,12 @@ pub fn put_link(connection: &Connection, device: &DeviceId, link: &LinkState) ->
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn put_gauges(connection: &Connection, device: &DeviceId, memory_mib: u32, load_centi: u32) -> rusqlite::Result<()> {
+pub fn put_gauges(
+    connection: &Connection,
+    device: &DeviceId,
+    memory_mib: u32,
+    load_centi: u32,
+) -> rusqlite::Result<()> {
     connection
         .prepare_cached("UPDATE device SET memory_mib = ?2, load_centi = ?3 WHERE id = ?1")?
         .execute(params![device.as_str(), memory_mib, load_centi])?;
@@ -126,13 +137,21 @@ pub fn put_gauges(connection: &Connection, device: &DeviceId, memory_mib: u32, l
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn put_inventory(connection: &Connection, device: &DeviceId, inventory: &Inventory) -> rusqlite::Result<bool> {
+pub fn put_inventory(
+    connection: &Connection,
+    device: &DeviceId,
+    inventory: &Inventory,
+) -> rusqlite::Result<bool> {
     let before: Labels = connection
         .prepare_cached("SELECT own_labels FROM device WHERE id = ?1")?
         .query_row([device.as_str()], |row| column::json(row, 0))?;
     connection
         .prepare_cached("UPDATE device SET inventory = ?2, own_labels = ?3 WHERE id = ?1")?
-        .execute(params![device.as_str(), column::to_json(inventory)?, column::to_json(&inventory.labels)?])?;
+        .execute(params![
+            device.as_str(),
+            column::to_json(inventory)?,
+            column::to_json(&inventory.labels)?
+        ])?;
     Ok(before != inventory.labels)
 }
 
@@ -141,8 +160,14 @@ pub fn put_inventory(connection: &Connection, device: &DeviceId, inventory: &Inv
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn put_reports(connection: &Connection, device: &DeviceId, apps: &[AppStatus]) -> rusqlite::Result<()> {
-    connection.prepare_cached("DELETE FROM report WHERE device = ?1")?.execute([device.as_str()])?;
+pub fn put_reports(
+    connection: &Connection,
+    device: &DeviceId,
+    apps: &[AppStatus],
+) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("DELETE FROM report WHERE device = ?1")?
+        .execute([device.as_str()])?;
     for status in apps {
         connection
             .prepare_cached(
@@ -167,10 +192,15 @@ pub fn put_reports(connection: &Connection, device: &DeviceId, apps: &[AppStatus
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn labels(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Option<(Labels, Labels)>> {
+pub fn labels(
+    connection: &Connection,
+    device: &DeviceId,
+) -> rusqlite::Result<Option<(Labels, Labels)>> {
     connection
         .prepare_cached("SELECT operator_labels, own_labels FROM device WHERE id = ?1")?
-        .query_row([device.as_str()], |row| Ok((column::json(row, 0)?, column::json(row, 1)?)))
+        .query_row([device.as_str()], |row| {
+            Ok((column::json(row, 0)?, column::json(row, 1)?))
+        })
         .optional()
 }
 
@@ -186,7 +216,11 @@ pub fn merged(operator: Labels, mut own: Labels) -> Labels {
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn put_operator_labels(connection: &Connection, device: &DeviceId, labels: &Labels) -> rusqlite::Result<()> {
+pub fn put_operator_labels(
+    connection: &Connection,
+    device: &DeviceId,
+    labels: &Labels,
+) -> rusqlite::Result<()> {
     connection
         .prepare_cached("UPDATE device SET operator_labels = ?2 WHERE id = ?1")?
         .execute(params![device.as_str(), column::to_json(labels)?])?;
@@ -214,7 +248,10 @@ pub fn all_labels(connection: &Connection) -> rusqlite::Result<Vec<(DeviceId, La
 ///
 /// When SQLite fails.
 pub fn delete(connection: &Connection, device: &DeviceId) -> rusqlite::Result<bool> {
-    connection.execute("DELETE FROM assignment WHERE device = ?1", [device.as_str()])?;
+    connection.execute(
+        "DELETE FROM assignment WHERE device = ?1",
+        [device.as_str()],
+    )?;
     Ok(connection.execute("DELETE FROM device WHERE id = ?1", [device.as_str()])? > 0)
 }
 
@@ -235,7 +272,9 @@ pub fn all_offline(connection: &Connection) -> rusqlite::Result<()> {
 /// When SQLite fails.
 pub fn mark_stale(connection: &Connection, before: UnixMs) -> rusqlite::Result<Vec<DeviceId>> {
     connection
-        .prepare_cached("UPDATE device SET online = 0 WHERE online AND last_seen_ms < ?1 RETURNING id")?
+        .prepare_cached(
+            "UPDATE device SET online = 0 WHERE online AND last_seen_ms < ?1 RETURNING id",
+        )?
         .query_map([before.0], |row| column::parsed(row, 0))?
         .collect()
 }
@@ -246,9 +285,11 @@ pub fn mark_stale(connection: &Connection, before: UnixMs) -> rusqlite::Result<V
 ///
 /// When SQLite fails.
 pub fn count(connection: &Connection) -> rusqlite::Result<(u64, u64)> {
-    connection.query_row("SELECT count(*), coalesce(sum(online), 0) FROM device", [], |row| {
-        Ok((row.get(0)?, row.get(1)?))
-    })
+    connection.query_row(
+        "SELECT count(*), coalesce(sum(online), 0) FROM device",
+        [],
+        |row| Ok((row.get(0)?, row.get(1)?)),
+    )
 }
 
 /// Connected devices after `after`, by id, at most `limit`.
@@ -256,7 +297,11 @@ pub fn count(connection: &Connection) -> rusqlite::Result<(u64, u64)> {
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn online_after(connection: &Connection, after: &str, limit: usize) -> rusqlite::Result<Vec<DeviceId>> {
+pub fn online_after(
+    connection: &Connection,
+    after: &str,
+    limit: usize,
+) -> rusqlite::Result<Vec<DeviceId>> {
     connection
         .prepare_cached("SELECT id FROM device WHERE online AND id > ?1 ORDER BY id LIMIT ?2")?
         .query_map(params![after, limit], |row| column::parsed(row, 0))?
@@ -289,7 +334,10 @@ pub fn views(connection: &Connection) -> rusqlite::Result<Vec<DeviceView>> {
         .prepare_cached(&format!("{VIEW} ORDER BY id"))?
         .query_map([], read_view)?
         .collect::<rusqlite::Result<_>>()?;
-    views.into_iter().map(|view| with_apps(connection, view)).collect()
+    views
+        .into_iter()
+        .map(|view| with_apps(connection, view))
+        .collect()
 }
 
 fn read_view(row: &Row<'_>) -> rusqlite::Result<DeviceView> {
@@ -324,7 +372,9 @@ pub fn patch_labels<'a>(
     device: &DeviceId,
     patch: impl IntoIterator<Item = (&'a LabelKey, &'a Option<LabelValue>)>,
 ) -> rusqlite::Result<Option<()>> {
-    let Some((mut operator, _)) = labels(connection, device)? else { return Ok(None) };
+    let Some((mut operator, _)) = labels(connection, device)? else {
+        return Ok(None);
+    };
     for (key, value) in patch {
         match value {
             Some(value) => operator.insert(key.clone(), value.clone()),

@@ -49,7 +49,10 @@ pub fn insert(connection: &Connection, event: &NewEvent, now: UnixMs) -> rusqlit
             now.0,
             event.device.as_ref().map(DeviceId::as_str),
             event.app.as_ref().map(AppName::as_str),
-            event.service.as_ref().map(foreshore_protocol::ServiceName::as_str),
+            event
+                .service
+                .as_ref()
+                .map(foreshore_protocol::ServiceName::as_str),
             event.rollout,
             event.kind,
             &event.message[..end],
@@ -78,7 +81,9 @@ pub fn after(connection: &Connection, after: u64, limit: u64) -> rusqlite::Resul
 ///
 /// When SQLite fails.
 pub fn newest(connection: &Connection) -> rusqlite::Result<u64> {
-    connection.query_row("SELECT coalesce(max(id), 0) FROM event", [], |row| row.get(0))
+    connection.query_row("SELECT coalesce(max(id), 0) FROM event", [], |row| {
+        row.get(0)
+    })
 }
 
 /// Drops what is beyond `keep` events.
@@ -121,11 +126,19 @@ mod tests {
             insert(&connection, &event(&number.to_string()), UnixMs(number)).unwrap();
         }
         assert_eq!(prune(&connection, 3).unwrap(), 7);
-        let ids: Vec<_> = after(&connection, 0, 100).unwrap().iter().map(|event| event.id).collect();
+        let ids: Vec<_> = after(&connection, 0, 100)
+            .unwrap()
+            .iter()
+            .map(|event| event.id)
+            .collect();
         assert_eq!(ids, [8, 9, 10]);
         assert_eq!(prune(&connection, 0).unwrap(), 3);
         insert(&connection, &event("x"), UnixMs(0)).unwrap();
-        assert_eq!(newest(&connection).unwrap(), 11, "an id is never given twice");
+        assert_eq!(
+            newest(&connection).unwrap(),
+            11,
+            "an id is never given twice"
+        );
         insert(&connection, &event(&"ä".repeat(2000)), UnixMs(0)).unwrap();
         let last = after(&connection, 11, 1).unwrap().remove(0);
         assert_eq!(last.message.len(), 1024);

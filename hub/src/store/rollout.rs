@@ -18,7 +18,11 @@ use crate::rollout::{Assignment, Facts, Member, Pulse, Report, Rollout, Touched,
 /// When SQLite fails.
 pub fn next_id(connection: &Connection) -> rusqlite::Result<u64> {
     let newest: Option<u64> = connection
-        .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'rollout'", [], |row| row.get(0))
+        .query_row(
+            "SELECT seq FROM sqlite_sequence WHERE name = 'rollout'",
+            [],
+            |row| row.get(0),
+        )
         .optional()?;
     Ok(newest.unwrap_or(0) + 1)
 }
@@ -99,7 +103,9 @@ fn header_of(rollout: &Rollout) -> Rollout {
 }
 
 fn put_wave(connection: &Connection, rollout: &Rollout, ordinal: u32) -> rusqlite::Result<()> {
-    let Some(wave) = rollout.wave(ordinal) else { return Ok(()) };
+    let Some(wave) = rollout.wave(ordinal) else {
+        return Ok(());
+    };
     connection
         .prepare_cached("INSERT OR REPLACE INTO wave (rollout, ordinal, body) VALUES (?1, ?2, ?3)")?
         .execute(params![rollout.id, ordinal, column::to_json(wave)?])?;
@@ -113,8 +119,14 @@ fn put_assignment(
     assignment: &Assignment,
 ) -> rusqlite::Result<()> {
     connection
-        .prepare_cached("INSERT OR REPLACE INTO assignment (rollout, device, body) VALUES (?1, ?2, ?3)")?
-        .execute(params![rollout, device.as_str(), column::to_json(assignment)?])?;
+        .prepare_cached(
+            "INSERT OR REPLACE INTO assignment (rollout, device, body) VALUES (?1, ?2, ?3)",
+        )?
+        .execute(params![
+            rollout,
+            device.as_str(),
+            column::to_json(assignment)?
+        ])?;
     Ok(())
 }
 
@@ -123,7 +135,11 @@ fn put_assignment(
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn put_wake(connection: &Connection, rollout: u64, wake_at: Option<UnixMs>) -> rusqlite::Result<()> {
+pub fn put_wake(
+    connection: &Connection,
+    rollout: u64,
+    wake_at: Option<UnixMs>,
+) -> rusqlite::Result<()> {
     connection
         .prepare_cached("UPDATE rollout SET wake_at_ms = ?2 WHERE id = ?1")?
         .execute(params![rollout, wake_at.map(|at| at.0)])?;
@@ -148,14 +164,18 @@ pub fn header(connection: &Connection, id: u64) -> rusqlite::Result<Option<Rollo
 ///
 /// When SQLite fails.
 pub fn get(connection: &Connection, id: u64) -> rusqlite::Result<Option<Rollout>> {
-    let Some(mut rollout) = header(connection, id)? else { return Ok(None) };
+    let Some(mut rollout) = header(connection, id)? else {
+        return Ok(None);
+    };
     rollout.waves = connection
         .prepare_cached("SELECT body FROM wave WHERE rollout = ?1 ORDER BY ordinal")?
         .query_map([id], |row| column::json(row, 0))?
         .collect::<rusqlite::Result<_>>()?;
     rollout.assignments = connection
         .prepare_cached("SELECT device, body FROM assignment WHERE rollout = ?1")?
-        .query_map([id], |row| Ok((column::parsed(row, 0)?, column::json(row, 1)?)))?
+        .query_map([id], |row| {
+            Ok((column::parsed(row, 0)?, column::json(row, 1)?))
+        })?
         .collect::<rusqlite::Result<_>>()?;
     Ok(Some(rollout))
 }
@@ -189,12 +209,18 @@ pub fn newest_header(connection: &Connection, app: &AppName) -> rusqlite::Result
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn headers(connection: &Connection, app: Option<&AppName>, limit: u64) -> rusqlite::Result<Vec<Rollout>> {
+pub fn headers(
+    connection: &Connection,
+    app: Option<&AppName>,
+    limit: u64,
+) -> rusqlite::Result<Vec<Rollout>> {
     connection
         .prepare_cached(
             "SELECT header FROM rollout WHERE ?1 IS NULL OR app = ?1 ORDER BY id DESC LIMIT ?2",
         )?
-        .query_map(params![app.map(AppName::as_str), limit], |row| column::json(row, 0))?
+        .query_map(params![app.map(AppName::as_str), limit], |row| {
+            column::json(row, 0)
+        })?
         .collect()
 }
 
@@ -203,7 +229,10 @@ pub fn headers(connection: &Connection, app: Option<&AppName>, limit: u64) -> ru
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn newest_completed(connection: &Connection, app: &AppName) -> rusqlite::Result<Option<Rollout>> {
+pub fn newest_completed(
+    connection: &Connection,
+    app: &AppName,
+) -> rusqlite::Result<Option<Rollout>> {
     connection
         .prepare_cached(
             "SELECT header FROM rollout WHERE app = ?1 AND state = 'completed' ORDER BY id DESC LIMIT 1",
@@ -217,7 +246,10 @@ pub fn newest_completed(connection: &Connection, app: &AppName) -> rusqlite::Res
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn due(connection: &Connection, now: UnixMs) -> rusqlite::Result<(Vec<AppName>, Option<UnixMs>)> {
+pub fn due(
+    connection: &Connection,
+    now: UnixMs,
+) -> rusqlite::Result<(Vec<AppName>, Option<UnixMs>)> {
     let due = connection
         .prepare_cached("SELECT app FROM rollout WHERE final = 0 AND wake_at_ms <= ?1")?
         .query_map([now.0], |row| column::parsed(row, 0))?
@@ -262,7 +294,11 @@ pub fn interested(connection: &Connection, device: &DeviceId) -> rusqlite::Resul
         AssignmentState::Device(phase) => !phase.is_final(),
         state => state == AssignmentState::Deferred || state == AssignmentState::Offered,
     };
-    Ok(rows.into_iter().filter(|(_, is_final, body)| !is_final || put_off(body)).map(|(app, ..)| app).collect())
+    Ok(rows
+        .into_iter()
+        .filter(|(_, is_final, body)| !is_final || put_off(body))
+        .map(|(app, ..)| app)
+        .collect())
 }
 
 /// What is known of the rollout's devices that the app still selects.
@@ -333,7 +369,11 @@ pub fn opening_members(connection: &Connection, app: &AppName) -> rusqlite::Resu
         let phase = status
             .filter(|status| placed.is_some_and(|(_, since)| status.since == since))
             .map(|status| status.phase);
-        members.push(Member { device, placement: placed.map(|(placement, _)| placement), phase });
+        members.push(Member {
+            device,
+            placement: placed.map(|(placement, _)| placement),
+            phase,
+        });
     }
     Ok(members)
 }
@@ -353,7 +393,10 @@ pub fn count_by_state(connection: &Connection) -> rusqlite::Result<Vec<(String, 
 /// Whether a rollout of that state was not given up: its release is what the app is at or moving to.
 #[must_use]
 pub const fn stands(state: RolloutState) -> bool {
-    matches!(state, RolloutState::Running | RolloutState::Paused | RolloutState::Completed)
+    matches!(
+        state,
+        RolloutState::Running | RolloutState::Paused | RolloutState::Completed
+    )
 }
 
 /// Removes the oldest final rollouts of an app beyond `keep`, but never its newest completed one.

@@ -20,7 +20,10 @@ pub fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
         if found > known {
             return Err(StoreError::Newer { found, known });
         }
-        let Some(step) = usize::try_from(found).ok().and_then(|found| MIGRATIONS.get(found)) else {
+        let Some(step) = usize::try_from(found)
+            .ok()
+            .and_then(|found| MIGRATIONS.get(found))
+        else {
             return Ok(());
         };
         transaction.execute_batch(step)?;
@@ -182,10 +185,15 @@ mod tests {
     fn migrating_twice_changes_nothing() {
         let mut connection = Connection::open_in_memory().unwrap();
         migrate(&mut connection).unwrap();
-        connection.execute("UPDATE meta SET value = 7 WHERE key = 'epoch'", []).unwrap();
+        connection
+            .execute("UPDATE meta SET value = 7 WHERE key = 'epoch'", [])
+            .unwrap();
         migrate(&mut connection).unwrap();
-        let epoch: i64 =
-            connection.query_row("SELECT value FROM meta WHERE key = 'epoch'", [], |row| row.get(0)).unwrap();
+        let epoch: i64 = connection
+            .query_row("SELECT value FROM meta WHERE key = 'epoch'", [], |row| {
+                row.get(0)
+            })
+            .unwrap();
         assert_eq!(epoch, 7);
     }
 }
