@@ -45,6 +45,44 @@ fn validate_needs_no_hub() {
 }
 
 #[test]
+fn every_sample_manifest_is_valid() {
+    let configs = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs");
+    let mut dirs = vec![std::path::PathBuf::from(configs)];
+    let mut checked = 0;
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path
+                .extension()
+                .is_some_and(|extension| extension == "yaml")
+            {
+                let output = foreshore("validate").arg("-f").arg(&path).output().unwrap();
+                assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked >= 2, "the samples are not where this test looks");
+}
+
+#[test]
+fn the_app_of_the_readme_is_valid() {
+    let readme = include_str!("../../README.md");
+    let manifest = readme
+        .split("```yaml\n")
+        .nth(1)
+        .unwrap()
+        .split("```")
+        .next()
+        .unwrap();
+    let (_dir, file) = manifest_file(manifest);
+    let output = foreshore(&format!("validate -f {file}")).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+#[test]
 fn validate_says_where_it_is_wrong_and_goes_on_to_the_next_file() {
     let (_dir, file) = manifest_file(&MANIFEST.replace("services", "servces"));
     let (_dir, good) = manifest_file(MANIFEST);
