@@ -26,18 +26,25 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use foreshore_protocol::message::{AppStatus, EventKind, Head, HeadApp};
+use foreshore_protocol::message::{AppStatus, EventKind, Head, HeadApp, Reason};
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
 use serde::{Deserialize, Serialize};
 
 use crate::runtime::Container;
 
+mod app;
+mod backoff;
+pub mod check;
+mod collect;
 mod history;
+mod service;
+mod status;
 mod step;
 
 pub use history::{
-    AppHistory, Assignment, History, LastKnownGood, Poison, Resume, ServiceHistory, Trial,
+    AppHistory, Assignment, History, LastKnownGood, Poison, Resume, ServiceHistory, StagingHistory,
+    Trial,
 };
 pub use step::{Outcome, Step};
 
@@ -178,7 +185,201 @@ pub struct Notice {
 }
 
 /// What to do next, so that in the end what runs is what is desired, or the last-known-good.
+///
+/// Equal inputs give equal plans. A plan with nothing to do has no steps and equals its own next plan.
 #[must_use]
-pub fn plan(_desired: &Desired, _observed: &Observed, _history: &History, _now: Now) -> Plan {
-    todo!("follows in the next commit")
+pub fn plan(desired: &Desired, observed: &Observed, history: &History, now: Now) -> Plan {
+    let mut history = history.clone();
+    history.rebase(now);
+    let mut draft = Draft::new(observed, now, &history);
+    let mut status = Vec::new();
+    let mut apps = std::mem::take(&mut history.apps);
+    let names: BTreeSet<AppName> = apps
+        .keys()
+        .chain(desired.apps.keys())
+        .chain(
+            observed
+                .containers
+                .iter()
+                .map(|seen| &seen.container.id.app),
+        )
+        .cloned()
+        .collect();
+    for name in names {
+        let mut app = apps.remove(&name).unwrap_or_default();
+        let containers: Vec<_> = observed
+            .containers
+            .iter()
+            .filter(|seen| seen.container.id.app == name)
+            .collect();
+        let floor = history.instance_floor;
+        let wanted = desired.apps.get(&name);
+        if desired.version.is_some() && wanted.is_none() {
+            if app::remove(&mut draft, &name, &mut app, &containers, floor) {
+                let used = app.services.values().map(|service| service.last_instance);
+                history.instance_floor = used.fold(floor, u64::max);
+                continue;
+            }
+        } else {
+            app::advance(&mut draft, &name, &mut app, &containers, wanted, floor);
+        }
+        status.extend(status::status(&name, &app, observed, &containers));
+        history.apps.insert(name, app);
+    }
+    draft.finish_staging(&mut history);
+    collect::advance(&mut draft, &mut history, desired.version);
+    Plan {
+        steps: draft.steps,
+        fetch: draft.fetch,
+        wake_at: draft.wake_at,
+        notices: draft.notices,
+        status,
+        history,
+    }
+}
+
+/// A plan in the making.
+#[derive(Debug)]
+struct Draft<'a> {
+    observed: &'a Observed,
+    now: Now,
+    staging: BTreeMap<Digest, StagingHistory>,
+    disk_full: bool,
+    steps: Vec<Step>,
+    fetch: BTreeSet<Digest>,
+    /// Releases with images that are not there, in the order they came up.
+    candidates: Vec<(AppName, Digest, Vec<String>)>,
+    forget_staging: BTreeSet<Digest>,
+    collect_soon: bool,
+    wake_at: Option<BootMs>,
+    notices: Vec<Notice>,
+}
+
+impl<'a> Draft<'a> {
+    fn new(observed: &'a Observed, now: Now, history: &History) -> Self {
+        Self {
+            observed,
+            now,
+            staging: history.staging.clone(),
+            disk_full: history.disk_full,
+            steps: Vec::new(),
+            fetch: BTreeSet::new(),
+            candidates: Vec::new(),
+            forget_staging: BTreeSet::new(),
+            collect_soon: false,
+            wake_at: None,
+            notices: Vec::new(),
+        }
+    }
+
+    /// Whether `at` is still to come; if so, planning happens again then.
+    fn is_later(&mut self, at: BootMs) -> bool {
+        if at <= self.now.ms {
+            return false;
+        }
+        self.wake_at = Some(self.wake_at.map_or(at, |earlier| earlier.min(at)));
+        true
+    }
+
+    fn is_busy(&self, app: &AppName, service: &ServiceName) -> bool {
+        // The set's key is owned; devices have few services.
+        let mut busy = self.observed.busy.services.iter();
+        busy.any(|(busy_app, busy_service)| busy_app == app && busy_service == service)
+    }
+
+    fn notice(
+        &mut self,
+        kind: EventKind,
+        app: &AppName,
+        service: Option<ServiceName>,
+        message: String,
+    ) {
+        self.notices.push(Notice {
+            kind,
+            app: Some(app.clone()),
+            service,
+            message,
+        });
+    }
+
+    /// Why a release could not be fetched or staged the last time, and whether that is for good.
+    fn staging_trouble(&self, release: &Digest) -> Option<(Reason, bool)> {
+        if self.forget_staging.contains(release) {
+            return None;
+        }
+        let staging = self.staging.get(release)?;
+        Some((staging.reason.clone(), staging.permanent))
+    }
+
+    /// Whether a release that failed to come is to be left alone for now.
+    fn is_held_off(&mut self, release: &Digest) -> bool {
+        if self.forget_staging.contains(release) {
+            return false;
+        }
+        match self.staging.get(release) {
+            None => false,
+            Some(staging) if staging.permanent => true,
+            Some(staging) => {
+                let after = staging.after;
+                self.is_later(after)
+            }
+        }
+    }
+
+    /// Asks for a release manifest.
+    fn fetch(&mut self, release: Digest) {
+        if !self.is_held_off(&release) {
+            self.fetch.insert(release);
+        }
+    }
+
+    /// Asks for images of a release; with none missing, for nothing.
+    fn stage(&mut self, app: &AppName, release: Digest, images: Vec<String>) {
+        let known = self
+            .candidates
+            .iter()
+            .any(|(_, other, _)| *other == release);
+        if !images.is_empty() && !known {
+            self.candidates.push((app.clone(), release, images));
+        }
+    }
+
+    /// Picks at most one release to stage, gives up one that nobody wants any more, and forgets troubles of
+    /// releases that are not wanted.
+    fn finish_staging(&mut self, history: &mut History) {
+        let wanted: BTreeSet<Digest> = history
+            .apps
+            .values()
+            .flat_map(|app| {
+                let assigned = app.assignment.as_ref().map(|assignment| assignment.release);
+                [app.current, assigned].into_iter().flatten()
+            })
+            .collect();
+        history.staging.retain(|release, _| {
+            wanted.contains(release) && !self.forget_staging.contains(release)
+        });
+        if let Some(release) = self.observed.busy.staging {
+            if !self
+                .candidates
+                .iter()
+                .any(|(_, other, _)| *other == release)
+            {
+                self.steps.push(Step::AbandonStaging { release });
+            }
+            return;
+        }
+        if self.disk_full || self.observed.busy.collecting {
+            return;
+        }
+        for (app, release, images) in self.candidates.clone() {
+            if !self.is_held_off(&release) {
+                self.steps.push(Step::Stage {
+                    app,
+                    release,
+                    images,
+                });
+                return;
+            }
+        }
+    }
 }

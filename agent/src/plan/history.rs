@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use foreshore_protocol::message::{Phase, Reason};
+use foreshore_protocol::message::{Phase, Reason, ReasonCode};
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
 use serde::{Deserialize, Serialize};
 
-use super::{BootId, BootMs, Now, Outcome};
-use crate::runtime::Exit;
+use super::{BootId, BootMs, Now, Outcome, backoff};
+use crate::runtime::{ContainerId, Exit};
 
 /// All that is remembered. All times in it are of the boot it names; another boot makes them void.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +16,10 @@ pub struct History {
     pub boot: BootId,
     /// Every app that runs or should run here, or is being removed.
     pub apps: BTreeMap<AppName, AppHistory>,
+    /// Releases whose staging or fetching failed and that are still wanted.
+    pub staging: BTreeMap<Digest, StagingHistory>,
+    /// No container has a higher instance number than this, of all apps that were removed.
+    pub instance_floor: u64,
     /// No garbage collection before this.
     pub collect_after: BootMs,
     /// Staging ran out of disk space: collect garbage before it is tried again.
@@ -70,10 +74,19 @@ pub struct Assignment {
     pub phase: Phase,
     /// Why, for phases that need a reason.
     pub reason: Option<Reason>,
-    /// How often in a row staging failed.
-    pub staging_failures: u32,
-    /// No staging before this.
-    pub stage_after: BootMs,
+}
+
+/// What is remembered of a release that could not be fetched or staged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagingHistory {
+    /// How often in a row.
+    pub failures: u32,
+    /// Not tried again before this.
+    pub after: BootMs,
+    /// Why, the last time.
+    pub reason: Reason,
+    /// Whether trying again is of no use.
+    pub permanent: bool,
 }
 
 /// A release under judgement: it was switched to and is not the last-known-good yet.
@@ -104,8 +117,12 @@ pub struct ServiceHistory {
     pub last_instance: u64,
     /// The spec of that instance ([`foreshore_protocol::release::service_digest`]).
     pub spec: Option<Digest>,
+    /// The release that instance was started for.
+    pub release: Option<Digest>,
     /// When that instance was started.
     pub started: BootMs,
+    /// The instance that was last seen or known to be there; 0 when there is none that we know of.
+    pub present: u64,
     /// The highest instance number whose end was taken note of.
     pub ended_instance: u64,
     /// How it ended.
@@ -137,7 +154,174 @@ pub enum Resume {
 impl History {
     /// Takes what came of a step into account. Call it once for every step that ended, before the next plan,
     /// and store the result together with that plan's history.
-    pub fn record(&mut self, _outcome: &Outcome, _now: Now) {
-        todo!("follows in the next commit")
+    pub fn record(&mut self, outcome: &Outcome, now: Now) {
+        self.rebase(now);
+        match outcome {
+            Outcome::Staged { release } => {
+                self.staging.remove(release);
+            }
+            Outcome::StagingFailed { release, reason } => {
+                self.disk_full |= reason.code == ReasonCode::DiskFull;
+                let permanent = matches!(
+                    reason.code,
+                    ReasonCode::NoMatchingPlatform | ReasonCode::BadImage | ReasonCode::BadRelease
+                );
+                self.record_staging_failure(*release, reason.clone(), permanent, now);
+            }
+            Outcome::BadRelease {
+                release,
+                message,
+                schema_unknown,
+            } => {
+                let reason = reason(ReasonCode::BadRelease, None, message);
+                self.record_staging_failure(*release, reason, *schema_unknown, now);
+            }
+            Outcome::Started { id } => {
+                if let Some(service) = self.service_of(id) {
+                    service.present = id.instance;
+                    service.started = now.ms;
+                    service.resume = Resume::Now;
+                    service.trouble = None;
+                }
+            }
+            Outcome::StartFailed {
+                id,
+                message,
+                refused,
+            } => self.record_start_failure(id, message, *refused, now),
+            Outcome::Stopped { id } => {
+                if let Some(service) = self.service_of(id) {
+                    service.ended_instance = service.ended_instance.max(id.instance);
+                    service.present = 0;
+                    service.trouble = None;
+                }
+            }
+            Outcome::Removed { id } => {
+                if let Some(service) = self.service_of(id) {
+                    service.ended_instance = service.ended_instance.max(id.instance);
+                    service.present = 0;
+                }
+            }
+            Outcome::Stuck { id, message } => {
+                if let Some(service) = self.service_of(id) {
+                    service.stuck_until = now.ms.plus(backoff::STUCK_MS);
+                    service.trouble = Some(reason(
+                        ReasonCode::Internal,
+                        Some(id.service.clone()),
+                        message,
+                    ));
+                }
+            }
+            Outcome::Collected => self.disk_full = false,
+        }
     }
+
+    fn service_of(&mut self, id: &ContainerId) -> Option<&mut ServiceHistory> {
+        self.apps
+            .get_mut(&id.app)
+            .map(|app| app.services.entry(id.service.clone()).or_default())
+    }
+
+    fn record_staging_failure(
+        &mut self,
+        release: Digest,
+        reason: Reason,
+        permanent: bool,
+        now: Now,
+    ) {
+        let failures = self
+            .staging
+            .get(&release)
+            .map_or(0, |staging| staging.failures)
+            .saturating_add(1);
+        let delay = backoff::staging_delay_ms(now.boot, &release, failures);
+        self.staging.insert(
+            release,
+            StagingHistory {
+                failures,
+                after: now.ms.plus(delay),
+                reason,
+                permanent,
+            },
+        );
+    }
+
+    fn record_start_failure(&mut self, id: &ContainerId, message: &str, refused: bool, now: Now) {
+        let why = reason(ReasonCode::StartFailed, Some(id.service.clone()), message);
+        let Some(app) = self.apps.get_mut(&id.app) else {
+            return;
+        };
+        let service = app.services.entry(id.service.clone()).or_default();
+        let for_release = service.release;
+        service.ended_instance = service.ended_instance.max(id.instance);
+        service.present = 0;
+        service.failures = service.failures.saturating_add(1);
+        let name = format!("{}.{}", id.app, id.service);
+        let delay = backoff::restart_delay_ms(now.boot, &name, service.failures);
+        service.resume = Resume::At(now.ms.plus(delay));
+        service.trouble = Some(why.clone());
+        // A start that was begun for an older release says nothing about the one on trial now.
+        if refused
+            && let Some(trial) = &mut app.trial
+            && for_release == Some(trial.release)
+        {
+            trial.failed.get_or_insert(why);
+        }
+    }
+
+    /// Makes all times belong to `now.boot`. After a reboot no container is there, no back-off holds, and a
+    /// trial begins again.
+    pub(super) fn rebase(&mut self, now: Now) {
+        if self.boot == now.boot {
+            return;
+        }
+        self.boot = now.boot;
+        self.collect_after = BootMs::default();
+        for staging in self.staging.values_mut() {
+            staging.after = BootMs::default();
+        }
+        for app in self.apps.values_mut() {
+            if let Some(trial) = &mut app.trial {
+                trial.started = now.ms;
+                trial.soaking_since = None;
+                trial.boots = trial.boots.saturating_add(1);
+            }
+            for service in app.services.values_mut() {
+                service.present = 0;
+                service.started = BootMs::default();
+                service.failures = 0;
+                service.stuck_until = BootMs::default();
+                service.trouble = None;
+                if let Resume::At(_) = service.resume {
+                    service.resume = Resume::Now;
+                }
+            }
+        }
+    }
+}
+
+impl AppHistory {
+    /// Why this release failed in this assignment, if it did.
+    #[must_use]
+    pub fn poison(&self, since: Version, release: &Digest) -> Option<&Poison> {
+        self.poisoned
+            .iter()
+            .find(|poison| poison.since == since && poison.release == *release)
+    }
+}
+
+/// A reason whose text is cut to what a report may hold.
+pub(super) fn reason(code: ReasonCode, service: Option<ServiceName>, message: &str) -> Reason {
+    Reason {
+        code,
+        service,
+        message: cut(message, MAX_MESSAGE_BYTES),
+    }
+}
+
+/// [`Reason::message`] and the message of an event have at most this many bytes.
+const MAX_MESSAGE_BYTES: usize = 512;
+
+fn cut(text: &str, max: usize) -> String {
+    text[..text.floor_char_boundary(max)].to_owned()
 }

@@ -1,0 +1,456 @@
+//! How an app gets from one release to the next on this device, and back.
+//!
+//! Two things go side by side. The *assignment* is what the hub wants: it is staged while the old release
+//! keeps running, and then switched to. The *trial* is the judgement of what was switched to, until it is the
+//! last-known-good or is given up. An assignment that is replaced while it is on trial leaves the trial going:
+//! so a device whose next release cannot be fetched still goes back by itself from a bad one.
+
+use foreshore_protocol::message::{EventKind, HeadApp, Phase, Reason, ReasonCode};
+use foreshore_protocol::quantity::Span;
+use foreshore_protocol::{AppName, Digest};
+
+use super::history::reason;
+use super::service::{self, Health, Target};
+use super::{AppHistory, Assignment, Draft, LastKnownGood, ObservedContainer, Poison, Trial};
+
+/// A release during whose trial the device booted so often takes the device down.
+const MAX_TRIAL_BOOTS: u32 = 3;
+
+/// How many failed assignments are remembered of one app; only the newest can come again.
+const MAX_POISONED: usize = 8;
+
+/// Decides on one app that the hub wants here, or that is kept because we do not know what the hub wants.
+pub(super) fn advance(
+    draft: &mut Draft<'_>,
+    app: &AppName,
+    history: &mut AppHistory,
+    containers: &[&ObservedContainer],
+    desired: Option<&HeadApp>,
+    instance_floor: u64,
+) {
+    if history.current.is_none() && history.assignment.is_none() {
+        adopt(draft, history, containers, desired);
+    }
+    let before = target(draft, history.current);
+    service::observe(
+        draft,
+        app,
+        history,
+        containers,
+        before.as_ref(),
+        instance_floor,
+    );
+    watch_again(draft, history);
+    if let Some(desired) = desired {
+        assign(draft, history, desired);
+        if is_open(history) {
+            stage_and_switch(draft, app, history, desired);
+        }
+    }
+    judge(draft, app, history, containers);
+    let Some(current) = history.current else {
+        return;
+    };
+    let Some(target) = target(draft, Some(current)) else {
+        // Nothing is touched before the manifest is there again.
+        draft.fetch(current);
+        return;
+    };
+    draft.stage(app, current, target.missing_images(&draft.observed.images));
+    service::advance(
+        draft,
+        app,
+        history,
+        containers,
+        Some(&target),
+        instance_floor,
+    );
+}
+
+/// Stops and removes everything of an app that the hub does not want here. True when nothing is left.
+pub(super) fn remove(
+    draft: &mut Draft<'_>,
+    app: &AppName,
+    history: &mut AppHistory,
+    containers: &[&ObservedContainer],
+    instance_floor: u64,
+) -> bool {
+    service::observe(draft, app, history, containers, None, instance_floor);
+    history.trial = None;
+    history.current = None;
+    if let Some(assignment) = &mut history.assignment {
+        assignment.phase = Phase::Removing;
+        assignment.reason = None;
+    }
+    service::advance(draft, app, history, containers, None, instance_floor);
+    containers.is_empty()
+        && !history
+            .services
+            .keys()
+            .any(|service| draft.is_busy(app, service))
+}
+
+fn target<'a>(draft: &Draft<'a>, release: Option<Digest>) -> Option<Target<'a>> {
+    let digest = release?;
+    Some(Target::new(digest, draft.observed.releases.get(&digest)?))
+}
+
+/// Containers of an app that nothing is remembered of: the history was damaged. What runs is taken for what
+/// should run; if the hub wants something else, it is also taken for good.
+fn adopt(
+    draft: &Draft<'_>,
+    history: &mut AppHistory,
+    containers: &[&ObservedContainer],
+    desired: Option<&HeadApp>,
+) {
+    let Some(newest) = containers
+        .iter()
+        .max_by_key(|seen| (seen.container.id.instance, seen.container.release))
+    else {
+        return;
+    };
+    // Services that did not change keep the name of an older release, so the name alone does not tell.
+    let covers = |release: &Digest| {
+        target(draft, Some(*release)).is_some_and(|target| !service::has_stale(containers, &target))
+    };
+    let candidates = desired.map(|desired| desired.release).into_iter();
+    let running = candidates
+        .chain([newest.container.release])
+        .find(covers)
+        .unwrap_or(newest.container.release);
+    history.current = Some(running);
+    if let Some(desired) = desired.filter(|desired| desired.release != running) {
+        history.last_known_good = Some(LastKnownGood {
+            release: running,
+            since: desired.since,
+        });
+    }
+}
+
+/// A soak counts only what this agent watched without a break, and a deadline only from when it could act.
+fn watch_again(draft: &Draft<'_>, history: &mut AppHistory) {
+    let watching_since = draft.observed.watching_since;
+    if let Some(trial) = &mut history.trial {
+        trial.soaking_since = trial.soaking_since.filter(|since| *since >= watching_since);
+        trial.started = trial.started.max(watching_since);
+    }
+}
+
+/// Takes a new assignment up, or new terms of the one we have.
+fn assign(draft: &mut Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
+    let known = history.assignment.as_ref().is_some_and(|assignment| {
+        assignment.since == desired.since
+            && assignment.release == desired.release
+            && assignment.phase != Phase::Removing
+    });
+    if !known {
+        let poison = history.poison(desired.since, &desired.release).cloned();
+        history.assignment = Some(Assignment {
+            since: desired.since,
+            release: desired.release,
+            phase: match (&poison, &history.last_known_good) {
+                (None, _) => Phase::Accepted,
+                (Some(_), Some(_)) => Phase::RolledBack,
+                (Some(_), None) => Phase::Failed,
+            },
+            reason: poison.map(|poison| poison.reason),
+        });
+        draft.forget_staging.insert(desired.release);
+        if let Some(trial) = &mut history.trial
+            && trial.release == desired.release
+        {
+            trial.since = desired.since;
+            trial.started = draft.now.ms;
+        }
+    }
+    if let Some(trial) = &mut history.trial
+        && (trial.since, trial.release) == (desired.since, desired.release)
+        && trial.soak_ms != 0
+    {
+        trial.soak_ms = desired.soak_ms;
+        trial.progress_deadline_ms = desired.progress_deadline_ms;
+    }
+}
+
+fn is_open(history: &AppHistory) -> bool {
+    history
+        .assignment
+        .as_ref()
+        .is_some_and(|assignment| !assignment.phase.is_final())
+        && history
+            .trial
+            .as_ref()
+            .map(|trial| (trial.since, trial.release))
+            != history
+                .assignment
+                .as_ref()
+                .map(|assignment| (assignment.since, assignment.release))
+}
+
+/// Gets everything of the assigned release onto the disk, then switches to it.
+fn stage_and_switch(
+    draft: &mut Draft<'_>,
+    app: &AppName,
+    history: &mut AppHistory,
+    desired: &HeadApp,
+) {
+    let release = desired.release;
+    let (phase, reason) = match gate(draft, app, release) {
+        Gate::Open => {
+            switch(draft, history, desired);
+            (Phase::Activating, None)
+        }
+        Gate::Closed(phase, reason) => (phase, reason),
+    };
+    if let Some(assignment) = &mut history.assignment {
+        assignment.phase = phase;
+        assignment.reason = reason;
+    }
+}
+
+/// Whether a release can be switched to.
+enum Gate {
+    Open,
+    Closed(Phase, Option<Reason>),
+}
+
+fn gate(draft: &mut Draft<'_>, app: &AppName, release: Digest) -> Gate {
+    let trouble = draft.staging_trouble(&release);
+    if let Some((reason, true)) = &trouble {
+        return Gate::Closed(Phase::Rejected, Some(reason.clone()));
+    }
+    let waiting = |phase| match &trouble {
+        Some((reason, _)) => Gate::Closed(Phase::Blocked, Some(reason.clone())),
+        None => Gate::Closed(phase, None),
+    };
+    let Some(manifest) = draft.observed.releases.get(&release) else {
+        draft.fetch(release);
+        return waiting(Phase::Accepted);
+    };
+    if let Some(why) = unusable(app, manifest) {
+        return Gate::Closed(
+            Phase::Rejected,
+            Some(reason(ReasonCode::BadRelease, None, &why)),
+        );
+    }
+    let missing = Target::new(release, manifest).missing_images(&draft.observed.images);
+    if missing.is_empty() {
+        return Gate::Open;
+    }
+    draft.stage(app, release, missing);
+    waiting(Phase::Staging)
+}
+
+/// Why a release whose digest is right can still not be run as `app`.
+fn unusable(app: &AppName, manifest: &foreshore_protocol::release::Release) -> Option<String> {
+    if manifest.app != *app {
+        return Some(format!(
+            "the release is of app {}, but was assigned to app {app}",
+            manifest.app
+        ));
+    }
+    manifest.services.iter().find_map(|(name, service)| {
+        service::image_digest(service).is_none().then(|| {
+            format!(
+                "service {name}: image {:?} is not pinned by digest",
+                service.image
+            )
+        })
+    })
+}
+
+fn switch(draft: &Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
+    let release = desired.release;
+    let proven = history.current == Some(release)
+        && history
+            .last_known_good
+            .as_ref()
+            .is_some_and(|good| good.release == release);
+    service::forgive(history);
+    history.current = Some(release);
+    history.trial = Some(Trial {
+        since: desired.since,
+        release,
+        // What runs and is the last-known-good only has to be confirmed.
+        soak_ms: if proven { 0 } else { desired.soak_ms },
+        progress_deadline_ms: desired.progress_deadline_ms,
+        started: draft.now.ms,
+        soaking_since: None,
+        boots: 0,
+        failed: None,
+    });
+}
+
+/// Judges the release that is on trial.
+fn judge(
+    draft: &mut Draft<'_>,
+    app: &AppName,
+    history: &mut AppHistory,
+    containers: &[&ObservedContainer],
+) {
+    let Some(trial) = history.trial.clone() else {
+        return;
+    };
+    let Some(target) = target(draft, Some(trial.release)) else {
+        return;
+    };
+    let verdict = verdict(draft, history, containers, &target, &trial);
+    let phase = match verdict {
+        Verdict::Fail(why) => return fail(draft, app, history, &trial, why),
+        Verdict::Pass => return succeed(draft, app, history, &trial),
+        Verdict::Wait => Phase::Activating,
+        Verdict::Soak => Phase::Soaking,
+    };
+    if let Some(trial) = &mut history.trial {
+        if phase == Phase::Soaking {
+            trial.soaking_since.get_or_insert(draft.now.ms);
+        } else if trial.soaking_since.take().is_some() {
+            // Not known any more, rather than unwell: it gets the whole deadline again.
+            trial.started = draft.now.ms;
+        }
+    }
+    set_phase(history, &trial, phase, None);
+}
+
+#[derive(Debug)]
+enum Verdict {
+    /// Not all are ready.
+    Wait,
+    /// All are ready.
+    Soak,
+    Pass,
+    Fail(Reason),
+}
+
+fn verdict(
+    draft: &mut Draft<'_>,
+    history: &AppHistory,
+    containers: &[&ObservedContainer],
+    target: &Target<'_>,
+    trial: &Trial,
+) -> Verdict {
+    if let Some(why) = &trial.failed {
+        return Verdict::Fail(why.clone());
+    }
+    if trial.boots >= MAX_TRIAL_BOOTS {
+        let message = format!("the device booted {} times during the trial", trial.boots);
+        return Verdict::Fail(reason(ReasonCode::DeadlineExceeded, None, &message));
+    }
+    let health = service::health(history, containers, target);
+    let mut waiting = None;
+    for health in health.into_values() {
+        match health {
+            Health::Ready => {}
+            Health::Hopeless(why) => return Verdict::Fail(why),
+            Health::Unwell(why) if trial.soaking_since.is_some() => return Verdict::Fail(why),
+            Health::Unwell(why) | Health::NotYet(why) => {
+                waiting.get_or_insert(why);
+            }
+        }
+    }
+    if waiting.is_none() && service::has_stale(containers, target) {
+        let message = "containers of the release before are still there";
+        waiting = Some(reason(ReasonCode::NotReady, None, message));
+    }
+    if let Some(why) = waiting {
+        let deadline = trial.started.plus(trial.progress_deadline_ms);
+        if draft.is_later(deadline) {
+            return Verdict::Wait;
+        }
+        let message = format!(
+            "not all services were ready within {}: {}",
+            Span(trial.progress_deadline_ms),
+            why.message
+        );
+        return Verdict::Fail(reason(ReasonCode::DeadlineExceeded, why.service, &message));
+    }
+    let soaking_since = trial.soaking_since.unwrap_or(draft.now.ms);
+    if draft.is_later(soaking_since.plus(trial.soak_ms)) {
+        Verdict::Soak
+    } else {
+        Verdict::Pass
+    }
+}
+
+fn succeed(draft: &mut Draft<'_>, app: &AppName, history: &mut AppHistory, trial: &Trial) {
+    history.last_known_good = Some(LastKnownGood {
+        release: trial.release,
+        since: trial.since,
+    });
+    history.trial = None;
+    set_phase(history, trial, Phase::Succeeded, None);
+    draft.collect_soon = true;
+    draft.notice(
+        EventKind::Succeeded,
+        app,
+        None,
+        format!(
+            "release {} is the last-known-good now",
+            trial.release.short()
+        ),
+    );
+}
+
+fn fail(
+    draft: &mut Draft<'_>,
+    app: &AppName,
+    history: &mut AppHistory,
+    trial: &Trial,
+    why: Reason,
+) {
+    let failed = trial.release.short();
+    let service = why.service.clone();
+    history.poisoned.push(Poison {
+        since: trial.since,
+        release: trial.release,
+        reason: why.clone(),
+    });
+    if history.poisoned.len() > MAX_POISONED {
+        history.poisoned.remove(0);
+    }
+    history.trial = None;
+    let good = history
+        .last_known_good
+        .as_ref()
+        .map(|good| good.release)
+        .filter(|good| *good != trial.release && is_runnable(draft, good));
+    let (phase, kind, message) = match good {
+        Some(good) => {
+            history.current = Some(good);
+            (
+                Phase::RolledBack,
+                EventKind::RolledBack,
+                format!(
+                    "release {failed} was given up for {}: {}",
+                    good.short(),
+                    why.message
+                ),
+            )
+        }
+        None => (
+            Phase::Failed,
+            EventKind::Failed,
+            format!(
+                "release {failed} failed and there is none to go back to: {}",
+                why.message
+            ),
+        ),
+    };
+    draft.notice(kind, app, service, message);
+    set_phase(history, trial, phase, Some(why));
+}
+
+fn is_runnable(draft: &Draft<'_>, release: &Digest) -> bool {
+    target(draft, Some(*release))
+        .is_some_and(|target| target.missing_images(&draft.observed.images).is_empty())
+}
+
+/// Tells the assignment how its trial goes; a newer assignment has its own phase.
+fn set_phase(history: &mut AppHistory, trial: &Trial, phase: Phase, why: Option<Reason>) {
+    if let Some(assignment) = &mut history.assignment
+        && (assignment.since, assignment.release) == (trial.since, trial.release)
+    {
+        assignment.phase = phase;
+        assignment.reason = why;
+    }
+}
