@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod bench;
+mod cross;
 mod demo;
 mod packages;
 mod sim;
@@ -15,7 +16,11 @@ mod test;
 
 /// Foreshore's development tasks
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", arg_required_else_help = true)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    arg_required_else_help = true
+)]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
@@ -31,6 +36,8 @@ enum Task {
     Sim(sim::Options),
     /// Measure Foreshore beside its peers in one run; reports only (needs root)
     Bench(bench::Options),
+    /// Build the agent as one static program for x86_64, aarch64 and armv7, or say what that needs
+    Cross(cross::Options),
 }
 
 fn main() -> ExitCode {
@@ -39,6 +46,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::run(&options),
         Task::Sim(options) => sim::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Cross(options) => cross::run(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
