@@ -9,6 +9,8 @@ use std::io::{self, Read};
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 
 const BLOCK: usize = 512;
+/// Where a header has the entry's type.
+const TYPE_AT: usize = 156;
 /// The longest extended header (PAX records, long name) that is read, in bytes: extended attributes are
 /// at most 64 KiB each on Linux, and a file rarely has more than two.
 const EXTENDED_BYTES_MAX: u64 = 1 << 20;
@@ -162,9 +164,16 @@ impl<R: Read> TarStream<R> {
             .link
             .or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned))
             .unwrap_or_default();
-        let kind = kind(header.entry_type(), &path);
+        // Before ustar a directory was a file whose name ended in a slash.
+        let ancient_directory = header.as_bytes()[TYPE_AT] == 0 && path.ends_with(b"/");
+        let kind = if ancient_directory {
+            Kind::Directory
+        } else {
+            kind(header.entry_type())
+        };
         let stored = match kind {
             Kind::File | Kind::Other(_) => extended.size.unwrap_or(size),
+            _ if ancient_directory => size,
             // Some old archives repeat the target's size in a link's header, without data; Go reads none.
             _ => 0,
         };
@@ -336,10 +345,8 @@ impl<R: Read> Read for TarStream<R> {
     }
 }
 
-fn kind(entry_type: EntryType, path: &[u8]) -> Kind {
+fn kind(entry_type: EntryType) -> Kind {
     match entry_type {
-        // Before ustar a directory was a file whose name ended in a slash.
-        EntryType::Regular if path.ends_with(b"/") => Kind::Directory,
         EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
         EntryType::Link => Kind::HardLink,
         EntryType::Symlink => Kind::Symlink,

@@ -37,7 +37,8 @@ pub(super) fn parse_challenges(header: &str) -> Vec<Challenge> {
     let mut parameters: Vec<(String, String)> = Vec::new();
     let mut rest = header;
     loop {
-        rest = rest.trim_start_matches([' ', '\t', ',']);
+        // "=" is what a token68 such as Negotiate's ends in.
+        rest = rest.trim_start_matches([' ', '\t', ',', '=']);
         let end = rest.find(|c: char| !is_token_char(c)).unwrap_or(rest.len());
         if end == 0 {
             break;

@@ -23,10 +23,11 @@ impl Origin {
         if authority.as_str().contains('@') || authority.host().is_empty() {
             return None;
         }
-        let port = match authority.port() {
-            Some(port) => port.as_str().parse().ok()?,
-            None if https => 443,
-            None => 80,
+        // Not `authority.port()`: it has none for a port beyond 16 bits, too.
+        let port = match authority.as_str().strip_prefix(authority.host())? {
+            "" if https => 443,
+            "" => 80,
+            port => port.strip_prefix(':')?.parse().ok()?,
         };
         Some(Self {
             https,
