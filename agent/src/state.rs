@@ -1,0 +1,315 @@
+//! What the device remembers: plain files under the state directory, each replaced as a whole.
+//!
+//! ```text
+//! STATE/                mode 0700
+//!   lock                flock(2): one agent
+//!   head                the newest head that was accepted; its version never goes back
+//!   history             what the planner remembers
+//!   counters            starts, sessions, and the version that `head` may not fall below
+//!   events              events that the hub has not acknowledged
+//!   releases/HEX.json   release manifests, checked by digest whenever they are read
+//!   images/             the image store (foreshore-images)
+//!   volumes/            named volumes
+//! ```
+//!
+//! No database: flash wears out by rewriting pages, and a file that is written whole cannot be half old. A
+//! damaged file is set aside as `NAME.corrupt-N` and the agent goes on without it: what runs keeps running,
+//! and the hub sends again what was lost.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use foreshore_protocol::message::Head;
+use foreshore_protocol::release::Release;
+use foreshore_protocol::{Digest, Version};
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::plan::History;
+
+mod file;
+mod outbox;
+
+pub use file::FileError;
+use file::{Damage, Framed, read_framed, remove, set_aside, write_atomically, write_framed};
+pub use outbox::Outbox;
+
+/// The device's memory. Holds the lock of its directory.
+#[derive(Debug)]
+pub struct State {
+    dir: PathBuf,
+    _lock: Flock<std::fs::File>,
+    counters: Counters,
+    history: Vec<u8>,
+}
+
+/// What was found at start.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The newest accepted head.
+    pub head: Option<Head>,
+    /// What the planner remembers.
+    pub history: History,
+    /// Events that wait for the hub.
+    pub outbox: Outbox,
+    /// Release manifests whose digest was right.
+    pub releases: BTreeMap<Digest, Release>,
+    /// What was damaged and set aside, for people.
+    pub damage: Vec<String>,
+}
+
+/// Small numbers that only grow.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Counters {
+    /// Starts of the agent.
+    boot: u64,
+    /// Connections.
+    session: u64,
+    /// No head below this is accepted, also when the file `head` is lost.
+    floor: Option<Version>,
+}
+
+impl Framed for Counters {
+    const SCHEMA: u16 = 0x0101;
+}
+
+impl Framed for History {
+    const SCHEMA: u16 = 0x0102;
+}
+
+impl Framed for Head {
+    const SCHEMA: u16 = <Self as foreshore_protocol::frame::Message>::SCHEMA;
+}
+
+/// Why the state directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another agent has it.
+    #[error("{} is in use by another agent; stop that one, or give this one its own [paths] state", .0.display())]
+    InUse(PathBuf),
+    /// The file system refused something.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// Why a head was not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum AcceptError {
+    /// It is not newer than the one we have.
+    #[error("head {offered} is not newer than {stored}")]
+    NotNewer {
+        /// Its version.
+        offered: Version,
+        /// What we have.
+        stored: Version,
+    },
+    /// It could not be stored, so it must not be acknowledged.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+impl State {
+    /// Opens the directory, makes it if needed, and reads everything. `unix_secs` is the wall clock: where
+    /// no counters are left (a new or a wiped device), they begin there, so that the hub does not take the
+    /// device's reports for old ones.
+    ///
+    /// # Errors
+    ///
+    /// When another agent has the directory, or it cannot be read or written. Damaged files are no error.
+    pub fn open(dir: &Path, unix_secs: u64) -> Result<(Self, Loaded), OpenError> {
+        use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+        for path in [dir.to_owned(), dir.join("releases")] {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&path)
+                .map_err(|source| FileError::new("create", &path, source))?;
+        }
+        let path = dir.join("lock");
+        let lock = std::fs::File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|source| FileError::new("open", &path, source))?;
+        let lock =
+            Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(
+                |(_, errno)| match errno {
+                    nix::errno::Errno::EWOULDBLOCK => OpenError::InUse(dir.to_owned()),
+                    errno => OpenError::File(FileError::new("lock", &path, errno.into())),
+                },
+            )?;
+        Self::load(dir, lock, unix_secs).map_err(OpenError::File)
+    }
+
+    fn load(
+        dir: &Path,
+        lock: Flock<std::fs::File>,
+        unix_secs: u64,
+    ) -> Result<(Self, Loaded), FileError> {
+        file::sweep(dir)?;
+        file::sweep(&dir.join("releases"))?;
+        let mut damage = Damage::default();
+        let counters: Option<Counters> = read_framed(&dir.join("counters"), &mut damage)?;
+        let head: Option<Head> = read_framed(&dir.join("head"), &mut damage)?;
+        let history: Option<History> = read_framed(&dir.join("history"), &mut damage)?;
+        let outbox = Outbox::open(&dir.join("events"), &mut damage)?;
+        let releases = read_releases(&dir.join("releases"), &mut damage)?;
+        let begin = Counters {
+            boot: unix_secs,
+            session: unix_secs,
+            floor: None,
+        };
+        let mut counters = counters.unwrap_or(begin);
+        counters.boot = counters.boot.saturating_add(1);
+        counters.floor = counters.floor.max(head.as_ref().map(|head| head.version));
+        write_framed(&dir.join("counters"), &counters)?;
+        let history = history.unwrap_or_default();
+        let state = Self {
+            dir: dir.to_owned(),
+            _lock: lock,
+            counters,
+            history: file::encode(&history),
+        };
+        Ok((
+            state,
+            Loaded {
+                head,
+                history,
+                outbox,
+                releases,
+                damage: damage.0,
+            },
+        ))
+    }
+
+    /// Counts the agent's starts on this device.
+    #[must_use]
+    pub const fn boot(&self) -> u64 {
+        self.counters.boot
+    }
+
+    /// The highest version ever accepted here.
+    #[must_use]
+    pub const fn floor(&self) -> Option<Version> {
+        self.counters.floor
+    }
+
+    /// A number for a new connection, higher than any before; stored before it is returned.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be stored; the number then is still higher than any used in this boot.
+    pub fn next_session(&mut self) -> (u64, Result<(), FileError>) {
+        self.counters.session = self.counters.session.saturating_add(1);
+        let stored = write_framed(&self.dir.join("counters"), &self.counters);
+        (self.counters.session, stored)
+    }
+
+    /// Stores a head that is newer than `current` and than any before. When this returns, it survives a
+    /// power cut and may be acknowledged.
+    ///
+    /// # Errors
+    ///
+    /// See [`AcceptError`]. Nothing has changed then.
+    pub fn accept(&mut self, head: &Head, current: Option<Version>) -> Result<(), AcceptError> {
+        let offered = head.version;
+        // After the file `head` was lost, the version it held is taken again; a lower one never.
+        let too_old = match (current, self.counters.floor) {
+            (Some(stored), _) if offered <= stored => Some(stored),
+            (None, Some(floor)) if offered < floor => Some(floor),
+            _ => None,
+        };
+        if let Some(stored) = too_old {
+            return Err(AcceptError::NotNewer { offered, stored });
+        }
+        write_framed(&self.dir.join("head"), head)?;
+        // Second, so that a cut between the two leaves a floor below the head, which is harmless.
+        self.counters.floor = Some(offered);
+        write_framed(&self.dir.join("counters"), &self.counters)?;
+        Ok(())
+    }
+
+    /// Stores what the planner remembers, if it differs from what is stored.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be stored; no step that rests on it may be done then.
+    pub fn remember(&mut self, history: &History) -> Result<(), FileError> {
+        let bytes = file::encode(history);
+        if bytes != self.history {
+            write_atomically(&self.dir.join("history"), &bytes)?;
+            self.history = bytes;
+        }
+        Ok(())
+    }
+
+    /// Stores a release manifest whose bytes were checked against `digest`.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be stored.
+    pub fn store_release(&self, digest: &Digest, bytes: &[u8]) -> Result<(), FileError> {
+        write_atomically(&self.release_path(digest), bytes)
+    }
+
+    /// Removes the manifests of `all` that are not in `keep`.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be removed.
+    pub fn remove_releases<'a>(
+        &self,
+        all: impl IntoIterator<Item = &'a Digest>,
+        keep: &BTreeSet<Digest>,
+    ) -> Result<(), FileError> {
+        all.into_iter()
+            .filter(|digest| !keep.contains(*digest))
+            .try_for_each(|digest| remove(&self.release_path(digest)))
+    }
+
+    fn release_path(&self, digest: &Digest) -> PathBuf {
+        self.dir
+            .join("releases")
+            .join(format!("{}.json", digest.hex()))
+    }
+}
+
+/// Reads what a stopped or running agent has stored, without taking part: for `status`.
+///
+/// # Errors
+///
+/// When a file cannot be read. Damaged ones count as missing.
+pub fn peek(dir: &Path) -> Result<(Option<Head>, History), FileError> {
+    let mut damage = Damage::default();
+    let head = file::peek_framed(&dir.join("head"), &mut damage)?;
+    let history: Option<History> = file::peek_framed(&dir.join("history"), &mut damage)?;
+    Ok((head, history.unwrap_or_default()))
+}
+
+fn read_releases(dir: &Path, damage: &mut Damage) -> Result<BTreeMap<Digest, Release>, FileError> {
+    let mut releases = BTreeMap::new();
+    let entries = std::fs::read_dir(dir).map_err(|source| FileError::new("read", dir, source))?;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(hex) = name.to_str().and_then(|name| name.strip_suffix(".json")) else {
+            continue;
+        };
+        let Ok(digest) = format!("sha256:{hex}").parse::<Digest>() else {
+            continue;
+        };
+        let path = entry.path();
+        let bytes = file::read_bounded(&path, foreshore_protocol::release::MAX_RELEASE_BYTES)?;
+        match Release::from_bytes(&bytes.unwrap_or_default(), &digest) {
+            Ok(release) => {
+                releases.insert(digest, release);
+            }
+            Err(error) => set_aside(&path, &error.to_string(), damage)?,
+        }
+    }
+    Ok(releases)
+}
+
+#[cfg(test)]
+mod tests;
