@@ -1,0 +1,270 @@
+//! Fetching and unpacking images in a short-lived child process, so that its memory goes with it and a
+//! pull that hangs can be killed.
+//!
+//! The parent ([`Staging`]) starts `foreshore-agent stage --config FILE IMAGE…` and reads what it prints:
+//! one JSON object a line, [`Line`]. The child ([`run`]) has one thread and blocks; it dies with the agent
+//! (prctl(2), `PR_SET_PDEATHSIG`), and the store sweeps what it leaves.
+
+use std::collections::BTreeSet;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{ExitCode, Stdio};
+
+use foreshore_images::registry::Client;
+use foreshore_images::store::{Progress, Store};
+use foreshore_images::{Fault, Platform, Reference};
+use foreshore_protocol::message::{Reason, ReasonCode};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
+use tokio::process::{Child, ChildStdout, Command};
+
+use crate::config::Config;
+
+/// A child that prints more than this in one line is not ours.
+const LINE_BYTES_MAX: u64 = 16 * 1024;
+
+/// What the child prints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "line", rename_all = "kebab-case")]
+pub enum Line {
+    /// So far, over all images.
+    Progress {
+        /// Compressed bytes fetched.
+        fetched: u64,
+        /// Compressed bytes known to be needed.
+        total: u64,
+    },
+    /// All images are there. The last line.
+    Done,
+    /// One image cannot be staged. The last line.
+    Failed {
+        /// Why.
+        code: ReasonCode,
+        /// For people.
+        message: String,
+    },
+}
+
+/// Where a device's image store is.
+#[must_use]
+pub fn store_path(config: &Config) -> PathBuf {
+    config.paths.state.join("images")
+}
+
+/// A staging under way. Dropping it kills the child.
+#[derive(Debug)]
+pub struct Staging {
+    child: Child,
+    output: BufReader<ChildStdout>,
+}
+
+impl Staging {
+    /// Starts the child.
+    ///
+    /// # Errors
+    ///
+    /// When no process can be started.
+    pub fn start(program: &Path, config: &Path, images: &[String]) -> std::io::Result<Self> {
+        let mut child = Command::new(program)
+            .arg("stage")
+            .arg("--config")
+            .arg(config)
+            .arg("--")
+            .args(images)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .kill_on_drop(true)
+            .spawn()?;
+        let output = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        Ok(Self { child, output })
+    }
+
+    /// Waits for the end; `progress` is told bytes fetched and needed.
+    ///
+    /// Cancel safe in that dropping the future and the staging kills the child; it cannot be resumed.
+    ///
+    /// # Errors
+    ///
+    /// With the reason when an image could not be staged.
+    pub async fn finish(mut self, mut progress: impl FnMut(u64, u64)) -> Result<(), Reason> {
+        let mut end = None;
+        loop {
+            let mut line = Vec::new();
+            let read = (&mut self.output)
+                .take(LINE_BYTES_MAX)
+                .read_until(b'\n', &mut line)
+                .await;
+            if !matches!(read, Ok(count) if count > 0) {
+                break;
+            }
+            match serde_json::from_slice(&line) {
+                Ok(Line::Progress { fetched, total }) => progress(fetched, total),
+                Ok(Line::Done) => end = Some(Ok(())),
+                Ok(Line::Failed { code, message }) => end = Some(Err(reason(code, &message))),
+                Err(_) => break,
+            }
+        }
+        drop(self.output);
+        match (end, self.child.wait().await) {
+            (Some(end), Ok(_)) => end,
+            (_, Ok(status)) => Err(reason(
+                ReasonCode::Internal,
+                &format!("staging ended with {status} and no result"),
+            )),
+            (_, Err(error)) => Err(reason(
+                ReasonCode::Internal,
+                &format!("staging could not be waited for: {error}"),
+            )),
+        }
+    }
+}
+
+/// The child: stages `images` one after the other and prints [`Line`]s. Call it before any thread exists.
+#[must_use]
+pub fn run(config: &Config, images: &[String]) -> ExitCode {
+    // A pull nobody waits for any more would only hold the store's lock.
+    let _harmless_if_refused = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+    match stage(config, images) {
+        Ok(()) => {
+            print(&Line::Done);
+            ExitCode::SUCCESS
+        }
+        Err((fault, message)) => {
+            print(&Line::Failed {
+                code: code(fault),
+                message,
+            });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn stage(config: &Config, images: &[String]) -> Result<(), (Fault, String)> {
+    let client = config
+        .registry_client()
+        .map_err(|error| (Fault::Config, chain(&error)))?;
+    let client = Client::new(client).map_err(|error| (Fault::Config, chain(&error)))?;
+    let store = Store::open(&store_path(config)).map_err(|error| (error.fault(), chain(&error)))?;
+    let (mut fetched, mut total, mut told) = (0, 0, 0);
+    let unique: BTreeSet<&String> = images.iter().collect();
+    for image in unique {
+        let reference = Reference::parse(image)
+            .map_err(|error| (Fault::BadImage, format!("{image}: {}", chain(&error))))?;
+        let mut progress = |progress: Progress| {
+            match progress {
+                Progress::Planned { bytes, .. } => total += bytes,
+                Progress::Fetched { bytes } => fetched += bytes,
+                Progress::Unpacked { .. } => return,
+            }
+            // A line for each megabyte, not for each read.
+            if fetched - told >= 1 << 20 || fetched == 0 {
+                told = fetched;
+                print(&Line::Progress { fetched, total });
+            }
+        };
+        store
+            .stage(&client, &reference, &Platform::host(), &mut |step| {
+                progress(step)
+            })
+            .map_err(|error| (error.fault(), chain(&error)))?;
+    }
+    Ok(())
+}
+
+fn print(line: &Line) {
+    let mut text = serde_json::to_vec(line).expect("lines serialize");
+    text.push(b'\n');
+    // The agent may be gone; then nobody needs to know.
+    let _nobody_reads = std::io::stdout().lock().write_all(&text);
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text.push_str(": ");
+        text.push_str(&next.to_string());
+        cause = next.source();
+    }
+    text
+}
+
+fn reason(code: ReasonCode, message: &str) -> Reason {
+    let mut message = message.to_owned();
+    message.truncate(message.floor_char_boundary(512));
+    Reason {
+        code,
+        service: None,
+        message,
+    }
+}
+
+const fn code(fault: Fault) -> ReasonCode {
+    match fault {
+        Fault::NotFound => ReasonCode::ImageNotFound,
+        Fault::Unreachable => ReasonCode::RegistryUnreachable,
+        Fault::DigestMismatch => ReasonCode::DigestMismatch,
+        Fault::NoMatchingPlatform => ReasonCode::NoMatchingPlatform,
+        Fault::BadImage => ReasonCode::BadImage,
+        Fault::DiskFull => ReasonCode::DiskFull,
+        Fault::Busy | Fault::Config | Fault::Internal => ReasonCode::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// A program in place of the child: prints what it is told to.
+    fn child(dir: &Path, script: &str) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = dir.join("child");
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    fn finish(script: &str) -> (Result<(), Reason>, Vec<(u64, u64)>) {
+        let dir = tempfile::tempdir().unwrap();
+        let program = child(dir.path(), script);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut seen = Vec::new();
+            let staging = Staging::start(&program, Path::new("/none"), &["a".to_owned()]).unwrap();
+            let end = tokio::time::timeout(
+                Duration::from_secs(20),
+                staging.finish(|a, b| seen.push((a, b))),
+            );
+            (end.await.unwrap(), seen)
+        })
+    }
+
+    #[test]
+    fn progress_and_end_are_read() {
+        let (end, seen) =
+            finish(r#"echo '{"line":"progress","fetched":1,"total":2}'; echo '{"line":"done"}'"#);
+        assert_eq!((end, seen), (Ok(()), vec![(1, 2)]));
+        let (end, _) =
+            finish(r#"echo '{"line":"failed","code":"disk-full","message":"no room"}'; exit 1"#);
+        assert_eq!(end, Err(reason(ReasonCode::DiskFull, "no room")));
+    }
+
+    #[test]
+    fn a_child_that_dies_or_talks_nonsense_is_a_failure() {
+        for script in [
+            "exit 0",
+            "kill -9 $$",
+            "echo nonsense; exit 0",
+            "head -c 100000 /dev/zero",
+        ] {
+            let (end, _) = finish(script);
+            assert_eq!(end.unwrap_err().code, ReasonCode::Internal, "{script}");
+        }
+    }
+}
