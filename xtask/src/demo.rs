@@ -12,7 +12,7 @@
 //! | `interrupt` | Ctrl-C |
 //! | `sweep` | leaving nothing behind |
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -96,19 +96,39 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         bail!("interrupted");
     }
     if failed {
-        println!("the logs of every program are in {}/logs", dir.display());
+        print_logs(&dir.join("logs"));
     }
-    let held = verdicts
-        .iter()
-        .filter(|verdict| matches!(verdict.found, Some(Ok(_))))
-        .count();
+    let count = |wanted: fn(&Verdict) -> bool| verdicts.iter().filter(|one| wanted(one)).count();
+    let broken = count(|verdict| matches!(verdict.found, Some(Err(_))));
+    let unseen = count(|verdict| verdict.found.is_none());
     ensure!(
-        held == verdicts.len(),
-        "{} of {} claims do not hold",
-        verdicts.len() - held,
+        broken == 0,
+        "{broken} of {} claims do not hold, {unseen} were not reached",
         verdicts.len()
     );
     Ok(())
+}
+
+/// The last lines of every log, and where the rest is.
+fn print_logs(logs: &Path) {
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(logs)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .collect();
+    paths.sort();
+    for path in paths {
+        let text = std::fs::read(&path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        println!("--- the end of {}", path.display());
+        for line in &lines[lines.len().saturating_sub(4)..] {
+            println!("    {line}");
+        }
+    }
+    println!("the logs are in {}", logs.display());
 }
 
 /// Goes through the chapters until one fails.
