@@ -154,6 +154,17 @@ impl Config {
         Ok(config)
     }
 
+    /// The defaults over a data directory.
+    #[must_use]
+    pub fn with_data(data: PathBuf) -> Self {
+        Self {
+            data,
+            api: ApiConfig::default(),
+            broker: BrokerConfig::default(),
+            registries: BTreeMap::new(),
+        }
+    }
+
     /// What the registry client is built from; reads the password files.
     ///
     /// # Errors
@@ -170,7 +181,10 @@ impl Config {
                 (None, None) => None,
                 (Some(username), Some(file)) => {
                     let password = read_bounded(file, MAX_SECRET_BYTES)?;
-                    Some(Credentials::new(username.clone(), password.trim_end_matches(['\r', '\n'])))
+                    Some(Credentials::new(
+                        username.clone(),
+                        password.trim_end_matches(['\r', '\n']),
+                    ))
                 }
                 (Some(_), None) => return Err(wrong("has a username but no password_file")),
                 (None, Some(_)) => return Err(wrong("has a password_file but no username")),
@@ -200,7 +214,9 @@ impl BrokerConfig {
                 wrong("url belongs to kind = \"external\"; an embedded broker has listen")
             }
             (BrokerKind::Embedded, listen, None) => {
-                Ok(Broker::Embedded(listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 1883)))))
+                Ok(Broker::Embedded(listen.unwrap_or_else(|| {
+                    SocketAddr::from(([127, 0, 0, 1], 1883))
+                })))
             }
             (BrokerKind::External, Some(_), _) => {
                 wrong("listen belongs to kind = \"embedded\"; an external broker has url")
@@ -215,14 +231,22 @@ impl BrokerConfig {
 
 fn broker_url(url: &str) -> Result<Broker, ConfigError> {
     let wrong = || ConfigError::Broker(format!("url {url:?} is not mqtt://host:port"));
-    let authority = url.strip_prefix("mqtt://").ok_or_else(wrong)?.trim_end_matches('/');
+    let authority = url
+        .strip_prefix("mqtt://")
+        .ok_or_else(wrong)?
+        .trim_end_matches('/');
     let (host, port) = match authority.rsplit_once(':') {
-        Some((host, port)) if !host.ends_with(':') && (!host.contains(':') || host.ends_with(']')) => {
+        Some((host, port))
+            if !host.ends_with(':') && (!host.contains(':') || host.ends_with(']')) =>
+        {
             (host, port.parse().map_err(|_| wrong())?)
         }
         _ => (authority, 1883),
     };
-    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let host = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+        .unwrap_or(host);
     if host.is_empty() || host.contains(['/', '@', '?', '#', ' ']) {
         return Err(wrong());
     }
@@ -231,12 +255,18 @@ fn broker_url(url: &str) -> Result<Broker, ConfigError> {
 
 fn read_bounded(path: &Path, max: u64) -> Result<String, ConfigError> {
     use std::io::Read as _;
-    let read = |source| ConfigError::Read { path: path.to_owned(), source };
+    let read = |source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let mut text = String::new();
     let file = std::fs::File::open(path).map_err(read)?;
     file.take(max + 1).read_to_string(&mut text).map_err(read)?;
     if text.len() as u64 > max {
-        return Err(ConfigError::TooLarge { path: path.to_owned(), max });
+        return Err(ConfigError::TooLarge {
+            path: path.to_owned(),
+            max,
+        });
     }
     Ok(text)
 }
@@ -264,25 +294,46 @@ mod tests {
 
     #[test]
     fn unknown_keys_are_named_with_their_line() {
-        let error = load("data = \"/x\"\n[api]\nlisten = \"127.0.0.1:0\"\nport = 1\n").unwrap_err().to_string();
-        assert!(error.contains("port") && error.contains("line 4"), "{error}");
+        let error = load("data = \"/x\"\n[api]\nlisten = \"127.0.0.1:0\"\nport = 1\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("port") && error.contains("line 4"),
+            "{error}"
+        );
     }
 
     #[test]
     fn brokers_say_one_thing() {
         for (text, expected) in [
-            ("kind = \"external\"\nurl = \"mqtt://h:1\"", Some(Broker::External("h".into(), 1))),
-            ("kind = \"external\"\nurl = \"mqtt://h\"", Some(Broker::External("h".into(), 1883))),
-            ("kind = \"external\"\nurl = \"mqtt://[::1]:5\"", Some(Broker::External("::1".into(), 5))),
+            (
+                "kind = \"external\"\nurl = \"mqtt://h:1\"",
+                Some(Broker::External("h".into(), 1)),
+            ),
+            (
+                "kind = \"external\"\nurl = \"mqtt://h\"",
+                Some(Broker::External("h".into(), 1883)),
+            ),
+            (
+                "kind = \"external\"\nurl = \"mqtt://[::1]:5\"",
+                Some(Broker::External("::1".into(), 5)),
+            ),
             ("kind = \"external\"", None),
             ("kind = \"external\"\nurl = \"http://h:1\"", None),
             ("kind = \"external\"\nurl = \"mqtt://:1\"", None),
             ("kind = \"external\"\nurl = \"mqtt://h:x\"", None),
-            ("kind = \"external\"\nurl = \"mqtt://h:1\"\nlisten = \"127.0.0.1:1\"", None),
+            (
+                "kind = \"external\"\nurl = \"mqtt://h:1\"\nlisten = \"127.0.0.1:1\"",
+                None,
+            ),
             ("kind = \"embedded\"\nurl = \"mqtt://h:1\"", None),
         ] {
             let loaded = load(&format!("data = \"/x\"\n[broker]\n{text}\n"));
-            assert_eq!(loaded.ok().map(|config| config.broker.check().unwrap()), expected, "{text}");
+            assert_eq!(
+                loaded.ok().map(|config| config.broker.check().unwrap()),
+                expected,
+                "{text}"
+            );
         }
     }
 
@@ -290,6 +341,9 @@ mod tests {
     fn half_a_credential_is_refused() {
         let config = load("data = \"/x\"\n[registries.\"r:5000\"]\nusername = \"u\"\n").unwrap();
         let error = config.registry_client().unwrap_err().to_string();
-        assert!(error.contains("r:5000") && error.contains("password_file"), "{error}");
+        assert!(
+            error.contains("r:5000") && error.contains("password_file"),
+            "{error}"
+        );
     }
 }

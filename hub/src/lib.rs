@@ -12,6 +12,7 @@
 //!
 //! | module | what it owns |
 //! |---|---|
+//! | [`process`] | a whole hub, started and stopped in order |
 //! | [`config`] | `hub.toml` |
 //! | [`secrets`] | the tokens in the data directory |
 //! | [`clock`] | time that does not jump |
@@ -19,11 +20,20 @@
 //! | [`rollout`] | PURE: how a release spreads |
 //! | [`controller`] | every change, each in one transaction |
 //! | [`link`] | the hub as an MQTT client |
+//! | [`images`] | tags to digests, archives to blobs |
+//! | [`api`] | REST, health, metrics |
+//! | [`registry`] | `/v2/`: imported images for devices and others |
+//! | [`http`] | connections |
 
+pub mod api;
 pub mod clock;
 pub mod config;
 pub mod controller;
+pub mod http;
+pub mod images;
 pub mod link;
+pub mod process;
+pub mod registry;
 #[deny(
     clippy::disallowed_methods,
     clippy::disallowed_types,

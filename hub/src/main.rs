@@ -1,2 +1,140 @@
-//! foreshore-hub: desired state, rollouts, API and broker.
-fn main() {}
+//! `foreshore-hub`: arguments, logging and signals around the library.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use foreshore_hub::config::Config;
+use foreshore_hub::store::{self, Store, StoreError};
+use foreshore_hub::{process, secrets};
+
+/// The Foreshore hub: holds what should run where, and rolls changes out to devices in waves.
+///
+/// One program is a whole hub: SQLite database, MQTT broker, REST API and image registry. It keeps everything in
+/// one data directory.
+#[derive(Debug, Parser)]
+#[command(name = "foreshore-hub", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the hub until SIGTERM or SIGINT.
+    ///
+    /// On the first start it makes its data directory and in it api-token (for operators), join-token (for
+    /// devices) and hub-secret, each readable only by its owner. When it serves, it writes endpoints.json there
+    /// with the addresses of its API and broker.
+    ///
+    /// A smallest configuration:
+    ///
+    ///     data = "/var/lib/foreshore-hub"
+    ///     [api]
+    ///     listen = "127.0.0.1:8480"
+    ///     [broker]
+    ///     listen = "0.0.0.0:1883"
+    ///
+    /// Log levels come from RUST_LOG, for example RUST_LOG=debug; the default is info.
+    #[command(verbatim_doc_comment)]
+    Run(Run),
+    /// Begin a new epoch after a backup was restored.
+    ///
+    /// A restored database is older than what devices have seen, so they refuse what it says (the hub records
+    /// `device-ahead` events). A new epoch is above every version before, and devices obey again. The hub must
+    /// not run meanwhile.
+    NewEpoch(Data),
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// The configuration, TOML. Unknown keys are errors.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Use this data directory instead of the configured one.
+    #[arg(long, value_name = "DIRECTORY")]
+    data: Option<PathBuf>,
+    /// Listen here for the API instead of where the configuration says; port 0 takes a free one.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+}
+
+#[derive(Debug, Args)]
+struct Data {
+    /// The hub's data directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    data: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Run(run) => run_hub(run),
+        Command::NewEpoch(Data { data }) => new_epoch(&data),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("foreshore-hub: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_hub(run: Run) -> anyhow::Result<()> {
+    let mut config = match (&run.config, &run.data) {
+        (Some(file), _) => Config::load(file)?,
+        (None, Some(data)) => Config::with_data(data.clone()),
+        (None, None) => anyhow::bail!("give --config FILE, or --data DIRECTORY for the defaults; see `foreshore-hub run --help`"),
+    };
+    if let Some(data) = run.data {
+        config.data = data;
+    }
+    if let Some(listen) = run.listen {
+        config.api.listen = listen;
+    }
+    start_logging();
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")?
+        .block_on(serve(config))
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
+    let hub = tokio::select! {
+        started = process::start(config) => started?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+    }
+    hub.stop().await;
+    Ok(())
+}
+
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,rmqtt=warn,rumqttc=warn"));
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(terminal).init();
+}
+
+fn new_epoch(data: &Path) -> anyhow::Result<()> {
+    anyhow::ensure!(data.join("hub.db").is_file(), "{} holds no hub.db", data.display());
+    secrets::Secrets::load_or_create(data)?;
+    let _lock = process::lock(data)?;
+    let (store, writer) = Store::open(&data.join("hub.db"))?;
+    let change = store.write(|connection| Ok::<_, StoreError>(store::desired::begin_epoch(connection)?));
+    let epoch = tokio::runtime::Builder::new_current_thread().build()?.block_on(change)?;
+    drop(store);
+    writer.join();
+    println!("epoch {epoch}");
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! The REST API under `/api/v1`, health and metrics: what `foreshore_protocol::api` describes, over HTTP.
+//!
+//! Handlers parse, call the [`Controller`] and render; they decide nothing. Every error, the router's own
+//! included, is a [`problem`] with a stable code. Every body is bounded in size, every call in time.
+//!
+//! | file | paths |
+//! |---|---|
+//! | [`problem`] | errors |
+//! | [`authority`] | who may call |
+//! | [`apps`] | `/apps` |
+//! | [`devices`] | `/devices` |
+//! | [`rollouts`] | `/rollouts` |
+//! | [`events`] | `/events`, `/events/stream` |
+//! | [`images`] | `/images` |
+//! | [`health`] | `/healthz`, `/readyz`, `/metrics`, `/info` |
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{delete, get, patch, post};
+use tokio::sync::watch;
+
+use crate::config::BrokerKind;
+use crate::controller::Controller;
+use crate::images::Images;
+use crate::link::LinkCounters;
+use crate::secrets::Secrets;
+
+pub mod apps;
+pub mod authority;
+pub mod devices;
+pub mod events;
+pub mod health;
+pub mod images;
+pub mod problem;
+pub mod rollouts;
+
+pub use problem::Failure;
+
+/// The largest body of any call but an image upload: a manifest, and some air so that its own limit is what
+/// speaks.
+const BODY_MAX: usize = 260 * 1024;
+
+/// How long a call may take until its answer begins, image uploads apart.
+const CALL_WITHIN: Duration = Duration::from_secs(60);
+
+/// What handlers share.
+#[derive(Debug, Clone)]
+pub struct Api {
+    /// For changes and reads.
+    pub controller: Controller,
+    /// For resolving and importing.
+    pub images: Images,
+    /// Who may call.
+    pub secrets: Secrets,
+    /// What the link counts.
+    pub counters: Arc<LinkCounters>,
+    /// For `/info`.
+    pub broker: BrokerKind,
+    /// The largest image archive, in bytes.
+    pub max_image_bytes: u64,
+    /// True once the hub is stopping: streams end.
+    pub stopping: watch::Receiver<bool>,
+}
+
+/// Every path of the hub's HTTP side.
+#[must_use]
+pub fn router(api: Api) -> Router {
+    let v1 = Router::new()
+        .route("/apps", get(apps::list))
+        .route("/apps/{app}", get(apps::get).put(apps::apply).delete(apps::delete))
+        .route("/apps/{app}/plan", post(apps::plan))
+        .route("/apps/{app}/undo", post(apps::undo))
+        .route("/devices", get(devices::list))
+        .route("/devices/{device}", get(devices::get).merge(delete(devices::forget)))
+        .route("/devices/{device}/labels", patch(devices::label))
+        .route("/rollouts", get(rollouts::list))
+        .route("/rollouts/{id}", get(rollouts::get))
+        .route("/rollouts/{id}/pause", post(rollouts::pause))
+        .route("/rollouts/{id}/resume", post(rollouts::resume))
+        .route("/rollouts/{id}/abort", post(rollouts::abort))
+        .route("/events", get(events::list))
+        .route("/events/stream", get(events::stream))
+        .route("/images", get(images::list))
+        .route("/info", get(health::info))
+        .layer(middleware::from_fn(limit_time))
+        .merge(Router::new().route("/images", post(images::import).layer(DefaultBodyLimit::disable())))
+        .fallback(problem::no_such_path)
+        .method_not_allowed_fallback(problem::method_not_allowed)
+        .layer(middleware::from_fn_with_state(api.clone(), authority::operators_only));
+    Router::new()
+        .nest("/api/v1", v1)
+        .route(
+            "/metrics",
+            get(health::metrics)
+                .layer(middleware::from_fn_with_state(api.clone(), authority::operators_only)),
+        )
+        .route("/healthz", get(health::alive))
+        .route("/readyz", get(health::ready))
+        .merge(crate::registry::router(api.clone()))
+        .fallback(problem::no_such_path)
+        .method_not_allowed_fallback(problem::method_not_allowed)
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .with_state(api)
+}
+
+async fn limit_time(request: Request, next: Next) -> Response {
+    match tokio::time::timeout(CALL_WITHIN, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => problem::timeout().into_response(),
+    }
+}
+
+/// A handle that handlers take.
+pub type Hub = State<Api>;

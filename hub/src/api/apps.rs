@@ -1,0 +1,155 @@
+//! `/apps`: apply, plan, list, undo, delete.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use foreshore_protocol::AppName;
+use foreshore_protocol::api::{AppView, ApplyAnswer, List, PlanAnswer, RolloutSummary};
+use foreshore_protocol::manifest;
+use rusqlite::Connection;
+
+use super::{Failure, Hub};
+use crate::controller::apps::{self, Resolved};
+use crate::controller::{Change, ControlError, Effects};
+use crate::store::{self, app::AppRow};
+
+pub(super) fn app_name(text: &str) -> Result<AppName, Failure> {
+    text.parse().map_err(|error| Failure::bad_request(format!("app {text:?}: {error}")))
+}
+
+/// `GET /apps`.
+///
+/// # Errors
+///
+/// When the store fails.
+pub async fn list(State(api): Hub) -> Result<Json<List<AppView>>, Failure> {
+    let read = |connection: &Connection| {
+        let rows = store::app::list(connection)?;
+        rows.into_iter().map(|row| view(connection, row)).collect::<Result<_, Failure>>()
+    };
+    Ok(Json(List { items: api.controller.store().read(read).await? }))
+}
+
+/// `GET /apps/{app}`.
+///
+/// # Errors
+///
+/// When there is none, or the store fails.
+pub async fn get(State(api): Hub, Path(app): Path<String>) -> Result<Json<AppView>, Failure> {
+    let name = app_name(&app)?;
+    let read = move |connection: &Connection| {
+        let row = store::app::get(connection, &name)?.ok_or(ControlError::UnknownApp(name))?;
+        view(connection, row)
+    };
+    Ok(Json(api.controller.store().read(read).await?))
+}
+
+fn view(connection: &Connection, row: AppRow) -> Result<AppView, Failure> {
+    let name = row.name().clone();
+    let (release, newest) = apps::current_release(connection, &name)?.ok_or_else(|| {
+        Failure::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "storage-failed",
+            "the hub's database failed",
+            format!("app {name} has no rollout"),
+        )
+    })?;
+    Ok(AppView {
+        release,
+        devices: store::app::member_count(connection, &name)?,
+        up_to_date: store::app::up_to_date(connection, &name, &release)?,
+        rollout: Some(RolloutSummary { id: newest.id, state: newest.state, message: newest.message }),
+        created_ms: row.created.0,
+        updated_ms: row.updated.0,
+        deleting: row.deleting,
+        manifest: row.manifest,
+        name,
+    })
+}
+
+/// From a body to a release. Parsing may take a while on a small machine, so it has a thread of its own.
+async fn resolve(
+    api: &super::Api,
+    path: &str,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Resolved, Failure> {
+    let (path, body) = (app_name(path)?, body?);
+    let app = tokio::task::spawn_blocking(move || manifest::parse(&body))
+        .await
+        .map_err(|_| store::StoreError::Stopped)??;
+    if app.metadata.name != path {
+        return Err(ControlError::OtherApp { path, manifest: app.metadata.name }.into());
+    }
+    Ok(api.images.resolve(app).await?)
+}
+
+fn draw_seed() -> Result<u64, Failure> {
+    getrandom::u64().map_err(|error| {
+        Failure::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            "the hub failed",
+            format!("failed to draw random bytes: {error}"),
+        )
+    })
+}
+
+/// `PUT /apps/{app}`.
+///
+/// # Errors
+///
+/// When the manifest is refused, an image cannot be resolved, or the store fails; then nothing changed.
+pub async fn apply(
+    State(api): Hub,
+    Path(app): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<ApplyAnswer>, Failure> {
+    let resolved = resolve(&api, &app, body).await?;
+    let seed = draw_seed()?;
+    let answer = api.controller.change(move |change| apps::apply(change, &resolved, seed)).await?;
+    tracing::info!(app = %answer.app, release = %answer.release.short(), outcome = ?answer.outcome, rollout = answer.rollout, "applied");
+    Ok(Json(answer))
+}
+
+/// `POST /apps/{app}/plan`.
+///
+/// # Errors
+///
+/// As for [`apply`].
+pub async fn plan(
+    State(api): Hub,
+    Path(app): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<PlanAnswer>, Failure> {
+    let resolved = resolve(&api, &app, body).await?;
+    let seed = draw_seed()?;
+    let (now, listening) = (api.controller.now(), api.controller.listening());
+    let read = move |connection: &Connection| {
+        let change = Change { connection, now, listening, effects: Effects::default() };
+        apps::plan(&change, &resolved, seed)
+    };
+    Ok(Json(api.controller.store().read(read).await?))
+}
+
+/// `POST /apps/{app}/undo`.
+///
+/// # Errors
+///
+/// When there is no such app, nothing to go back to, or the store fails.
+pub async fn undo(State(api): Hub, Path(app): Path<String>) -> Result<Json<ApplyAnswer>, Failure> {
+    let (name, seed) = (app_name(&app)?, draw_seed()?);
+    Ok(Json(api.controller.change(move |change| apps::undo(change, &name, seed)).await?))
+}
+
+/// `DELETE /apps/{app}`.
+///
+/// # Errors
+///
+/// When there is no such app, or the store fails.
+pub async fn delete(State(api): Hub, Path(app): Path<String>) -> Result<StatusCode, Failure> {
+    let name = app_name(&app)?;
+    api.controller.change(move |change| apps::delete(change, &name)).await?;
+    Ok(StatusCode::ACCEPTED)
+}

@@ -1,0 +1,79 @@
+//! `/devices`: list, label, forget.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use foreshore_protocol::DeviceId;
+use foreshore_protocol::api::{DeviceView, LabelPatch, List};
+use rusqlite::Connection;
+
+use super::{Api, Failure, Hub};
+use crate::controller::{ControlError, apps};
+use crate::store::{self, StoreError};
+
+fn device_id(text: &str) -> Result<DeviceId, Failure> {
+    text.parse().map_err(|error| Failure::bad_request(format!("device {text:?}: {error}")))
+}
+
+/// `GET /devices`.
+///
+/// # Errors
+///
+/// When the store fails.
+pub async fn list(State(api): Hub) -> Result<Json<List<DeviceView>>, Failure> {
+    let read = |connection: &Connection| Ok::<_, StoreError>(store::device::views(connection)?);
+    Ok(Json(List { items: api.controller.store().read(read).await? }))
+}
+
+async fn view(api: &Api, device: DeviceId) -> Result<Json<DeviceView>, Failure> {
+    let read = move |connection: &Connection| {
+        store::device::view(connection, &device)?.ok_or(ControlError::UnknownDevice(device))
+    };
+    Ok(Json(api.controller.store().read(read).await?))
+}
+
+/// `GET /devices/{device}`.
+///
+/// # Errors
+///
+/// When there is none, or the store fails.
+pub async fn get(State(api): Hub, Path(device): Path<String>) -> Result<Json<DeviceView>, Failure> {
+    view(&api, device_id(&device)?).await
+}
+
+/// `PATCH /devices/{device}/labels`.
+///
+/// # Errors
+///
+/// When the patch is refused, there is no such device, or the store fails.
+pub async fn label(
+    State(api): Hub,
+    Path(device): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<DeviceView>, Failure> {
+    let id = device_id(&device)?;
+    let patch: LabelPatch = serde_json::from_slice(&body?).map_err(|error| {
+        Failure::new(
+            StatusCode::BAD_REQUEST,
+            "bad-label-patch",
+            "the label patch was refused",
+            format!("{error}; write {{\"labels\": {{\"key\": \"value\", \"other\": null}}}}"),
+        )
+    })?;
+    let device = id.clone();
+    api.controller.change(move |change| apps::patch_labels(change, &device, &patch)).await?;
+    view(&api, id).await
+}
+
+/// `DELETE /devices/{device}`.
+///
+/// # Errors
+///
+/// When there is no such device, it is connected, or the store fails.
+pub async fn forget(State(api): Hub, Path(device): Path<String>) -> Result<StatusCode, Failure> {
+    let id = device_id(&device)?;
+    api.controller.change(move |change| apps::forget(change, &id)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

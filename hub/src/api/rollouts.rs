@@ -1,0 +1,147 @@
+//! `/rollouts`: list, watch, pause, resume, abort.
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use foreshore_protocol::api::{AssignmentView, List, RolloutView, WaveView};
+use rusqlite::Connection;
+use serde::Deserialize;
+
+use super::apps::app_name;
+use super::{Api, Failure, Hub};
+use crate::controller::ControlError;
+use crate::controller::rollouts::{self, Command};
+use crate::rollout::Rollout;
+use crate::rollout::budget::Tally;
+use crate::store;
+
+/// Rollouts in one answer unless asked otherwise, and at most.
+const LIMIT_DEFAULT: u64 = 20;
+const LIMIT_MAX: u64 = 100;
+
+/// The query of [`list`].
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Filter {
+    /// Only this app's.
+    app: Option<String>,
+    /// At most so many.
+    limit: Option<u64>,
+}
+
+/// `GET /rollouts?app=&limit=`.
+///
+/// # Errors
+///
+/// When the query is not understood, or the store fails.
+pub async fn list(
+    State(api): Hub,
+    filter: Result<Query<Filter>, QueryRejection>,
+) -> Result<Json<List<RolloutView>>, Failure> {
+    let Query(filter) = filter?;
+    let app = filter.app.as_deref().map(app_name).transpose()?;
+    let limit = filter.limit.unwrap_or(LIMIT_DEFAULT).min(LIMIT_MAX);
+    let read = move |connection: &Connection| {
+        let mut views = Vec::new();
+        for header in store::rollout::headers(connection, app.as_ref(), limit)? {
+            if let Some(rollout) = store::rollout::get(connection, header.id)? {
+                views.push(render(&rollout));
+            }
+        }
+        Ok::<_, store::StoreError>(views)
+    };
+    Ok(Json(List { items: api.controller.store().read(read).await? }))
+}
+
+fn rollout_id(text: &str) -> Result<u64, Failure> {
+    let id = text.parse::<u64>().ok().filter(|id| i64::try_from(*id).is_ok());
+    id.ok_or_else(|| Failure::bad_request(format!("{text:?} is not a rollout's number")))
+}
+
+/// `GET /rollouts/{id}`.
+///
+/// # Errors
+///
+/// When there is none, or the store fails.
+pub async fn get(State(api): Hub, Path(id): Path<String>) -> Result<Json<RolloutView>, Failure> {
+    view(&api, rollout_id(&id)?).await
+}
+
+async fn view(api: &Api, id: u64) -> Result<Json<RolloutView>, Failure> {
+    let read = move |connection: &Connection| {
+        let rollout = store::rollout::get(connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
+        Ok::<_, ControlError>(render(&rollout))
+    };
+    Ok(Json(api.controller.store().read(read).await?))
+}
+
+async fn command(api: &Api, id: &str, command: Command) -> Result<Json<RolloutView>, Failure> {
+    let id = rollout_id(id)?;
+    api.controller.change(move |change| rollouts::command(change, id, command)).await?;
+    view(api, id).await
+}
+
+/// `POST /rollouts/{id}/pause`.
+///
+/// # Errors
+///
+/// When there is none, its state does not allow it, or the store fails.
+pub async fn pause(State(api): Hub, Path(id): Path<String>) -> Result<Json<RolloutView>, Failure> {
+    command(&api, &id, Command::Pause).await
+}
+
+/// `POST /rollouts/{id}/resume`.
+///
+/// # Errors
+///
+/// When there is none, its state does not allow it, or the store fails.
+pub async fn resume(State(api): Hub, Path(id): Path<String>) -> Result<Json<RolloutView>, Failure> {
+    command(&api, &id, Command::Resume).await
+}
+
+/// `POST /rollouts/{id}/abort`.
+///
+/// # Errors
+///
+/// When there is none, its state does not allow it, or the store fails.
+pub async fn abort(State(api): Hub, Path(id): Path<String>) -> Result<Json<RolloutView>, Failure> {
+    command(&api, &id, Command::Abort).await
+}
+
+fn render(rollout: &Rollout) -> RolloutView {
+    let waves = rollout.waves.iter().zip(1_u32..).map(|(wave, ordinal)| {
+        let tally = Tally::of_wave(rollout, ordinal);
+        WaveView {
+            ordinal,
+            target: wave.target,
+            state: wave.state,
+            devices: u64::from(wave.size),
+            succeeded: u64::from(tally.succeeded),
+            failed: u64::from(tally.failed),
+            deferred: u64::from(tally.deferred),
+            bake_until_ms: rollout.bake_until(wave).map(|at| at.0),
+        }
+    });
+    let mut assignments: Vec<_> = rollout.assignments.iter().collect();
+    assignments.sort_by_key(|(_, assignment)| (assignment.wave, assignment.rank));
+    RolloutView {
+        id: rollout.id,
+        app: rollout.app.clone(),
+        from: rollout.from,
+        to: rollout.to,
+        state: rollout.state,
+        message: rollout.message.clone(),
+        waves: waves.collect(),
+        assignments: assignments
+            .into_iter()
+            .map(|(device, assignment)| AssignmentView {
+                device: device.clone(),
+                wave: assignment.wave,
+                state: assignment.state,
+                message: assignment.message.clone(),
+            })
+            .collect(),
+        created_ms: rollout.created.0,
+        finished_ms: rollout.finished.map(|at| at.0),
+    }
+}

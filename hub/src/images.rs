@@ -1,0 +1,405 @@
+//! Images: tags to digests for a release, and archives into the image directory.
+//!
+//! Network and disk work blocks, so it runs on threads of its own, a few at a time.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use foreshore_images::blobs::BlobDir;
+use foreshore_images::layout::{self, ImportError, ImportLimits, ImportedImage};
+use foreshore_images::reference::ParseReferenceError;
+use foreshore_images::registry::{Client, ClientConfig, FetchError};
+use foreshore_images::{Digest, Fault, Reference};
+use foreshore_protocol::api::ImageView;
+use foreshore_protocol::manifest::App;
+use foreshore_protocol::release::{MAX_RELEASE_BYTES, Release};
+use tokio::sync::Semaphore;
+
+use crate::controller::apps::Resolved;
+use crate::rollout::UnixMs;
+use crate::store::image::Image;
+use crate::store::{self, Store, StoreError};
+
+/// The host of images that were imported into the hub.
+pub const HUB_HOST: &str = "hub.internal";
+
+/// How long all images of one manifest may take to be resolved.
+const RESOLVE_WITHIN: Duration = Duration::from_secs(30);
+
+/// Registries that are asked at once; more wait.
+const ASKED_AT_ONCE: usize = 8;
+
+/// Archives that are taken apart at once: it is disk and CPU work, and the hub may be small.
+const IMPORTED_AT_ONCE: usize = 2;
+
+/// Why a manifest's images did not become a release.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    /// Not an image reference.
+    #[error("service {service}: image {image:?} is not a reference")]
+    Reference {
+        /// Which service.
+        service: String,
+        /// What it says.
+        image: String,
+        /// Why.
+        #[source]
+        source: ParseReferenceError,
+    },
+    /// Not among the imported images.
+    #[error("image {image} was not imported into the hub; import it with `foreshore image import`, or check its name")]
+    NotImported {
+        /// Which image.
+        image: String,
+    },
+    /// The registry's answer.
+    #[error("image {image} cannot be resolved")]
+    Fetch {
+        /// Which image.
+        image: String,
+        /// Why.
+        #[source]
+        source: Box<FetchError>,
+    },
+    /// All took too long together.
+    #[error("image {image}: registry {host} did not answer within {} s; check that it runs and can be reached", RESOLVE_WITHIN.as_secs())]
+    Timeout {
+        /// The first image that was not resolved.
+        image: String,
+        /// Its registry.
+        host: String,
+    },
+    /// The release is larger than what travels to devices.
+    #[error("the release has {size} bytes as JSON; at most {MAX_RELEASE_BYTES} travel to devices: use fewer services or shorter environments")]
+    TooLarge {
+        /// Its size.
+        size: usize,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl ResolveError {
+    /// Which class it falls into.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Reference { .. } | Self::TooLarge { .. } => Fault::Config,
+            Self::NotImported { .. } => Fault::NotFound,
+            Self::Fetch { source, .. } => source.fault(),
+            Self::Timeout { .. } => Fault::Unreachable,
+            Self::Store(_) => Fault::Internal,
+        }
+    }
+}
+
+/// Why an archive did not become an image.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeError {
+    /// The name is not one.
+    #[error("{name:?} is not an image name; write it as NAME:TAG")]
+    Name {
+        /// As given.
+        name: String,
+        /// Why.
+        #[source]
+        source: ParseReferenceError,
+    },
+    /// A name with a host or digest.
+    #[error("{0:?} is not an image name; write it as NAME:TAG, without registry and digest")]
+    NotPlain(String),
+    /// The archive names no image, or only a tag.
+    #[error("the archive does not say what its image is called; give it a name: ?name=NAME:TAG")]
+    Unnamed,
+    /// The archive holds several images.
+    #[error("the archive holds {0} images; save one of them alone, or name one that it holds")]
+    Several(usize),
+    /// The archive is broken, hostile or too large.
+    #[error("the archive cannot be imported")]
+    Import(#[from] ImportError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The thread that did the work ended early.
+    #[error("the import was given up; see the hub's log")]
+    GaveUp,
+}
+
+/// The hub's images. Cheap to clone.
+#[derive(Clone)]
+pub struct Images {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    client: Arc<Client>,
+    blobs: BlobDir,
+    uploads: PathBuf,
+    store: Store,
+    asks: Semaphore,
+    imports: Semaphore,
+}
+
+impl std::fmt::Debug for Images {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Images").field("blobs", &self.inner.blobs).finish_non_exhaustive()
+    }
+}
+
+/// Why the images could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The directory could not be made or tidied.
+    #[error("failed to open the image directory {}", path.display())]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The registry client cannot be built.
+    #[error("the registry configuration is not usable")]
+    Client(#[from] foreshore_images::registry::ConfigError),
+}
+
+impl Images {
+    /// Opens `directory`, making it when missing and removing what an interrupted import left. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// See [`OpenError`].
+    pub fn open(directory: &Path, registries: ClientConfig, store: Store) -> Result<Self, OpenError> {
+        let uploads = directory.join("uploads");
+        let prepare = || {
+            let blobs = BlobDir::open(directory)?;
+            blobs.sweep()?;
+            if uploads.exists() {
+                std::fs::remove_dir_all(&uploads)?;
+            }
+            std::fs::create_dir_all(&uploads)?;
+            Ok(blobs)
+        };
+        let blobs = prepare().map_err(|source| OpenError::Directory { path: directory.to_owned(), source })?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                client: Arc::new(Client::new(registries)?),
+                blobs,
+                uploads,
+                store,
+                asks: Semaphore::new(ASKED_AT_ONCE),
+                imports: Semaphore::new(IMPORTED_AT_ONCE),
+            }),
+        })
+    }
+
+    /// The blobs of imported images.
+    #[must_use]
+    pub fn blobs(&self) -> &BlobDir {
+        &self.inner.blobs
+    }
+
+    /// Where an upload may be spooled; emptied when the hub starts.
+    #[must_use]
+    pub fn uploads(&self) -> &Path {
+        &self.inner.uploads
+    }
+
+    /// The release of a manifest: each image pinned by digest.
+    ///
+    /// # Errors
+    ///
+    /// See [`ResolveError`]. Bounded in time.
+    pub async fn resolve(&self, app: App) -> Result<Resolved, ResolveError> {
+        let mut pinned: BTreeMap<String, String> = BTreeMap::new();
+        let deadline = tokio::time::Instant::now() + RESOLVE_WITHIN;
+        for (name, service) in &app.spec.services {
+            if pinned.contains_key(&service.image) {
+                continue;
+            }
+            let reference = Reference::parse(&service.image).map_err(|source| ResolveError::Reference {
+                service: name.to_string(),
+                image: service.image.clone(),
+                source,
+            })?;
+            let digest = tokio::time::timeout_at(deadline, self.digest(&reference))
+                .await
+                .map_err(|_| ResolveError::Timeout {
+                    image: service.image.clone(),
+                    host: reference.host().to_owned(),
+                })??;
+            pinned.insert(service.image.clone(), reference.with_digest(digest).to_string());
+        }
+        let mut services = app.spec.services.clone();
+        for service in services.values_mut() {
+            if let Some(image) = pinned.get(&service.image) {
+                service.image.clone_from(image);
+            }
+        }
+        let release = Release { schema: 1, app: app.metadata.name.clone(), services };
+        let bytes = release.to_canonical_json();
+        if bytes.len() > MAX_RELEASE_BYTES {
+            return Err(ResolveError::TooLarge { size: bytes.len() });
+        }
+        Ok(Resolved { digest: Digest::of(&bytes), app, bytes, release })
+    }
+
+    async fn digest(&self, reference: &Reference) -> Result<Digest, ResolveError> {
+        if reference.host() == HUB_HOST {
+            return self.imported(reference).await;
+        }
+        let _permit = self.inner.asks.acquire().await.map_err(|_| StoreError::Stopped)?;
+        let (client, asked) = (Arc::clone(&self.inner.client), reference.clone());
+        tokio::task::spawn_blocking(move || client.resolve(&asked))
+            .await
+            .map_err(|_| StoreError::Stopped)?
+            .map_err(|source| ResolveError::Fetch { image: reference.to_string(), source: Box::new(source) })
+    }
+
+    async fn imported(&self, reference: &Reference) -> Result<Digest, ResolveError> {
+        let not_imported = || ResolveError::NotImported { image: reference.to_string() };
+        if let Some(digest) = reference.digest() {
+            let blobs = self.inner.blobs.clone();
+            let there = tokio::task::spawn_blocking(move || blobs.size(&digest).is_some())
+                .await
+                .map_err(|_| StoreError::Stopped)?;
+            return if there { Ok(digest) } else { Err(not_imported()) };
+        }
+        let name = reference.to_string();
+        let image = self
+            .inner
+            .store
+            .read(move |connection| Ok::<_, StoreError>(store::image::by_reference(connection, &name)?))
+            .await?;
+        image.map(|image| image.view.digest).ok_or_else(not_imported)
+    }
+
+    /// Imports the image in an archive file under `name`, or under the name that the archive gives it.
+    ///
+    /// # Errors
+    ///
+    /// See [`TakeError`]; then nothing was imported.
+    pub async fn import(&self, archive: PathBuf, name: Option<String>, now: UnixMs) -> Result<ImageView, TakeError> {
+        let wanted = name.as_deref().map(hub_reference).transpose()?;
+        let _permit = self.inner.imports.acquire().await.map_err(|_| TakeError::GaveUp)?;
+        let blobs = self.inner.blobs.clone();
+        let found = tokio::task::spawn_blocking(move || {
+            layout::import_path(&archive, &blobs, &ImportLimits::default())
+        })
+        .await
+        .map_err(|_| TakeError::GaveUp)??;
+        let (reference, image) = choose(wanted, found)?;
+        let view = ImageView {
+            reference: reference.to_string(),
+            digest: image.digest,
+            size_bytes: image.size_bytes,
+            platforms: image.platforms.iter().map(ToString::to_string).collect(),
+            imported_ms: now.0,
+        };
+        let row = Image { view: view.clone(), media_type: image.media_type };
+        self.inner
+            .store
+            .write(move |connection| Ok::<_, StoreError>(store::image::put(connection, &row)?))
+            .await?;
+        Ok(view)
+    }
+}
+
+/// `hub.internal/NAME:TAG` of a name as users write it.
+fn hub_reference(name: &str) -> Result<Reference, TakeError> {
+    let plain = name.strip_prefix(HUB_HOST).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name);
+    let reference = Reference::parse(&format!("{HUB_HOST}/{plain}"))
+        .map_err(|source| TakeError::Name { name: name.to_owned(), source })?;
+    if reference.digest().is_some() {
+        return Err(TakeError::NotPlain(name.to_owned()));
+    }
+    Ok(reference)
+}
+
+/// The name that an archive gives an image, as a name in the hub: without its registry.
+fn archive_reference(name: &str) -> Option<Reference> {
+    // A bare word is only a tag (OCI layouts often say no more).
+    if !name.contains([':', '/']) {
+        return None;
+    }
+    let parsed = Reference::parse(name).ok()?;
+    let repository = parsed.repository().strip_prefix("library/").unwrap_or(parsed.repository());
+    hub_reference(&format!("{repository}:{}", parsed.tag()?)).ok()
+}
+
+fn choose(
+    wanted: Option<Reference>,
+    found: Vec<ImportedImage>,
+) -> Result<(Reference, ImportedImage), TakeError> {
+    let digests: std::collections::BTreeSet<Digest> = found.iter().map(|image| image.digest).collect();
+    let several = TakeError::Several(digests.len());
+    let named = |image: &ImportedImage| image.name.as_deref().and_then(archive_reference);
+    match wanted {
+        Some(reference) => {
+            let same_name = found.iter().position(|image| named(image).as_ref() == Some(&reference));
+            let index = match same_name {
+                Some(index) => index,
+                None if digests.len() == 1 => 0,
+                None => return Err(several),
+            };
+            Ok((reference, found.into_iter().nth(index).ok_or(TakeError::Unnamed)?))
+        }
+        None if digests.len() == 1 => {
+            let image = found.into_iter().find_map(|image| named(&image).map(|name| (name, image)));
+            image.ok_or(TakeError::Unnamed)
+        }
+        None => Err(several),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(name: Option<&str>, content: &[u8]) -> ImportedImage {
+        ImportedImage {
+            name: name.map(str::to_owned),
+            digest: Digest::of(content),
+            media_type: String::new(),
+            platforms: Vec::new(),
+            size_bytes: 0,
+            blobs: std::collections::BTreeSet::new(),
+        }
+    }
+
+    #[test]
+    fn names_become_names_in_the_hub() {
+        for (name, expected) in [
+            ("demo:v1", Some("hub.internal/demo:v1")),
+            ("demo", Some("hub.internal/demo:latest")),
+            ("hub.internal/demo:v1", Some("hub.internal/demo:v1")),
+            ("acme/demo:v1", Some("hub.internal/acme/demo:v1")),
+            ("Demo:v1", None),
+            ("", None),
+            ("../x:v1", None),
+        ] {
+            let made = hub_reference(name).ok().map(|reference| reference.to_string());
+            assert_eq!(made.as_deref(), expected, "{name}");
+        }
+        assert!(hub_reference(&format!("demo@{}", Digest::of(b""))).is_err());
+        let archived = |name| archive_reference(name).map(|reference| reference.to_string());
+        assert_eq!(archived("v1"), None, "only a tag");
+        assert_eq!(archived("docker.io/library/demo:v1").as_deref(), Some("hub.internal/demo:v1"));
+        assert_eq!(archived("ghcr.io/acme/demo:v1").as_deref(), Some("hub.internal/acme/demo:v1"));
+    }
+
+    #[test]
+    fn an_archive_of_several_images_needs_one_that_it_names() {
+        let both = || vec![image(Some("a:1"), b"a"), image(Some("b:1"), b"b")];
+        assert!(matches!(choose(None, both()), Err(TakeError::Several(2))));
+        assert!(matches!(choose(hub_reference("c:1").ok(), both()), Err(TakeError::Several(2))));
+        let (reference, chosen) = choose(hub_reference("b:1").ok(), both()).unwrap();
+        assert_eq!((reference.tag(), chosen.digest), (Some("1"), Digest::of(b"b")));
+        assert!(matches!(choose(None, vec![image(Some("v1"), b"a")]), Err(TakeError::Unnamed)));
+        assert!(choose(hub_reference("x:1").ok(), vec![image(None, b"a")]).is_ok());
+    }
+}

@@ -1,0 +1,257 @@
+//! A whole hub: everything started in order, and stopped in order.
+
+use std::fs::{File, TryLockError};
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::api::{self, Api};
+use crate::clock::HubClock;
+use crate::config::{Broker, BrokerKind, Config, ConfigError};
+use crate::controller::{ControlError, Controller};
+use crate::http;
+use crate::images::{Images, OpenError};
+use crate::link::{self, LinkConfig, LinkCounters};
+use crate::secrets::{SecretError, Secrets};
+use crate::store::{self, Store, StoreError, Writer};
+
+/// How long to wait for the first connection to the broker before the hub says that it serves anyway.
+const FIRST_LINK_WITHIN: Duration = Duration::from_secs(10);
+
+/// Why a hub did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration is not usable.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The secrets are not usable.
+    #[error(transparent)]
+    Secrets(#[from] SecretError),
+    /// Another hub uses the data directory.
+    #[error("another hub is using {}; stop it first", path.display())]
+    Locked {
+        /// The lock file.
+        path: PathBuf,
+    },
+    /// The lock file cannot be used.
+    #[error("failed to lock {}", path.display())]
+    Lock {
+        /// The lock file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The database cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A first change failed.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The images cannot be used.
+    #[error(transparent)]
+    Images(#[from] OpenError),
+    /// The address cannot be listened on.
+    #[error("failed to listen on {address}; is another program using the port?")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The broker did not start.
+    #[error("the embedded broker did not start")]
+    Broker(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// This build has no broker of its own.
+    #[error("this hub was built without the embedded broker; use [broker] kind = \"external\" and url")]
+    NoBroker,
+    /// `endpoints.json` cannot be written.
+    #[error("failed to write {}", path.display())]
+    Endpoints {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A hub that serves.
+#[derive(Debug)]
+pub struct RunningHub {
+    api: SocketAddr,
+    broker: String,
+    stop: watch::Sender<bool>,
+    tasks: JoinSet<()>,
+    store: Option<Store>,
+    writer: Writer,
+    embedded: Option<EmbeddedBroker>,
+    data: PathBuf,
+    _lock: File,
+}
+
+/// Keeps one data directory for one hub. The lock ends with the process, however it ends.
+///
+/// # Errors
+///
+/// When another hub has it.
+pub fn lock(data: &Path) -> Result<File, StartError> {
+    let path = data.join("lock");
+    let failed = |source| StartError::Lock { path: path.clone(), source };
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StartError::Locked { path }),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
+    }
+}
+
+/// Starts a hub and returns when it serves.
+///
+/// # Errors
+///
+/// See [`StartError`]; then nothing is left running.
+pub async fn start(config: Config) -> Result<RunningHub, StartError> {
+    let broker = config.broker.check()?;
+    let secrets = Secrets::load_or_create(&config.data)?;
+    let lock = lock(&config.data)?;
+    let (store, writer) = Store::open(&config.data.join("hub.db"))?;
+    let latest = store.read(|connection| Ok::<_, StoreError>(store::desired::latest(connection)?)).await?;
+    let controller = Controller::new(store.clone(), HubClock::start(latest));
+    let images = Images::open(&config.data.join("images"), config.registry_client()?, store.clone())?;
+    let listener = TcpListener::bind(config.api.listen)
+        .await
+        .map_err(|source| StartError::Listen { address: config.api.listen, source })?;
+    let api = listener
+        .local_addr()
+        .map_err(|source| StartError::Listen { address: config.api.listen, source })?;
+    let (embedded, host, port) = start_broker(&broker, &secrets).await?;
+    if embedded.is_some() {
+        // Whoever was connected was connected to the broker of the process before.
+        controller.change(|change| Ok(store::device::all_offline(change.connection)?)).await?;
+    }
+    let counters = Arc::new(LinkCounters::default());
+    let (stop, stopping) = watch::channel(false);
+    let link = LinkConfig { host: host.clone(), port, secret: secrets.hub.clone() };
+    let router = api::router(Api {
+        controller: controller.clone(),
+        images,
+        secrets,
+        counters: Arc::clone(&counters),
+        broker: if embedded.is_some() { BrokerKind::Embedded } else { BrokerKind::External },
+        max_image_bytes: config.api.max_image_bytes,
+        stopping: stopping.clone(),
+    });
+    let mut tasks = JoinSet::new();
+    tasks.spawn(http::serve(listener, router, stopping.clone()));
+    tasks.spawn(until(stopping.clone(), link::run(link, controller.clone(), Arc::clone(&counters))));
+    tasks.spawn(until(stopping, {
+        let controller = controller.clone();
+        async move { controller.run().await }
+    }));
+    await_link(&controller).await;
+    let hub = RunningHub {
+        api,
+        broker: mqtt_url(&host, port),
+        stop,
+        tasks,
+        store: Some(store),
+        writer,
+        embedded,
+        data: config.data,
+        _lock: lock,
+    };
+    hub.write_endpoints()?;
+    Ok(hub)
+}
+
+/// A broker that is away must not keep the API from serving: the hub goes on without it, and says so.
+async fn await_link(controller: &Controller) {
+    let connected = async {
+        while controller.listening().since.is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    if tokio::time::timeout(FIRST_LINK_WITHIN, connected).await.is_err() {
+        tracing::warn!("the broker does not answer yet; the hub serves its API and keeps trying");
+    }
+}
+
+async fn until(mut stopping: watch::Receiver<bool>, work: impl Future<Output = ()>) {
+    tokio::select! {
+        () = work => {}
+        _ = stopping.wait_for(|stopping| *stopping) => {}
+    }
+}
+
+impl RunningHub {
+    /// Where the API listens.
+    #[must_use]
+    pub const fn api(&self) -> SocketAddr {
+        self.api
+    }
+
+    /// Where devices connect to.
+    #[must_use]
+    pub fn broker(&self) -> &str {
+        &self.broker
+    }
+
+    fn write_endpoints(&self) -> Result<(), StartError> {
+        let path = self.data.join("endpoints.json");
+        let api = format!("http://{}", self.api);
+        let body = serde_json::json!({"api": api, "broker": self.broker});
+        let write = || {
+            let temporary = path.with_extension("new");
+            let mut file = File::create(&temporary)?;
+            writeln!(file, "{body}")?;
+            file.sync_all()?;
+            std::fs::rename(&temporary, &path)
+        };
+        write().map_err(|source| StartError::Endpoints { path: path.clone(), source })?;
+        tracing::info!(%api, broker = %self.broker, data = %self.data.display(), "the hub serves");
+        Ok(())
+    }
+
+    /// Stops everything in order: no more calls, no more messages, then the store. Takes at most 5 s or so.
+    pub async fn stop(mut self) {
+        self.stop.send_replace(true);
+        _ = std::fs::remove_file(self.data.join("endpoints.json"));
+        while self.tasks.join_next().await.is_some() {}
+        if let Some(broker) = self.embedded.take() {
+            stop_broker(broker).await;
+        }
+        // The writer ends with the last handle; tasks that were cut off may hold one a moment longer.
+        self.store = None;
+        let writer = self.writer;
+        let joined = tokio::task::spawn_blocking(move || writer.join());
+        if tokio::time::timeout(Duration::from_secs(2), joined).await.is_err() {
+            tracing::warn!("the store is still busy; what was answered is on disk");
+        }
+    }
+}
+
+fn mqtt_url(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("mqtt://[{host}]:{port}") } else { format!("mqtt://{host}:{port}") }
+}
+
+type EmbeddedBroker = ();
+
+async fn start_broker(
+    broker: &Broker,
+    _secrets: &Secrets,
+) -> Result<(Option<EmbeddedBroker>, String, u16), StartError> {
+    match broker {
+        Broker::External(host, port) => Ok((None, host.clone(), *port)),
+        Broker::Embedded(_) => Err(StartError::NoBroker),
+    }
+}
+
+async fn stop_broker(_broker: EmbeddedBroker) {}
