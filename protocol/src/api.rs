@@ -253,7 +253,10 @@ impl RolloutState {
     /// Whether nothing will happen to it any more.
     #[must_use]
     pub const fn is_final(self) -> bool {
-        matches!(self, Self::Completed | Self::Aborted | Self::RolledBack | Self::Superseded)
+        matches!(
+            self,
+            Self::Completed | Self::Aborted | Self::RolledBack | Self::Superseded
+        )
     }
 }
 

@@ -47,10 +47,12 @@ impl Digest {
     #[must_use]
     pub fn hex(&self) -> String {
         use fmt::Write as _;
-        self.0.iter().fold(String::with_capacity(64), |mut out, byte| {
-            write!(out, "{byte:02x}").expect("writing to a String cannot fail");
-            out
-        })
+        self.0
+            .iter()
+            .fold(String::with_capacity(64), |mut out, byte| {
+                write!(out, "{byte:02x}").expect("writing to a String cannot fail");
+                out
+            })
     }
 
     /// The first 12 hexadecimal digits: what people read in tables.
@@ -78,7 +80,10 @@ impl FromStr for Digest {
     type Err = ParseDigestError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let hex = text.strip_prefix("sha256:").ok_or(ParseDigestError::Algorithm)?.as_bytes();
+        let hex = text
+            .strip_prefix("sha256:")
+            .ok_or(ParseDigestError::Algorithm)?
+            .as_bytes();
         if hex.len() != 64 {
             return Err(ParseDigestError::Hex);
         }
@@ -134,7 +139,10 @@ mod tests {
     fn upper_case_other_algorithms_and_wrong_lengths_are_refused() {
         let upper = Digest::of(b"").to_string().to_uppercase();
         assert_eq!(upper.parse::<Digest>(), Err(ParseDigestError::Algorithm));
-        assert_eq!("sha512:00".parse::<Digest>(), Err(ParseDigestError::Algorithm));
+        assert_eq!(
+            "sha512:00".parse::<Digest>(),
+            Err(ParseDigestError::Algorithm)
+        );
         assert_eq!("sha256:00".parse::<Digest>(), Err(ParseDigestError::Hex));
         let wide = format!("sha256:{}", "é".repeat(32));
         assert_eq!(wide.parse::<Digest>(), Err(ParseDigestError::Hex));

@@ -48,18 +48,39 @@ pub enum FrameError {
     /// The body is not what the schema says.
     #[error("failed to decode the body of a frame with schema {0:#06x}")]
     Body(u16),
+    /// The body holds more than a message may.
+    #[error("frame with schema {schema:#06x} holds {what}")]
+    Bounds {
+        /// In the frame.
+        schema: u16,
+        /// What is too much.
+        what: &'static str,
+    },
 }
 
 /// A message that travels in a frame.
 pub trait Message: Serialize + DeserializeOwned {
     /// The id of its current shape.
     const SCHEMA: u16;
+
+    /// Whether it holds no more than a message may; [`decode`] refuses it otherwise.
+    ///
+    /// # Errors
+    ///
+    /// What is too much.
+    fn check(&self) -> Result<(), &'static str> {
+        Ok(())
+    }
 }
 
 macro_rules! schema {
     ($($message:ty => $id:literal),* $(,)?) => {
         $(impl Message for $message {
             const SCHEMA: u16 = $id;
+
+            fn check(&self) -> Result<(), &'static str> {
+                self.bounds()
+            }
         })*
     };
 }
@@ -101,8 +122,21 @@ pub fn decode<M: Message>(frame: &[u8]) -> Result<M, FrameError> {
     if frame.len() > MAX_FRAME_BYTES {
         return Err(FrameError::TooLarge(frame.len()));
     }
-    let Some((header, body)) = frame.split_at_checked(HEADER_LEN) else { return Err(FrameError::NotAFrame) };
-    let &[magic_0, magic_1, id_0, id_1, flags, crc_0, crc_1, crc_2, crc_3] = header else {
+    let Some((header, body)) = frame.split_at_checked(HEADER_LEN) else {
+        return Err(FrameError::NotAFrame);
+    };
+    let &[
+        magic_0,
+        magic_1,
+        id_0,
+        id_1,
+        flags,
+        crc_0,
+        crc_1,
+        crc_2,
+        crc_3,
+    ] = header
+    else {
         return Err(FrameError::NotAFrame);
     };
     if [magic_0, magic_1] != MAGIC {
@@ -110,7 +144,10 @@ pub fn decode<M: Message>(frame: &[u8]) -> Result<M, FrameError> {
     }
     let found = u16::from_le_bytes([id_0, id_1]);
     if found != M::SCHEMA {
-        return Err(FrameError::Schema { found, expected: M::SCHEMA });
+        return Err(FrameError::Schema {
+            found,
+            expected: M::SCHEMA,
+        });
     }
     if flags != 0 {
         return Err(FrameError::Flags(flags));
@@ -118,5 +155,11 @@ pub fn decode<M: Message>(frame: &[u8]) -> Result<M, FrameError> {
     if crc32fast::hash(body) != u32::from_le_bytes([crc_0, crc_1, crc_2, crc_3]) {
         return Err(FrameError::Checksum);
     }
-    postcard::take_from_bytes(body).map(|(message, _)| message).map_err(|_| FrameError::Body(found))
+    let (message, _): (M, _) =
+        postcard::take_from_bytes(body).map_err(|_| FrameError::Body(found))?;
+    message.check().map_err(|what| FrameError::Bounds {
+        schema: found,
+        what,
+    })?;
+    Ok(message)
 }

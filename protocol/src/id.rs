@@ -128,7 +128,9 @@ pub enum ParseLabelError {
     #[error("label {0:?} is longer than 63 bytes")]
     TooLong(String),
     /// Letters, digits, '-', '_' and '.', beginning and ending with a letter or digit.
-    #[error("label {0:?} may hold letters, digits, '-', '_' and '.', and must begin and end with a letter or digit")]
+    #[error(
+        "label {0:?} may hold letters, digits, '-', '_' and '.', and must begin and end with a letter or digit"
+    )]
     Pattern(String),
 }
 
@@ -137,7 +139,9 @@ fn check_label_value(text: &str) -> Result<(), ParseLabelError> {
     if bytes.len() > 63 {
         return Err(ParseLabelError::TooLong(text.chars().take(80).collect()));
     }
-    let (Some(first), Some(last)) = (bytes.first(), bytes.last()) else { return Ok(()) };
+    let (Some(first), Some(last)) = (bytes.first(), bytes.last()) else {
+        return Ok(());
+    };
     let inner = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     if first.is_ascii_alphanumeric() && last.is_ascii_alphanumeric() && bytes.iter().all(inner) {
         Ok(())
@@ -259,7 +263,18 @@ mod tests {
         for good in ["a", "0", "a-b", "a--b", &"a".repeat(63)] {
             assert_eq!(good.parse::<AppName>().unwrap().as_str(), good);
         }
-        for bad in ["", "-a", "a-", "A", "a.b", "a_b", "ä", "a/b", "a\0", &"a".repeat(64)] {
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "A",
+            "a.b",
+            "a_b",
+            "ä",
+            "a/b",
+            "a\0",
+            &"a".repeat(64),
+        ] {
             assert!(bad.parse::<AppName>().is_err(), "{bad:?}");
         }
     }

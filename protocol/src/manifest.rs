@@ -14,8 +14,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::id::{AppName, LabelKey, LabelValue, Labels, ServiceName, VolumeName};
 use crate::quantity::{Bytes, Cpus, Span};
 
+pub(crate) mod check;
+mod explain;
 mod parse;
 
+pub use check::{MAX_SERVICES, MAX_WAVES, Violation};
 pub use parse::{MAX_DEPTH, MAX_MANIFEST_BYTES, ManifestError, parse};
 
 /// An App: *which devices* (selector), *what runs there* (services), *how changes arrive* (rollout).
@@ -82,7 +85,9 @@ impl Selector {
     /// Whether a device with these labels is selected.
     #[must_use]
     pub fn matches(&self, labels: &Labels) -> bool {
-        self.match_labels.iter().all(|(key, value)| labels.get(key) == Some(value))
+        self.match_labels
+            .iter()
+            .all(|(key, value)| labels.get(key) == Some(value))
     }
 }
 
@@ -103,7 +108,8 @@ pub struct Service {
     /// Replaces the image's `Cmd`.
     #[serde(default)]
     pub command: Option<Vec<String>>,
-    /// Added to the image's environment; same keys win. A map, or a list of `KEY=value`.
+    /// Added to the image's environment; same keys win. A map, or a list of `KEY=value`. Here and in
+    /// `entrypoint` and `command`, `${` is refused (substitution is not built yet) and `$${` means `${`.
     #[serde(default, deserialize_with = "parse::environment")]
     pub environment: BTreeMap<String, String>,
     /// `user`, `uid`, `user:group` or `uid:gid`; names are looked up in the image. Default: the image's.
@@ -127,7 +133,7 @@ pub struct Service {
     /// Memory limit, swap included. At least 4m. Default: 128m.
     #[serde(default = "defaults::mem_limit")]
     pub mem_limit: Bytes,
-    /// CPU limit, above 0. Default: 1.
+    /// CPU limit, at least 0.01. Default: 1.
     #[serde(default = "defaults::cpus")]
     pub cpus: Cpus,
     /// Limit on processes and threads, 1 to 32768. Default: 256.
@@ -139,7 +145,7 @@ pub struct Service {
     /// Sent first when the container must stop. Default: `SIGTERM`.
     #[serde(default)]
     pub stop_signal: StopSignal,
-    /// How long after `stop_signal` until SIGKILL. Default: 10s.
+    /// How long after `stop_signal` until SIGKILL; at most 1h. Default: 10s.
     #[serde(default = "defaults::stop_grace_period")]
     pub stop_grace_period: Span,
     /// How the agent asks the service whether it is well.
@@ -155,7 +161,7 @@ pub struct Service {
 pub struct Tmpfs {
     /// Absolute path in the container.
     pub target: String,
-    /// Size limit; default 16m.
+    /// Size limit, at least 4k; default 16m.
     pub size: Bytes,
 }
 
@@ -279,10 +285,10 @@ pub struct Probe {
     /// Wait after the container's start before the first probe. Default: 0.
     #[serde(default = "defaults::zero")]
     pub initial_delay: Span,
-    /// Successes in a row that make the service ready, at least 1. Default: 1.
+    /// Successes in a row that make the service ready, 1 to 1000. Default: 1.
     #[serde(default = "defaults::one")]
     pub success_threshold: u32,
-    /// Failures in a row that make the service not ready, at least 1. Default: 3.
+    /// Failures in a row that make the service not ready, 1 to 1000. Default: 3.
     #[serde(default = "defaults::three")]
     pub failure_threshold: u32,
 }
@@ -352,7 +358,10 @@ pub struct Logging {
 
 impl Default for Logging {
     fn default() -> Self {
-        Self { max_size: defaults::log_size(), max_file: defaults::three() }
+        Self {
+            max_size: defaults::log_size(),
+            max_file: defaults::three(),
+        }
     }
 }
 
@@ -459,7 +468,11 @@ pub struct FailureBudget {
 
 impl Default for FailureBudget {
     fn default() -> Self {
-        Self { count: defaults::three(), percent: defaults::budget_percent(), min_sample: defaults::min_sample() }
+        Self {
+            count: defaults::three(),
+            percent: defaults::budget_percent(),
+            min_sample: defaults::min_sample(),
+        }
     }
 }
 
@@ -518,7 +531,12 @@ mod defaults {
         Bytes(10 << 20)
     }
     pub(super) fn waves() -> Vec<WaveTarget> {
-        vec![WaveTarget::Count(1), WaveTarget::Percent(10), WaveTarget::Percent(50), WaveTarget::Percent(100)]
+        vec![
+            WaveTarget::Count(1),
+            WaveTarget::Percent(10),
+            WaveTarget::Percent(50),
+            WaveTarget::Percent(100),
+        ]
     }
     pub(super) const fn soak() -> Span {
         Span::from_secs(60)
@@ -551,7 +569,9 @@ macro_rules! string_serde {
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+                String::deserialize(deserializer)?
+                    .parse()
+                    .map_err(serde::de::Error::custom)
             }
         }
     };
@@ -581,7 +601,9 @@ impl fmt::Display for RestartPolicy {
         match self {
             Self::Always => f.write_str("always"),
             Self::OnFailure { max_retries: None } => f.write_str("on-failure"),
-            Self::OnFailure { max_retries: Some(max) } => write!(f, "on-failure:{max}"),
+            Self::OnFailure {
+                max_retries: Some(max),
+            } => write!(f, "on-failure:{max}"),
             Self::No => f.write_str("no"),
         }
     }
@@ -598,7 +620,9 @@ impl FromStr for RestartPolicy {
             _ => text
                 .strip_prefix("on-failure:")
                 .and_then(|max| max.parse().ok())
-                .map(|max| Self::OnFailure { max_retries: Some(max) })
+                .map(|max| Self::OnFailure {
+                    max_retries: Some(max),
+                })
                 .ok_or_else(|| parse::FieldError::Restart(text.chars().take(40).collect())),
         }
     }

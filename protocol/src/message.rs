@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 use crate::Digest;
 use crate::id::{AppName, Epoch, Generation, Labels, ServiceName, Version};
 
+mod bounds;
+
+pub use bounds::{MAX_APPS, MAX_FACT_BYTES, MAX_LABELS, MAX_SERVICE_STATES, MAX_TEXT_BYTES, fit};
+
 /// Down, retained: what the device should run, in brief.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
@@ -134,7 +138,10 @@ impl Phase {
     /// Whether this assignment will not change its phase again.
     #[must_use]
     pub const fn is_final(self) -> bool {
-        matches!(self, Self::Rejected | Self::Succeeded | Self::RolledBack | Self::Failed)
+        matches!(
+            self,
+            Self::Rejected | Self::Succeeded | Self::RolledBack | Self::Failed
+        )
     }
 
     /// Whether the device is in the middle of replacing containers.
@@ -153,6 +160,18 @@ pub struct Reason {
     pub service: Option<ServiceName>,
     /// For people; names the thing and, where there is one, the way out. At most 512 bytes.
     pub message: String,
+}
+
+impl Reason {
+    /// A reason whose text is cut to [`MAX_TEXT_BYTES`] between characters.
+    #[must_use]
+    pub fn new(code: ReasonCode, service: Option<ServiceName>, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            service,
+            message: bounds::text(message),
+        }
+    }
 }
 
 /// The stable codes of a [`Reason`]. Append only; never reorder.
@@ -283,6 +302,35 @@ pub struct Event {
     pub message: String,
 }
 
+impl Event {
+    /// An event about the device as a whole; its text is cut to [`MAX_TEXT_BYTES`] between characters.
+    #[must_use]
+    pub fn new(
+        seq: u64,
+        boot: u64,
+        unix_ms: u64,
+        kind: EventKind,
+        message: impl Into<String>,
+    ) -> Self {
+        Self {
+            seq,
+            boot,
+            unix_ms,
+            app: None,
+            service: None,
+            kind,
+            message: bounds::text(message),
+        }
+    }
+
+    /// The same event, about an app, or about one service of it.
+    #[must_use]
+    pub fn about(mut self, app: AppName, service: Option<ServiceName>) -> Self {
+        (self.app, self.service) = (Some(app), service);
+        self
+    }
+}
+
 /// The kinds of [`Event`]. Append only; never reorder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -342,7 +390,10 @@ impl Version {
     /// # Errors
     ///
     /// When one of them is out of range.
-    pub const fn from_numbers(epoch: u64, generation: u64) -> Result<Self, crate::id::OrdinalError> {
+    pub const fn from_numbers(
+        epoch: u64,
+        generation: u64,
+    ) -> Result<Self, crate::id::OrdinalError> {
         match (Epoch::new(epoch), Generation::new(generation)) {
             (Ok(epoch), Ok(generation)) => Ok(Self { epoch, generation }),
             (Err(error), _) | (_, Err(error)) => Err(error),

@@ -13,13 +13,19 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseQuantityError {
     /// Not a size.
-    #[error("{0:?} is not a size; write a whole number with an optional unit b, k, m or g (powers of 1024), for example 32m")]
+    #[error(
+        "{0:?} is not a size; write a whole number with an optional unit b, k, m or g (powers of 1024), for example 32m"
+    )]
     Size(String),
     /// Not a CPU share.
-    #[error("{0:?} is not a CPU share; write cores with at most three decimals, for example \"0.5\"")]
+    #[error(
+        "{0:?} is not a CPU share; write cores with at most three decimals, for example \"0.5\""
+    )]
     Cpus(String),
     /// Not a duration.
-    #[error("{0:?} is not a duration; write whole numbers with units ms, s, m, h or d, for example 90s or 1h30m")]
+    #[error(
+        "{0:?} is not a duration; write whole numbers with units ms, s, m, h or d, for example 90s or 1h30m"
+    )]
     Duration(String),
     /// More than the field can hold.
     #[error("{0:?} is too large")]
@@ -93,9 +99,13 @@ impl FromStr for Cpus {
         if fraction.is_empty() || fraction.len() > 3 || whole.len() > 4 {
             return Err(wrong());
         }
-        let cores: u32 = parse_digits(whole).and_then(|n| n.try_into().ok()).ok_or_else(wrong)?;
+        let cores: u32 = parse_digits(whole)
+            .and_then(|n| n.try_into().ok())
+            .ok_or_else(wrong)?;
         let scale = 10_u32.pow(3 - u32::try_from(fraction.len()).map_err(|_| wrong())?);
-        let part: u32 = parse_digits(fraction).and_then(|n| n.try_into().ok()).ok_or_else(wrong)?;
+        let part: u32 = parse_digits(fraction)
+            .and_then(|n| n.try_into().ok())
+            .ok_or_else(wrong)?;
         Ok(Self(cores * 1000 + part * scale))
     }
 }
@@ -113,7 +123,9 @@ impl FromStr for Span {
         let mut largest_allowed = u64::MAX;
         while !rest.is_empty() {
             let (number, tail) = split_unit(rest);
-            let unit_len = tail.find(|c: char| c.is_ascii_digit()).unwrap_or(tail.len());
+            let unit_len = tail
+                .find(|c: char| c.is_ascii_digit())
+                .unwrap_or(tail.len());
             let (unit, next) = tail.split_at(unit_len);
             let factor: u64 = match unit {
                 "ms" => 1,
@@ -136,16 +148,25 @@ impl FromStr for Span {
                 .ok_or_else(|| ParseQuantityError::Overflow(excerpt(text)))?;
             rest = next;
         }
-        if text.is_empty() { Err(wrong()) } else { Ok(Self(total)) }
+        if text.is_empty() {
+            Err(wrong())
+        } else {
+            Ok(Self(total))
+        }
     }
 }
 
 fn split_unit(text: &str) -> (&str, &str) {
-    text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))
+    text.split_at(
+        text.find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len()),
+    )
 }
 
 fn parse_digits(text: &str) -> Option<u64> {
-    (!text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok()).flatten()
+    (!text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()))
+        .then(|| text.parse().ok())
+        .flatten()
 }
 
 fn excerpt(text: &str) -> String {
@@ -176,7 +197,13 @@ impl fmt::Display for Span {
             return f.write_str("0s");
         }
         let mut rest = self.0;
-        for (unit, factor) in [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)] {
+        for (unit, factor) in [
+            ("d", 86_400_000),
+            ("h", 3_600_000),
+            ("m", 60_000),
+            ("s", 1000),
+            ("ms", 1),
+        ] {
             if rest >= factor {
                 write!(f, "{}{unit}", rest / factor)?;
                 rest %= factor;
@@ -207,7 +234,10 @@ macro_rules! quantity_serde {
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 if deserializer.is_human_readable() {
-                    deserializer.deserialize_any(QuantityVisitor(|text: &str| text.parse::<Self>(), $expecting))
+                    deserializer.deserialize_any(QuantityVisitor(
+                        |text: &str| text.parse::<Self>(),
+                        $expecting,
+                    ))
                 } else {
                     Deserialize::deserialize(deserializer).map(Self)
                 }
@@ -256,7 +286,14 @@ mod tests {
 
     #[test]
     fn sizes() {
-        for (text, bytes) in [("0", 0), ("512", 512), ("1k", 1024), ("32m", 32 << 20), ("2GB", 2 << 30), ("3Mi", 3 << 20)] {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512", 512),
+            ("1k", 1024),
+            ("32m", 32 << 20),
+            ("2GB", 2 << 30),
+            ("3Mi", 3 << 20),
+        ] {
             assert_eq!(text.parse::<Bytes>(), Ok(Bytes(bytes)), "{text}");
         }
         for text in ["", "m", "1.5m", "-1", "1 m", "1t", "99999999999g", "1²"] {
@@ -266,7 +303,13 @@ mod tests {
 
     #[test]
     fn cpu_shares() {
-        for (text, millis) in [("1", 1000), ("0.5", 500), ("0.25", 250), ("0.125", 125), ("16", 16_000)] {
+        for (text, millis) in [
+            ("1", 1000),
+            ("0.5", 500),
+            ("0.25", 250),
+            ("0.125", 125),
+            ("16", 16_000),
+        ] {
             assert_eq!(text.parse::<Cpus>(), Ok(Cpus(millis)), "{text}");
         }
         for text in ["", ".5", "1.", "0.1234", "1e3", "-1", "99999"] {
@@ -276,10 +319,26 @@ mod tests {
 
     #[test]
     fn durations() {
-        for (text, ms) in [("0", 0), ("250ms", 250), ("60s", 60_000), ("1h30m", 5_400_000), ("2d", 172_800_000)] {
+        for (text, ms) in [
+            ("0", 0),
+            ("250ms", 250),
+            ("60s", 60_000),
+            ("1h30m", 5_400_000),
+            ("2d", 172_800_000),
+        ] {
             assert_eq!(text.parse::<Span>(), Ok(Span(ms)), "{text}");
         }
-        for text in ["", "60", "s", "1m1h", "1s1s", "-5s", "1.5s", "999999999d", "5 s"] {
+        for text in [
+            "",
+            "60",
+            "s",
+            "1m1h",
+            "1s1s",
+            "-5s",
+            "1.5s",
+            "999999999d",
+            "5 s",
+        ] {
             assert!(text.parse::<Span>().is_err(), "{text}");
         }
     }

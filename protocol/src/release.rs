@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::Digest;
 use crate::id::{AppName, ServiceName};
-use crate::manifest::Service;
+use crate::manifest::{App, Service, Violation, check};
 
 /// The largest release manifest that travels over MQTT and is kept on disk: 16 KiB.
 pub const MAX_RELEASE_BYTES: usize = 16 * 1024;
@@ -49,9 +50,72 @@ pub enum ReleaseError {
     /// A schema from a newer hub.
     #[error("release manifest has schema {0}; this program knows schema 1; update it")]
     Schema(u32),
+    /// A value that no manifest could have: the hub that made this release is broken or hostile.
+    #[error("release manifest cannot be run")]
+    Meaning(#[source] Violation),
+}
+
+/// What every release is, whatever its schema.
+#[derive(Deserialize)]
+struct Envelope {
+    schema: u32,
 }
 
 impl Release {
+    /// The release of `app`, with each service's image replaced by the one in `pinned`
+    /// (`HOST/REPOSITORY@sha256:…`), and with `$${` in commands and environment turned into `${`.
+    ///
+    /// # Errors
+    ///
+    /// [`ReleaseError::Meaning`] when an image is missing in `pinned` or not pinned by digest there, or when
+    /// `app` did not come out of [`crate::manifest::parse`] and breaks a rule; [`ReleaseError::TooLarge`].
+    pub fn from_app(
+        app: &App,
+        pinned: &BTreeMap<ServiceName, String>,
+    ) -> Result<Self, ReleaseError> {
+        let mut services = app.spec.services.clone();
+        for (name, service) in &mut services {
+            if let Some(image) = pinned.get(name) {
+                service.image.clone_from(image);
+            }
+            unescape(service);
+        }
+        let release = Self {
+            schema: 1,
+            app: app.metadata.name.clone(),
+            services,
+        };
+        release.check()?;
+        let size = release.to_canonical_json().len();
+        if size > MAX_RELEASE_BYTES {
+            return Err(ReleaseError::TooLarge { size });
+        }
+        Ok(release)
+    }
+
+    /// Whether a device can rely on it: every rule that a manifest's services follow, and images pinned.
+    ///
+    /// # Errors
+    ///
+    /// [`ReleaseError::Schema`] or [`ReleaseError::Meaning`].
+    pub fn check(&self) -> Result<(), ReleaseError> {
+        if self.schema != 1 {
+            return Err(ReleaseError::Schema(self.schema));
+        }
+        check::services("services", self.services.len()).map_err(ReleaseError::Meaning)?;
+        for (name, service) in &self.services {
+            let path = format!("services.{name}");
+            check::service(&path, service).map_err(ReleaseError::Meaning)?;
+            if check::pinned(&service.image).is_none() {
+                return Err(ReleaseError::Meaning(Violation {
+                    path: format!("{path}.image"),
+                    message: format!("{:?} is not pinned by digest", service.image),
+                }));
+            }
+        }
+        Ok(())
+    }
+
     /// The canonical JSON: keys sorted by code point, no white space, every field present, integers only
     /// (a subset of RFC 8785, which release documents never leave: they hold no floats).
     ///
@@ -69,7 +133,8 @@ impl Release {
         Digest::of(&self.to_canonical_json())
     }
 
-    /// Reads a release that was named by `expected`, checking size, digest and schema.
+    /// Reads a release that was named by `expected`, checking size, digest, schema and every rule that a device
+    /// relies on ([`Release::check`]).
     ///
     /// # Errors
     ///
@@ -80,12 +145,18 @@ impl Release {
         }
         let actual = Digest::of(bytes);
         if actual != *expected {
-            return Err(ReleaseError::Mismatch { expected: *expected, actual });
+            return Err(ReleaseError::Mismatch {
+                expected: *expected,
+                actual,
+            });
+        }
+        // The schema first: a newer one may have keys that this program does not know.
+        let Envelope { schema } = serde_json::from_slice(bytes).map_err(ReleaseError::Decode)?;
+        if schema != 1 {
+            return Err(ReleaseError::Schema(schema));
         }
         let release: Self = serde_json::from_slice(bytes).map_err(ReleaseError::Decode)?;
-        if release.schema != 1 {
-            return Err(ReleaseError::Schema(release.schema));
-        }
+        release.check()?;
         Ok(release)
     }
 }
@@ -97,9 +168,70 @@ pub fn service_digest(service: &Service) -> Digest {
     Digest::of(&canonical_json(service))
 }
 
-/// `serde_json` keeps maps in a `BTreeMap` (the `preserve_order` feature is off), so going through a
-/// `Value` sorts the keys of structs too.
+/// Sorts the keys of maps and structs itself: `serde_json::Value` keeps the order of insertion when any
+/// program of the build switches on `serde_json`'s `preserve_order`.
 fn canonical_json<T: Serialize>(value: &T) -> Vec<u8> {
     let value = serde_json::to_value(value).expect("string keys and plain values always serialize");
-    serde_json::to_vec(&value).expect("a JSON value always serializes")
+    let mut out = Vec::new();
+    write_sorted(&value, &mut out);
+    out
+}
+
+fn write_sorted(value: &Value, out: &mut Vec<u8>) {
+    match value {
+        Value::Object(map) => {
+            let sorted: BTreeMap<&str, &Value> = map
+                .iter()
+                .map(|(key, value)| (key.as_str(), value))
+                .collect();
+            out.push(b'{');
+            for (index, (key, value)) in sorted.into_iter().enumerate() {
+                if index > 0 {
+                    out.push(b',');
+                }
+                write_scalar(key, out);
+                out.push(b':');
+                write_sorted(value, out);
+            }
+            out.push(b'}');
+        }
+        Value::Array(items) => {
+            out.push(b'[');
+            for (index, item) in items.iter().enumerate() {
+                if index > 0 {
+                    out.push(b',');
+                }
+                write_sorted(item, out);
+            }
+            out.push(b']');
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {
+            write_scalar(value, out)
+        }
+    }
+}
+
+fn write_scalar<T: Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
+    serde_json::to_writer(out, value).expect("a scalar serializes into a growing buffer");
+}
+
+/// `$${` in a manifest stands for `${`; what stands in a release is what the process sees.
+fn unescape(service: &mut Service) {
+    let lists = [&mut service.entrypoint, &mut service.command]
+        .into_iter()
+        .flatten();
+    let exec = service
+        .probes
+        .readiness
+        .iter_mut()
+        .flat_map(|probe| probe.exec.iter_mut());
+    let texts = lists
+        .chain(exec.map(|exec| &mut exec.command))
+        .flatten()
+        .chain(service.environment.values_mut());
+    for text in texts {
+        if text.contains("$${") {
+            *text = text.replace("$${", "${");
+        }
+    }
 }

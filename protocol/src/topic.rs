@@ -32,8 +32,14 @@ pub enum Leaf {
 
 impl Leaf {
     /// Every leaf.
-    pub const ALL: [Self; 6] =
-        [Self::Head, Self::Command, Self::Reported, Self::Beacon, Self::Event, Self::Presence];
+    pub const ALL: [Self; 6] = [
+        Self::Head,
+        Self::Command,
+        Self::Reported,
+        Self::Beacon,
+        Self::Event,
+        Self::Presence,
+    ];
 
     /// The text in the topic.
     #[must_use]
@@ -62,7 +68,10 @@ impl Leaf {
 /// The two hexadecimal digits that a device's topics are sharded by.
 #[must_use]
 pub fn shard(device: &DeviceId) -> String {
-    format!("{:02x}", Digest::of(device.as_str().as_bytes()).as_bytes()[0])
+    format!(
+        "{:02x}",
+        Digest::of(device.as_str().as_bytes()).as_bytes()[0]
+    )
 }
 
 /// The topic of one device's leaf.

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 
+use super::check::{self, Violation};
+use super::explain::syntax;
 use super::{Amount, App, Tmpfs, VolumeMount, VolumeSource};
 use crate::quantity::Bytes;
 
@@ -34,9 +36,9 @@ pub enum ManifestError {
     /// Broken YAML or JSON, an unknown or duplicate key, a wrong type or a value out of range.
     #[error("line {line}, column {column}: {message}")]
     Syntax {
-        /// From 1; 0 when the parser could not say.
+        /// From 1.
         line: u64,
-        /// From 1; 0 when the parser could not say.
+        /// From 1.
         column: u64,
         /// What is wrong.
         message: String,
@@ -51,17 +53,27 @@ pub enum ManifestError {
     },
 }
 
+impl From<Violation> for ManifestError {
+    fn from(Violation { path, message }: Violation) -> Self {
+        Self::Meaning { path, message }
+    }
+}
+
 /// Why one string of a manifest was refused; wrapped into [`ManifestError::Syntax`] with its place.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FieldError {
     /// Not a restart policy.
-    #[error("{0:?} is not a restart policy; use always, unless-stopped, on-failure, on-failure:N or \"no\"")]
+    #[error(
+        "{0:?} is not a restart policy; use always, unless-stopped, on-failure, on-failure:N or \"no\""
+    )]
     Restart(String),
     /// Not a tmpfs.
     #[error("{0:?} is not a tmpfs; write /path or /path:size=16m")]
     Tmpfs(String),
     /// Not a volume.
-    #[error("{0:?} is not a volume; write name:/path or /host/path:/path, with :ro at the end for read-only")]
+    #[error(
+        "{0:?} is not a volume; write name:/path or /host/path:/path, with :ro at the end for read-only"
+    )]
     Volume(String),
 }
 
@@ -75,10 +87,12 @@ pub fn parse(bytes: &[u8]) -> Result<App, ManifestError> {
     if bytes.len() > MAX_MANIFEST_BYTES {
         return Err(ManifestError::TooLarge { size: bytes.len() });
     }
-    let text = std::str::from_utf8(bytes)
-        .map_err(|error| ManifestError::Encoding { offset: error.valid_up_to() })?;
-    let app: App = serde_saphyr::from_str_with_options(text, options()).map_err(|error| syntax(&error))?;
-    check(&app)?;
+    let text = std::str::from_utf8(bytes).map_err(|error| ManifestError::Encoding {
+        offset: error.valid_up_to(),
+    })?;
+    let app: App =
+        serde_saphyr::from_str_with_options(text, options()).map_err(|error| syntax(&error))?;
+    check::app(&app)?;
     Ok(app)
 }
 
@@ -86,6 +100,8 @@ fn options() -> serde_saphyr::Options {
     serde_saphyr::options! {
         duplicate_keys: serde_saphyr::DuplicateKeyPolicy::Error,
         strict_booleans: true,
+        merge_keys: serde_saphyr::MergeKeyPolicy::Error,
+        reject_unsupported_tags: true,
         with_snippet: false,
         budget: serde_saphyr::budget! {
             max_depth: MAX_DEPTH,
@@ -96,16 +112,6 @@ fn options() -> serde_saphyr::Options {
             max_aliases: 0,
         },
     }
-}
-
-fn syntax(error: &serde_saphyr::Error) -> ManifestError {
-    let (line, column) = error.location().map_or((0, 0), |at| (at.line(), at.column()));
-    ManifestError::Syntax { line, column, message: error.to_string() }
-}
-
-/// What the types cannot say.
-fn check(_app: &App) -> Result<(), ManifestError> {
-    Ok(())
 }
 
 /// `environment:` as a map of strings, numbers and booleans, or as a list of `KEY=value`.
@@ -123,7 +129,8 @@ pub(super) fn environment<'de, D: Deserializer<'de>>(
 
         fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
             let mut variables = BTreeMap::new();
-            while let Some((key, Scalar(value))) = map.next_entry::<String, Scalar>()? {
+            // Asked for a string, the YAML parser gives a number or boolean as it is written: `1.0` stays.
+            while let Some((key, value)) = map.next_entry::<String, String>()? {
                 variables.insert(key, value);
             }
             Ok(variables)
@@ -136,7 +143,9 @@ pub(super) fn environment<'de, D: Deserializer<'de>>(
                     .split_once('=')
                     .ok_or_else(|| de::Error::custom(format_args!("{entry:?} is not KEY=value")))?;
                 if variables.insert(key.to_owned(), value.to_owned()).is_some() {
-                    return Err(de::Error::custom(format_args!("variable {key:?} is given twice")));
+                    return Err(de::Error::custom(format_args!(
+                        "variable {key:?} is given twice"
+                    )));
                 }
             }
             Ok(variables)
@@ -144,45 +153,6 @@ pub(super) fn environment<'de, D: Deserializer<'de>>(
     }
 
     deserializer.deserialize_any(Environment)
-}
-
-/// A string, or a number or boolean kept as the text that YAML 1.2 reads it as.
-struct Scalar(String);
-
-impl<'de> Deserialize<'de> for Scalar {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Text;
-
-        impl Visitor<'_> for Text {
-            type Value = String;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string, number or boolean")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
-                Ok(text.to_owned())
-            }
-
-            fn visit_bool<E: de::Error>(self, value: bool) -> Result<String, E> {
-                Ok(value.to_string())
-            }
-
-            fn visit_i64<E: de::Error>(self, value: i64) -> Result<String, E> {
-                Ok(value.to_string())
-            }
-
-            fn visit_u64<E: de::Error>(self, value: u64) -> Result<String, E> {
-                Ok(value.to_string())
-            }
-
-            fn visit_f64<E: de::Error>(self, value: f64) -> Result<String, E> {
-                Ok(value.to_string())
-            }
-        }
-
-        deserializer.deserialize_any(Text).map(Self)
-    }
 }
 
 /// One string or a list of them, as Compose allows for `tmpfs`.
@@ -201,7 +171,9 @@ where
         }
 
         fn visit_str<E: de::Error>(self, text: &str) -> Result<Vec<T>, E> {
-            text.parse().map(|item| vec![item]).map_err(de::Error::custom)
+            text.parse()
+                .map(|item| vec![item])
+                .map_err(de::Error::custom)
         }
 
         fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
@@ -231,7 +203,10 @@ impl FromStr for Tmpfs {
         if !target.starts_with('/') {
             return Err(wrong());
         }
-        Ok(Self { target: target.to_owned(), size })
+        Ok(Self {
+            target: target.to_owned(),
+            size,
+        })
     }
 }
 
@@ -241,7 +216,9 @@ impl FromStr for VolumeMount {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let wrong = || FieldError::Volume(text.chars().take(120).collect());
         let mut parts = text.split(':');
-        let (Some(source), Some(target)) = (parts.next(), parts.next()) else { return Err(wrong()) };
+        let (Some(source), Some(target)) = (parts.next(), parts.next()) else {
+            return Err(wrong());
+        };
         let read_only = match (parts.next(), parts.next()) {
             (None, _) | (Some("rw"), None) => false,
             (Some("ro"), None) => true,
@@ -255,7 +232,11 @@ impl FromStr for VolumeMount {
         if !target.starts_with('/') {
             return Err(wrong());
         }
-        Ok(Self { source, target: target.to_owned(), read_only })
+        Ok(Self {
+            source,
+            target: target.to_owned(),
+            read_only,
+        })
     }
 }
 
@@ -295,4 +276,3 @@ impl<'de> Deserialize<'de> for Amount {
         deserializer.deserialize_any(CountOrPercent)
     }
 }
-

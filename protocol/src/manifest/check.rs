@@ -1,0 +1,572 @@
+//! What the types of a manifest cannot say: ranges, combinations and the syntax of strings.
+//!
+//! The service checks also guard a [`crate::release::Release`] that comes from the network: a device runs
+//! nothing that did not pass them.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+
+use super::{App, Logging, Probe, ProbeAction, RolloutPolicy, Service, VolumeSource, WaveTarget};
+use crate::Digest;
+use crate::quantity::{Bytes, Cpus, Span};
+use crate::release::{MAX_RELEASE_BYTES, Release};
+
+/// Services of one app.
+pub const MAX_SERVICES: usize = 32;
+/// Waves of one rollout.
+pub const MAX_WAVES: usize = 32;
+/// Labels that one selector asks for.
+const MAX_MATCH_LABELS: usize = 32;
+/// Volumes and tmpfs of one service.
+const MAX_MOUNTS: usize = 64;
+/// Linux `PATH_MAX` without its NUL (limits.h).
+const MAX_PATH_BYTES: usize = 4095;
+/// Host and repository (255), tag (128) and digest (71) with what joins them.
+const MAX_IMAGE_BYTES: usize = 255 + 1 + 128 + 1 + 71;
+/// A container with less does not start reliably: the runtime itself needs about 2 MiB.
+const MIN_MEM_LIMIT: Bytes = Bytes(4 << 20);
+/// The kernel's smallest quota is 1 ms of a 100 ms period (`cfs_quota_us`).
+const MIN_CPUS: Cpus = Cpus(10);
+const MAX_PIDS: u32 = 32_768;
+const MAX_STOP_GRACE_PERIOD: Span = Span::from_secs(3600);
+const MIN_PROBE_PERIOD: Span = Span(100);
+const MAX_PROBE_TIMEOUT: Span = Span::from_secs(300);
+const MAX_PROBE_THRESHOLD: u32 = 1000;
+const MAX_HTTP_PATH_BYTES: usize = 1024;
+const MIN_TMPFS: Bytes = Bytes(4 << 10);
+const MIN_LOG_SIZE: Bytes = Bytes(4 << 10);
+const MAX_LOG_SIZE: Bytes = Bytes(1 << 30);
+const MAX_LOG_FILES: u32 = 100;
+
+/// A value that is well-formed and still cannot mean anything.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {message}")]
+pub struct Violation {
+    /// Where, for example `spec.services.web.mem_limit`.
+    pub path: String,
+    /// What is wrong, and what would be right.
+    pub message: String,
+}
+
+type Checked = Result<(), Violation>;
+
+fn refuse(path: impl Display, message: impl Into<String>) -> Checked {
+    Err(Violation {
+        path: path.to_string(),
+        message: message.into(),
+    })
+}
+
+fn ensure(holds: bool, path: impl Display, message: impl FnOnce() -> String) -> Checked {
+    if holds {
+        Ok(())
+    } else {
+        refuse(path, message())
+    }
+}
+
+/// Every rule of the manifest.
+pub(super) fn app(app: &App) -> Checked {
+    let spec = &app.spec;
+    ensure(
+        spec.selector.match_labels.len() <= MAX_MATCH_LABELS,
+        "spec.selector.matchLabels",
+        || format!("at most {MAX_MATCH_LABELS} labels are allowed"),
+    )?;
+    services("spec.services", spec.services.len())?;
+    for (name, service) in &spec.services {
+        let path = format!("spec.services.{name}");
+        self::service(&path, service)?;
+        substitutions(&path, service)?;
+        in_time(&path, service, spec.rollout.progress_deadline)?;
+    }
+    rollout(&spec.rollout)?;
+    size(app)
+}
+
+/// 1 to [`MAX_SERVICES`].
+pub(crate) fn services(path: &str, count: usize) -> Checked {
+    ensure((1..=MAX_SERVICES).contains(&count), path, || {
+        format!("an app has 1 to {MAX_SERVICES} services, not {count}")
+    })
+}
+
+/// Every rule of one service, wherever it came from.
+pub(crate) fn service(path: &str, service: &Service) -> Checked {
+    image(&format!("{path}.image"), &service.image)?;
+    arguments(&format!("{path}.entrypoint"), service.entrypoint.as_deref())?;
+    arguments(&format!("{path}.command"), service.command.as_deref())?;
+    environment(path, service)?;
+    if let Some(text) = &service.user {
+        user(&format!("{path}.user"), text)?;
+    }
+    if let Some(dir) = &service.working_dir {
+        ensure(is_path(dir), format_args!("{path}.working_dir"), || {
+            "must be an absolute path without . and .., for example /srv".to_owned()
+        })?;
+    }
+    mounts(path, service)?;
+    limits(path, service)?;
+    if let Some(readiness) = &service.probes.readiness {
+        probe(&format!("{path}.probes.readiness"), readiness)?;
+    }
+    logging(&format!("{path}.logging"), service.logging)
+}
+
+fn limits(path: &str, service: &Service) -> Checked {
+    ensure(
+        service.mem_limit >= MIN_MEM_LIMIT,
+        format_args!("{path}.mem_limit"),
+        || {
+            format!(
+                "must be at least {MIN_MEM_LIMIT}, not {}",
+                service.mem_limit
+            )
+        },
+    )?;
+    ensure(
+        service.cpus >= MIN_CPUS,
+        format_args!("{path}.cpus"),
+        || format!("must be at least {MIN_CPUS}, not {}", service.cpus),
+    )?;
+    ensure(
+        (1..=MAX_PIDS).contains(&service.pids_limit),
+        format_args!("{path}.pids_limit"),
+        || format!("must be 1 to {MAX_PIDS}, not {}", service.pids_limit),
+    )?;
+    ensure(
+        service.stop_grace_period <= MAX_STOP_GRACE_PERIOD,
+        format_args!("{path}.stop_grace_period"),
+        || {
+            format!(
+                "must be at most {MAX_STOP_GRACE_PERIOD}, not {}",
+                service.stop_grace_period
+            )
+        },
+    )
+}
+
+/// The syntax of distribution/reference as far as it can be told without knowing registries: the hub's
+/// resolver and the device's image client read it again, strictly.
+fn image(path: &str, text: &str) -> Checked {
+    const EXAMPLE: &str = "write HOST/REPOSITORY:TAG, for example ghcr.io/acme/modbus:1.4";
+    ensure(!text.is_empty(), path, || format!("is empty; {EXAMPLE}"))?;
+    ensure(text.len() <= MAX_IMAGE_BYTES, path, || {
+        format!("is longer than {MAX_IMAGE_BYTES} bytes; {EXAMPLE}")
+    })?;
+    ensure(!text.contains("${"), path, || {
+        "substitution (`${`) is not built yet; write the value out".to_owned()
+    })?;
+    ensure(is_reference(text), path, || {
+        format!("{text:?} is not an image reference; {EXAMPLE}")
+    })
+}
+
+/// The digest that an image reference is pinned by.
+pub(crate) fn pinned(image: &str) -> Option<Digest> {
+    image
+        .split_once('@')
+        .and_then(|(_, digest)| digest.parse().ok())
+}
+
+fn is_reference(text: &str) -> bool {
+    let (name, digest) = match text.split_once('@') {
+        Some((name, digest)) => (name, Some(digest)),
+        None => (text, None),
+    };
+    if digest.is_some_and(|digest| digest.parse::<Digest>().is_err()) {
+        return false;
+    }
+    // A colon after the last slash starts the tag; one before it is a port.
+    let (name, tag) = match name.rsplit_once(':') {
+        Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
+        _ => (name, None),
+    };
+    if !tag.is_none_or(is_tag) {
+        return false;
+    }
+    let (host, repository) = match name.split_once('/') {
+        Some((first, rest)) if looks_like_host(first) => (Some(first), rest),
+        _ => (None, name),
+    };
+    host.is_none_or(is_host) && repository.split('/').all(is_repository_part)
+}
+
+fn is_tag(tag: &str) -> bool {
+    let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    tag.len() <= 128
+        && tag.bytes().next().is_some_and(word)
+        && tag
+            .bytes()
+            .all(|byte| word(byte) || matches!(byte, b'.' | b'-'))
+}
+
+fn looks_like_host(part: &str) -> bool {
+    part == "localhost"
+        || part
+            .bytes()
+            .any(|byte| matches!(byte, b'.' | b':') || byte.is_ascii_uppercase())
+}
+
+fn is_host(host: &str) -> bool {
+    let name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-');
+    let (host, port) = match host.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (host, None),
+    };
+    let known = match host
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'))
+    {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(name),
+    };
+    known && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
+}
+
+fn is_repository_part(part: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    part.bytes().next().is_some_and(plain)
+        && part.bytes().next_back().is_some_and(plain)
+        && part
+            .bytes()
+            .all(|byte| plain(byte) || matches!(byte, b'.' | b'_' | b'-'))
+}
+
+fn arguments(path: &str, arguments: Option<&[String]>) -> Checked {
+    let Some(arguments) = arguments else {
+        return Ok(());
+    };
+    ensure(
+        arguments.first().is_some_and(|program| !program.is_empty()),
+        path,
+        || "must name a program, or be left out".to_owned(),
+    )?;
+    match arguments
+        .iter()
+        .position(|argument| argument.contains('\0'))
+    {
+        Some(index) => refuse(
+            format_args!("{path}[{index}]"),
+            "must not hold a NUL character",
+        ),
+        None => Ok(()),
+    }
+}
+
+fn environment(path: &str, service: &Service) -> Checked {
+    for (key, value) in &service.environment {
+        let path = format!("{path}.environment");
+        ensure(!key.is_empty(), &path, || {
+            "a variable has an empty name".to_owned()
+        })?;
+        ensure(!key.contains(['=', '\0']), &path, || {
+            format!("variable name {key:?} must not hold '=' or a NUL character")
+        })?;
+        ensure(!value.contains('\0'), format_args!("{path}.{key}"), || {
+            "must not hold a NUL character".to_owned()
+        })?;
+    }
+    Ok(())
+}
+
+/// `user`, `uid`, `user:group`, `uid:gid` and mixtures (OCI image configuration, `User`).
+fn user(path: &str, text: &str) -> Checked {
+    let (user, group) = match text.split_once(':') {
+        Some((user, group)) => (user, Some(group)),
+        None => (text, None),
+    };
+    ensure(is_user(user) && group.is_none_or(is_user), path, || {
+        let text: String = text.chars().take(80).collect();
+        format!(
+            "{text:?} is not a user; write a name or number, or user:group, for example \"1000:1000\""
+        )
+    })
+}
+
+/// A number that the kernel has as an id, or a portable name (useradd(8)).
+fn is_user(text: &str) -> bool {
+    let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        // The last one, (uid_t) -1, means "no change" to setuid(2) and its kin.
+        return text.parse::<u32>().is_ok_and(|id| id < u32::MAX);
+    }
+    text.len() <= 64
+        && text.bytes().next().is_some_and(word)
+        && text
+            .bytes()
+            .all(|byte| word(byte) || matches!(byte, b'.' | b'-'))
+}
+
+fn mounts(path: &str, service: &Service) -> Checked {
+    let mut targets = BTreeSet::new();
+    for (index, tmpfs) in service.tmpfs.iter().enumerate() {
+        let path = format!("{path}.tmpfs[{index}]");
+        target(&path, &tmpfs.target)?;
+        ensure(tmpfs.size >= MIN_TMPFS, &path, || {
+            format!("size must be at least {MIN_TMPFS}, not {}", tmpfs.size)
+        })?;
+        once(&path, &mut targets, &tmpfs.target)?;
+    }
+    for (index, volume) in service.volumes.iter().enumerate() {
+        let path = format!("{path}.volumes[{index}]");
+        target(&path, &volume.target)?;
+        if let VolumeSource::Bind(source) = &volume.source {
+            ensure(is_path(source), &path, || {
+                format!("{source:?} must be an absolute path on the device without . and ..")
+            })?;
+        }
+        once(&path, &mut targets, &volume.target)?;
+    }
+    ensure(
+        targets.len() <= MAX_MOUNTS,
+        format_args!("{path}.volumes"),
+        || format!("at most {MAX_MOUNTS} volumes and tmpfs are allowed"),
+    )
+}
+
+fn once<'a>(path: &str, targets: &mut BTreeSet<&'a str>, target: &'a str) -> Checked {
+    ensure(targets.insert(target), path, || {
+        format!("{target} is mounted twice; keep one")
+    })
+}
+
+fn target(path: &str, target: &str) -> Checked {
+    ensure(is_path(target) && target != "/", path, || {
+        format!(
+            "{target:?} must be an absolute path below / without . and .., for example /var/lib/app"
+        )
+    })?;
+    let reserved = ["/proc", "/sys", "/dev"].into_iter().find(|top| {
+        target
+            .strip_prefix(top)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    });
+    match reserved {
+        Some(top) => refuse(
+            path,
+            format!("{target} is in {top}, which the runtime fills; choose another place"),
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Absolute and normal: no empty part, no `.` or `..`, no control characters.
+fn is_path(path: &str) -> bool {
+    path.len() <= MAX_PATH_BYTES
+        && !path.chars().any(char::is_control)
+        && (path == "/"
+            || path.strip_prefix('/').is_some_and(|rest| {
+                rest.split('/')
+                    .all(|part| !matches!(part, "" | "." | "..") && part.len() <= 255)
+            }))
+}
+
+fn probe(path: &str, probe: &Probe) -> Checked {
+    match probe.action() {
+        None => refuse(path, "must have exactly one of http, tcp and exec")?,
+        Some(ProbeAction::Http(http)) => {
+            port(&format!("{path}.http.port"), http.port)?;
+            let plain = http.path.bytes().all(|byte| byte.is_ascii_graphic());
+            ensure(
+                http.path.starts_with('/') && plain && http.path.len() <= MAX_HTTP_PATH_BYTES,
+                format_args!("{path}.http.path"),
+                || {
+                    format!(
+                        "must begin with / and hold at most {MAX_HTTP_PATH_BYTES} visible ASCII characters; \
+                         escape others as %XX"
+                    )
+                },
+            )?;
+        }
+        Some(ProbeAction::Tcp(tcp)) => port(&format!("{path}.tcp.port"), tcp.port)?,
+        Some(ProbeAction::Exec(exec)) => {
+            arguments(&format!("{path}.exec.command"), Some(&exec.command))?;
+        }
+    }
+    ensure(
+        probe.period >= MIN_PROBE_PERIOD,
+        format_args!("{path}.period"),
+        || format!("must be at least {MIN_PROBE_PERIOD}, not {}", probe.period),
+    )?;
+    ensure(
+        probe.timeout > Span(0) && probe.timeout <= MAX_PROBE_TIMEOUT,
+        format_args!("{path}.timeout"),
+        || {
+            format!(
+                "must be above 0 and at most {MAX_PROBE_TIMEOUT}, not {}",
+                probe.timeout
+            )
+        },
+    )?;
+    for (name, threshold) in [
+        ("success_threshold", probe.success_threshold),
+        ("failure_threshold", probe.failure_threshold),
+    ] {
+        ensure(
+            (1..=MAX_PROBE_THRESHOLD).contains(&threshold),
+            format_args!("{path}.{name}"),
+            || format!("must be 1 to {MAX_PROBE_THRESHOLD}, not {threshold}"),
+        )?;
+    }
+    Ok(())
+}
+
+fn port(path: &str, port: u16) -> Checked {
+    ensure(port != 0, path, || "must be 1 to 65535, not 0".to_owned())
+}
+
+fn logging(path: &str, logging: Logging) -> Checked {
+    ensure(
+        (MIN_LOG_SIZE..=MAX_LOG_SIZE).contains(&logging.max_size),
+        format_args!("{path}.max_size"),
+        || {
+            format!(
+                "must be {MIN_LOG_SIZE} to {MAX_LOG_SIZE}, not {}",
+                logging.max_size
+            )
+        },
+    )?;
+    ensure(
+        (1..=MAX_LOG_FILES).contains(&logging.max_file),
+        format_args!("{path}.max_file"),
+        || format!("must be 1 to {MAX_LOG_FILES}, not {}", logging.max_file),
+    )
+}
+
+/// `${…}` will mean something one day; until then it must not silently mean itself.
+fn substitutions(path: &str, service: &Service) -> Checked {
+    let lists = [
+        ("entrypoint", &service.entrypoint),
+        ("command", &service.command),
+    ];
+    for (name, list) in lists {
+        for (index, text) in list.iter().flatten().enumerate() {
+            no_substitution(&format!("{path}.{name}[{index}]"), text)?;
+        }
+    }
+    for (key, text) in &service.environment {
+        no_substitution(&format!("{path}.environment.{key}"), text)?;
+    }
+    if let Some(probe) = service
+        .probes
+        .readiness
+        .as_ref()
+        .and_then(|probe| probe.exec.as_ref())
+    {
+        for (index, text) in probe.command.iter().enumerate() {
+            no_substitution(
+                &format!("{path}.probes.readiness.exec.command[{index}]"),
+                text,
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn no_substitution(path: &str, text: &str) -> Checked {
+    let bare = text
+        .match_indices("${")
+        .any(|(at, _)| !text[..at].ends_with('$'));
+    ensure(!bare, path, || {
+        "substitution (`${…}`) is not built yet; write the value out, or `$${` for the characters `${`".to_owned()
+    })
+}
+
+/// A probe that cannot pass before the deadline would fail every rollout.
+fn in_time(path: &str, service: &Service, deadline: Span) -> Checked {
+    let Some(probe) = &service.probes.readiness else {
+        return Ok(());
+    };
+    let more = u64::from(probe.success_threshold.saturating_sub(1));
+    let earliest = probe
+        .initial_delay
+        .millis()
+        .saturating_add(probe.period.millis().saturating_mul(more));
+    ensure(
+        earliest < deadline.millis(),
+        format_args!("{path}.probes.readiness"),
+        || {
+            format!(
+                "cannot pass before {}, but spec.rollout.progressDeadline is {deadline}; make it longer",
+                Span(earliest)
+            )
+        },
+    )
+}
+
+fn rollout(policy: &RolloutPolicy) -> Checked {
+    waves(&policy.waves)?;
+    ensure(
+        policy.progress_deadline > Span(0),
+        "spec.rollout.progressDeadline",
+        || "must be above 0".to_owned(),
+    )?;
+    let budget = policy.failure_budget;
+    let path = "spec.rollout.failureBudget";
+    ensure(budget.count >= 1, format_args!("{path}.count"), || {
+        "must be at least 1".to_owned()
+    })?;
+    ensure(
+        budget.percent <= 100,
+        format_args!("{path}.percent"),
+        || format!("must be 0 to 100, not {}", budget.percent),
+    )?;
+    ensure(
+        budget.min_sample >= 1,
+        format_args!("{path}.minSample"),
+        || "must be at least 1".to_owned(),
+    )
+}
+
+/// Counts must grow, and percentages must grow. Whether 3 devices are more than 10 % is known only for a
+/// fleet: a wave that turns out to add no device is skipped there.
+fn waves(waves: &[WaveTarget]) -> Checked {
+    ensure(waves.len() <= MAX_WAVES, "spec.rollout.waves", || {
+        format!("at most {MAX_WAVES} waves are allowed, not {}", waves.len())
+    })?;
+    let (mut count, mut percent) = (0, 0);
+    for (index, wave) in waves.iter().enumerate() {
+        let path = format!("spec.rollout.waves[{index}]");
+        ensure(percent < 100, &path, || {
+            "comes after 100 percent, which is every device; remove it".to_owned()
+        })?;
+        match *wave {
+            WaveTarget::Count(new) => {
+                ensure(new >= 1, &path, || "count must be at least 1".to_owned())?;
+                ensure(new > count, &path, || grow(new, count, "devices"))?;
+                count = new;
+            }
+            WaveTarget::Percent(new) => {
+                ensure((1..=100).contains(&new), &path, || {
+                    format!("percent must be 1 to 100, not {new}")
+                })?;
+                ensure(new > percent, &path, || grow(new, percent, "percent"))?;
+                percent = new;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn grow(new: impl Display, before: impl Display, unit: &str) -> String {
+    format!("targets are cumulative and must grow: {new} {unit} come after {before}")
+}
+
+/// The release must fit, with images pinned.
+fn size(app: &App) -> Checked {
+    // The digest with its `@`, and what a short name grows by when it is written out.
+    const GROWTH: usize = "@sha256:".len() + 64 + "docker.io/library/".len();
+    let release = Release {
+        schema: 1,
+        app: app.metadata.name.clone(),
+        services: app.spec.services.clone(),
+    };
+    let size = release.to_canonical_json().len() + GROWTH * app.spec.services.len();
+    ensure(size <= MAX_RELEASE_BYTES, "spec.services", || {
+        format!(
+            "the release would have {size} bytes; at most {MAX_RELEASE_BYTES} are allowed; shorten commands and \
+             environment, or put files into the image"
+        )
+    })
+}

@@ -1,0 +1,136 @@
+//! How much a message may hold, so that a receiver knows what it stores and shows.
+//!
+//! A frame is small, but numbers of things and lengths of texts end up in tables, logs and pages.
+
+use super::{AppStatus, Beacon, Command, Event, Head, HubInfo, Inventory, Presence, Reported};
+use crate::id::AppName;
+use crate::manifest::MAX_SERVICES;
+
+/// Apps in a [`Head`] or [`Reported`].
+pub const MAX_APPS: usize = 256;
+
+/// Bytes of a text for people: [`super::Reason::message`] and [`Event::message`].
+pub const MAX_TEXT_BYTES: usize = 512;
+
+/// Bytes of a text about a device, such as its kernel's version.
+pub const MAX_FACT_BYTES: usize = 256;
+
+/// Labels in an [`Inventory`].
+pub const MAX_LABELS: usize = 64;
+
+/// Services in an [`AppStatus`]: those of the release that runs and of the one that comes.
+pub const MAX_SERVICE_STATES: usize = 2 * MAX_SERVICES;
+
+/// The beginning of `text` that fits into `max_bytes`, cut between characters.
+#[must_use]
+pub fn fit(text: &str, max_bytes: usize) -> &str {
+    &text[..text.floor_char_boundary(max_bytes)]
+}
+
+/// `text`, cut to [`MAX_TEXT_BYTES`] between characters.
+pub(super) fn text(text: impl Into<String>) -> String {
+    let mut text = text.into();
+    text.truncate(text.floor_char_boundary(MAX_TEXT_BYTES));
+    text
+}
+
+type Bounds = Result<(), &'static str>;
+
+const fn ensure(holds: bool, what: &'static str) -> Bounds {
+    if holds { Ok(()) } else { Err(what) }
+}
+
+fn apps<'a>(count: usize, names: impl Iterator<Item = &'a AppName>) -> Bounds {
+    ensure(count <= MAX_APPS, "more than 256 apps")?;
+    let mut names: Vec<_> = names.collect();
+    names.sort_unstable();
+    ensure(
+        names.windows(2).all(|pair| pair[0] != pair[1]),
+        "an app twice",
+    )
+}
+
+impl Head {
+    pub(crate) fn bounds(&self) -> Bounds {
+        apps(self.apps.len(), self.apps.iter().map(|app| &app.app))
+    }
+}
+
+impl Reported {
+    pub(crate) fn bounds(&self) -> Bounds {
+        self.inventory.bounds()?;
+        apps(self.apps.len(), self.apps.iter().map(|app| &app.app))?;
+        self.apps.iter().try_for_each(AppStatus::bounds)
+    }
+}
+
+impl Inventory {
+    fn bounds(&self) -> Bounds {
+        let facts = [&self.agent_version, &self.arch, &self.kernel];
+        ensure(
+            facts.into_iter().all(|fact| fact.len() <= MAX_FACT_BYTES),
+            "a fact about the device of more than 256 bytes",
+        )?;
+        ensure(self.labels.len() <= MAX_LABELS, "more than 64 labels")
+    }
+}
+
+impl AppStatus {
+    fn bounds(&self) -> Bounds {
+        ensure(
+            self.services.len() <= MAX_SERVICE_STATES,
+            "more than 64 services of an app",
+        )?;
+        let long = self
+            .reason
+            .as_ref()
+            .is_some_and(|reason| reason.message.len() > MAX_TEXT_BYTES);
+        ensure(!long, "a reason of more than 512 bytes")
+    }
+}
+
+impl Event {
+    pub(crate) fn bounds(&self) -> Bounds {
+        ensure(
+            self.message.len() <= MAX_TEXT_BYTES,
+            "a text of more than 512 bytes",
+        )
+    }
+}
+
+impl Presence {
+    pub(crate) fn bounds(&self) -> Bounds {
+        ensure(
+            self.agent_version.len() <= MAX_FACT_BYTES,
+            "a fact about the device of more than 256 bytes",
+        )
+    }
+}
+
+macro_rules! unbounded {
+    ($($message:ty),*) => {
+        $(impl $message {
+            pub(crate) const fn bounds(&self) -> Bounds {
+                Ok(())
+            }
+        })*
+    };
+}
+unbounded!(Beacon, Command, HubInfo);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_cut_between_characters() {
+        assert_eq!(fit("aé", 2), "a");
+        assert_eq!(fit("aé", 3), "aé");
+        let long = text("é".repeat(400));
+        assert_eq!(long.len(), MAX_TEXT_BYTES);
+        assert_eq!(
+            text("a".to_owned() + &"é".repeat(400)).len(),
+            MAX_TEXT_BYTES - 1
+        );
+    }
+}

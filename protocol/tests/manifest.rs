@@ -1,0 +1,474 @@
+//! Manifests as users write them: what is accepted, and what is said about what is not.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use foreshore_protocol::manifest::{self, App, MAX_MANIFEST_BYTES, ManifestError};
+use foreshore_protocol::release::{MAX_RELEASE_BYTES, Release};
+
+/// A manifest with `service` added to its one service.
+fn with(service: &str) -> String {
+    format!("{}{service}", base())
+}
+
+/// A manifest with `spec` added below its services.
+fn with_spec(spec: &str) -> String {
+    format!("{}  {spec}\n", base())
+}
+
+fn base() -> &'static str {
+    "apiVersion: foreshore/v1\nkind: App\nmetadata: {name: web}\nspec:\n  services:\n    web:\n      image: acme/web:1\n"
+}
+
+fn json() -> &'static str {
+    "{\n\t\"apiVersion\": \"foreshore/v1\",\n\t\"kind\": \"App\",\n\t\"metadata\": {\"name\": \"web\"},\n\t\"spec\": {\"services\": {\"web\": {\"image\": \"acme/web:1\"}}}\n}\n"
+}
+
+fn replaced(from: &str, to: &str) -> String {
+    assert!(base().contains(from), "{from}");
+    base().replace(from, to)
+}
+
+fn json_with(service: &str) -> String {
+    json().replace("\"acme/web:1\"", &format!("\"acme/web:1\", {service}"))
+}
+
+/// What each of `manifests` is refused with, one a line.
+fn refusals(manifests: &[(&str, String)]) -> String {
+    manifests
+        .iter()
+        .fold(String::new(), |mut out, (name, manifest)| {
+            let error = manifest::parse(manifest.as_bytes())
+                .expect_err(name)
+                .to_string();
+            assert!(!error.contains('\n'), "{name}: {error}");
+            assert!(error.matches("line ").count() <= 1, "{name}: {error}");
+            assert!(error.len() <= 1200, "{name}: {} bytes", error.len());
+            writeln!(out, "{name}: {error}").expect("writing to a String cannot fail");
+            out
+        })
+}
+
+#[test]
+fn what_is_not_yaml_or_not_plain_yaml() {
+    let refused = refusals(&[
+        ("empty", String::new()),
+        ("only a comment", "# later\n".to_owned()),
+        ("null", "null\n".to_owned()),
+        ("scalar", "hello\n".to_owned()),
+        ("list", "- a\n".to_owned()),
+        ("tab", replaced("  services", "\tservices")),
+        ("indentation", with("     user: root\n")),
+        ("two colons", with("      user: a: b\n")),
+        ("unclosed", with("      command: [\"a\"\n")),
+        ("control character", replaced("acme/web:1", "\"a\u{1}\"")),
+        ("two documents", format!("{}---\n{}", base(), base())),
+        ("anchor", replaced("image: a", "image: &x a")),
+        ("alias", replaced("image: acme/web:1", "image: *x")),
+        ("merge key", with("      <<: {read_only: true}\n")),
+        (
+            "merge key in environment",
+            with("      environment: {<<: {A: b}}\n"),
+        ),
+        ("tag", replaced("image: a", "image: !env a")),
+        ("include", replaced("acme/web:1", "!include x")),
+        ("list as key", format!("? [a]\n: b\n{}", base())),
+        ("deep flow", "[".repeat(100_000)),
+        ("deep maps", "{a: ".repeat(5000)),
+        ("json, cut", json()[..json().len() - 6].to_owned()),
+        ("json, more behind it", format!("{} x", json())),
+    ]);
+    insta::assert_snapshot!(refused);
+}
+
+#[test]
+fn keys_that_are_given_twice() {
+    let refused = refusals(&[
+        ("in a service", with("      image: b\n")),
+        ("services", with("    web: {image: b}\n")),
+        (
+            "environment",
+            with("      environment:\n        A: 1\n        A: 2\n"),
+        ),
+        ("environment list", with("      environment: [A=1, A=2]\n")),
+        ("labels", with_spec("selector: {matchLabels: {a: b, a: c}}")),
+        ("json", json_with("\"user\": \"a\", \"user\": \"b\"")),
+        (
+            "json environment",
+            json_with("\"environment\": {\"A\": 1, \"\\u0041\": 2}"),
+        ),
+        (
+            "json top",
+            json().replace("\"kind\"", "\"kind\": \"App\", \"kind\""),
+        ),
+    ]);
+    insta::assert_snapshot!(refused);
+}
+
+#[test]
+fn keys_that_do_not_exist_or_are_not_built() {
+    let mut manifests: Vec<(&str, String)> = [
+        "imag: b",
+        "memory: 32m",
+        "workingDir: /",
+        "1: x",
+        "ports: [\"80:80\"]",
+        "depends_on: [db]",
+        "devices: [/dev/ttyUSB0]",
+        "healthcheck: {test: [a]}",
+        "build: .",
+        "deploy: {}",
+        "networks: [a]",
+        "secrets: [a]",
+        "configs: [a]",
+        "privileged: true",
+        "cap_add: [NET_ADMIN]",
+        "env_file: .env",
+        "container_name: x",
+        "hostname: x",
+        "probes: {liveness: {tcp: {port: 1}}}",
+        "probes: {startup: {tcp: {port: 1}}}",
+        "probes: {readiness: {httpGet: {port: 1}}}",
+        "probes: {readiness: {http: {port: 1, scheme: https}}}",
+        "logging: {driver: json-file}",
+        "\"a\\n\\e[31mb\": c",
+    ]
+    .into_iter()
+    .map(|line| (line, with(&format!("      {line}\n"))))
+    .collect();
+    for line in [
+        "volumes: {data: }",
+        "replicas: 3",
+        "selector: {matchExpressions: []}",
+        "rollout: {approval: each-wave}",
+        "rollout: {window: {cron: x}}",
+        "rollout: {max_unavailable: 1}",
+        "rollout: {strategy: x}",
+    ] {
+        manifests.push((line, with_spec(line)));
+    }
+    manifests.push(("compose file", "services: {web: {image: a}}\n".to_owned()));
+    manifests.push((
+        "huge key",
+        with(&format!("      ? {}\n      : 1\n", "k".repeat(100_000))),
+    ));
+    let refused = refusals(&manifests);
+    insta::assert_snapshot!(refused);
+}
+
+#[test]
+fn values_of_the_wrong_type_or_out_of_range() {
+    let service = [
+        "read_only: yes",
+        "restart: false",
+        "restart: on-failure:x",
+        "pids_limit: -1",
+        "pids_limit: 1.5",
+        "pids_limit: 0",
+        "pids_limit: 32769",
+        "mem_limit: 12 parsecs",
+        "mem_limit: .nan",
+        "mem_limit: [1]",
+        "mem_limit:",
+        "mem_limit: 3m",
+        "cpus: \"0\"",
+        "cpus: 0.001",
+        "cpus: 1e-9",
+        "stop_grace_period: 10",
+        "stop_grace_period: 61m",
+        "command: sleep 5",
+        "command: []",
+        "command: [\"\"]",
+        "command: [\"a\\0\"]",
+        "entrypoint: []",
+        "environment:",
+        "environment: {A: }",
+        "environment: {A: {b: c}}",
+        "environment: [A]",
+        "environment: {\"\": a}",
+        "environment: {\"A=B\": a}",
+        "environment: {A: \"\\0\"}",
+        "environment: {A: \"${device.labels.site}\"}",
+        "command: [\"echo\", \"${HOME}\"]",
+        "user: \"a b\"",
+        "user: \"1:2:3\"",
+        "user: 4294967295",
+        "working_dir: srv",
+        "working_dir: /a/../b",
+        "network_mode: bridge",
+        "stop_signal: SIGWINCH",
+        "tmpfs: /run:size=x",
+        "tmpfs: /run:size=0",
+        "tmpfs: /",
+        "tmpfs: [/a, /a]",
+        "volumes: [data]",
+        "volumes: [{type: bind}]",
+        "volumes: [\"data:/proc/x\"]",
+        "volumes: [\"data:/dev\"]",
+        "volumes: [\"/a/../b:/c\"]",
+        "volumes: [\"a:/x\", \"b:/x\"]",
+        "volumes: [\"a:/x/\"]",
+        "probes: {readiness: {}}",
+        "probes: {readiness: {tcp: {port: 1}, http: {port: 1}}}",
+        "probes: {readiness: {tcp: {port: 0}}}",
+        "probes: {readiness: {tcp: {port: 70000}}}",
+        "probes: {readiness: {http: {port: 1, path: ready}}}",
+        "probes: {readiness: {http: {port: 1, path: \"/a\\r\\nHost: b\"}}}",
+        "probes: {readiness: {exec: {command: []}}}",
+        "probes: {readiness: {tcp: {port: 1}, period: 99ms}}",
+        "probes: {readiness: {tcp: {port: 1}, timeout: 0s}}",
+        "probes: {readiness: {tcp: {port: 1}, timeout: 6m}}",
+        "probes: {readiness: {tcp: {port: 1}, failure_threshold: 0}}",
+        "probes: {readiness: {tcp: {port: 1}, success_threshold: 1001}}",
+        "probes: {readiness: {tcp: {port: 1}, initial_delay: 5m}}",
+        "logging: {max_size: 1}",
+        "logging: {max_file: 101}",
+    ];
+    let spec = [
+        "rollout: {waves: [{count: 1, percent: 5}]}",
+        "rollout: {waves: [{percent: 10%}]}",
+        "rollout: {waves: [10%]}",
+        "rollout: {waves: [{}]}",
+        "rollout: {waves: [{devices: 1}]}",
+        "rollout: {waves: [{count: 0}]}",
+        "rollout: {waves: [{percent: 0}]}",
+        "rollout: {waves: [{percent: 101}]}",
+        "rollout: {waves: [{count: 5}, {percent: 10}, {count: 5}]}",
+        "rollout: {waves: [{percent: 10}, {percent: 5}]}",
+        "rollout: {waves: [{percent: 100}, {count: 5}]}",
+        "rollout: {maxUnavailable: 0}",
+        "rollout: {maxUnavailable: 101%}",
+        "rollout: {progressDeadline: 0s}",
+        "rollout: {failureBudget: {count: 0}}",
+        "rollout: {failureBudget: {percent: 101}}",
+        "rollout: {failureBudget: {minSample: 0}}",
+        "rollout: {onFailure: retry}",
+        "selector: {matchLabels: {a: \"b c\"}}",
+    ];
+    let image = [
+        "~",
+        "\"\"",
+        "\"a b\"",
+        "acme//web",
+        "acme/Web",
+        "a:",
+        "a@sha256:00",
+        "a:b:c",
+        "\"${IMAGE}\"",
+        "host:99999/a",
+        "-a",
+    ];
+    let mut manifests: Vec<(&str, String)> = service
+        .into_iter()
+        .map(|line| (line, with(&format!("      {line}\n"))))
+        .collect();
+    manifests.extend(spec.into_iter().map(|line| (line, with_spec(line))));
+    manifests.extend(
+        image
+            .into_iter()
+            .map(|text| (text, replaced("acme/web:1", text))),
+    );
+    manifests.extend([
+        ("kind", replaced("App", "Pod")),
+        ("apiVersion", replaced("foreshore/v1", "foreshore/v2")),
+        ("app name", replaced("name: web", "name: Web_1")),
+        ("service name", replaced("    web:", "    Web:")),
+        ("no image", replaced("image: acme/web:1", "read_only: true")),
+        (
+            "no services",
+            replaced("    web:\n      image: acme/web:1\n", ""),
+        ),
+        ("no kind", "apiVersion: foreshore/v1\n".to_owned()),
+    ]);
+    let refused = refusals(&manifests);
+    insta::assert_snapshot!(refused);
+}
+
+#[test]
+fn size_is_looked_at_first_and_the_release_must_fit() {
+    let huge = format!("# {}\n{}", "x".repeat(MAX_MANIFEST_BYTES), base());
+    assert!(matches!(
+        manifest::parse(huge.as_bytes()),
+        Err(ManifestError::TooLarge { .. })
+    ));
+    assert!(matches!(
+        manifest::parse(b"a: \xff"),
+        Err(ManifestError::Encoding { offset: 3 })
+    ));
+    let long = with(&format!(
+        "      environment: {{A: \"{}\"}}\n",
+        "x".repeat(MAX_RELEASE_BYTES)
+    ));
+    let error = manifest::parse(long.as_bytes()).unwrap_err().to_string();
+    assert!(
+        error.starts_with("spec.services: the release would have"),
+        "{error}"
+    );
+    let services: String = (0..33)
+        .map(|i| format!("    s{i}: {{image: a}}\n"))
+        .collect();
+    let error = manifest::parse(with(&services).as_bytes())
+        .unwrap_err()
+        .to_string();
+    assert_eq!(error, "spec.services: an app has 1 to 32 services, not 34");
+    let waves: Vec<String> = (1..=33).map(|i| format!("{{count: {i}}}")).collect();
+    let error = manifest::parse(
+        with_spec(&format!("rollout: {{waves: [{}]}}", waves.join(", "))).as_bytes(),
+    );
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "spec.rollout.waves: at most 32 waves are allowed, not 33"
+    );
+}
+
+#[test]
+fn scalars_in_the_environment_stay_as_they_are_written() {
+    let app = parse(&with(
+        "      environment: {A: 1.0, B: true, C: 0x10, D: 1e400, E: 007, F: 2026-01-01, G: yes, H: \"\"}\n",
+    ));
+    let environment: Vec<String> = service(&app)
+        .environment
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
+    assert_eq!(
+        environment,
+        [
+            "A=1.0",
+            "B=true",
+            "C=0x10",
+            "D=1e400",
+            "E=007",
+            "F=2026-01-01",
+            "G=yes",
+            "H="
+        ]
+    );
+}
+
+#[test]
+fn json_is_read_like_yaml() {
+    let text = json_with(
+        "\"environment\": {\"A\": \"x\\/\\u00e9\\ud83d\\ude00\", \"B\": 1.0}, \"cpus\": 0.5",
+    );
+    let app = parse(&text);
+    assert_eq!(service(&app).environment["A"], "x/é😀");
+    assert_eq!(service(&app).environment["B"], "1.0");
+    assert_eq!(parse(json()), parse(base()));
+    // What serde_json writes is read back to an equal value.
+    let written = serde_json::to_string_pretty(&app).unwrap();
+    assert_eq!(parse(&written), app);
+}
+
+#[test]
+fn byte_order_mark_line_ends_directives_and_document_marks_do_not_matter() {
+    let plain = parse(base());
+    for text in [
+        format!("\u{feff}{}", base()),
+        base().replace('\n', "\r\n"),
+        format!("---\n{}...\n", base()),
+        format!("%YAML 1.2\n---\n{}", base()),
+        with("      read_only: true\n      restart: \"always\"\n"),
+        with("      restart: unless-stopped\n      network_mode: none\n  rollout:\n"),
+    ] {
+        assert_eq!(parse(&text), plain, "{text}");
+    }
+    assert_eq!(
+        service(&parse(&with("      restart: no\n")))
+            .restart
+            .to_string(),
+        "no"
+    );
+}
+
+#[test]
+fn mixed_waves_and_the_edges_of_ranges_are_accepted() {
+    for service in [
+        "mem_limit: 4m",
+        "mem_limit: 4194304",
+        "cpus: 0.01",
+        "pids_limit: 32768",
+        "stop_grace_period: 1h",
+        "stop_grace_period: 0s",
+        "user: nobody",
+        "user: 0",
+        "user: \"1000:www-data\"",
+        "working_dir: /",
+        "tmpfs: [/tmp, /run:size=4k]",
+        "volumes: [\"/proc:/host/proc:ro\", \"data:/devices\", \"/:/host:ro\"]",
+        "environment: [A=b=c, B=]",
+        "command: [sh, -c, \"echo $HOME $$ $${HOME}\"]",
+        "probes: {readiness: {http: {port: 65535}, timeout: 5m, period: 100ms, success_threshold: 1000}}",
+        "logging: {max_size: 4k, max_file: 1}",
+        "logging: {max_size: 1g, max_file: 100}",
+    ] {
+        parse(&with(&format!("      {service}\n")));
+    }
+    for rollout in [
+        "waves: []",
+        "waves: [{count: 100}, {percent: 1}, {count: 101}, {percent: 100}]",
+        "failureBudget: {count: 1, percent: 0, minSample: 1}",
+        "soak: 0s, bake: 0s, progressDeadline: 1ms",
+        "maxUnavailable: 100%",
+        "maxUnavailable: 1",
+    ] {
+        parse(&with_spec(&format!("rollout: {{{rollout}}}")));
+    }
+    for image in [
+        "alpine",
+        "alpine:3.20",
+        "localhost:5000/a/b_c/d-e.f:V1",
+        "registry.lan:5000/x",
+        "\"[::1]:5000/x:1\"",
+        "ghcr.io/acme/modbus:1.4@sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        "hub.internal/demo:v1",
+    ] {
+        parse(&replaced("acme/web:1", image));
+    }
+}
+
+#[test]
+fn every_sample_in_the_repository_parses() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let mut seen = 0;
+    for dir in ["apps", "demo"] {
+        for entry in std::fs::read_dir(configs.join(dir)).unwrap() {
+            let path = entry.unwrap().path();
+            if !path
+                .extension()
+                .is_some_and(|ext| ext == "yaml" || ext == "json")
+            {
+                continue;
+            }
+            let bytes = std::fs::read(&path).unwrap();
+            let app = manifest::parse(&bytes)
+                .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            let pinned = app
+                .spec
+                .services
+                .keys()
+                .map(|name| (name.clone(), pinned_image()))
+                .collect();
+            Release::from_app(&app, &pinned)
+                .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            seen += 1;
+        }
+    }
+    assert!(seen >= 4, "only {seen} samples found");
+}
+
+fn pinned_image() -> String {
+    format!("ghcr.io/acme/web@sha256:{}", "0".repeat(64))
+}
+
+fn parse(text: &str) -> App {
+    manifest::parse(text.as_bytes()).unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+fn service(app: &App) -> &manifest::Service {
+    app.spec
+        .services
+        .values()
+        .next()
+        .expect("at least one service")
+}
