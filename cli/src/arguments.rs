@@ -199,7 +199,8 @@ Examples:
 
     /// Show what happened, or follow it
     #[command(after_help = "\
-With -w the connection is taken up again where it broke, without gaps.
+With --app or --device, the newest 1000 events of all are looked at. With -w the connection is taken
+up again where it broke, without gaps.
 
 Examples:
   foreshore events
@@ -372,7 +373,7 @@ pub(crate) struct Events {
     #[arg(long, value_name = "ID")]
     pub(crate) after: Option<u64>,
     /// At most this many events of the past
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=10_000), value_name = "COUNT")]
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1000), value_name = "COUNT")]
     pub(crate) limit: u32,
 }
 

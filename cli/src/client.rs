@@ -217,17 +217,17 @@ impl Hub {
             .limit(MAX_PROBLEM_BYTES)
             .read_to_vec()
             .unwrap_or_default();
-        let exit = match status {
-            400 | 413 | 415 | 422 => code::INPUT,
-            // From a proxy in front of a hub that restarts, or from a hub that is not ready.
-            502..=504 => code::UNREACHABLE,
-            _ => code::FAILED,
-        };
         let failure = match serde_json::from_slice::<Problem>(&body) {
             Ok(problem) => {
                 let place = match (problem.line, problem.column) {
                     (Some(line), Some(column)) => format!("line {line}, column {column}: "),
                     _ => String::new(),
+                };
+                let exit = match (status, problem.code.as_str()) {
+                    (400 | 413 | 415 | 422, _) => code::INPUT,
+                    // The hub is there, but not now: trying again helps.
+                    (_, "stopping" | "busy" | "timeout") => code::UNREACHABLE,
+                    _ => code::FAILED,
                 };
                 let text = if problem.detail.is_empty() {
                     problem.title
@@ -236,11 +236,20 @@ impl Hub {
                 };
                 Failure::new(exit, format_args!("{place}{text}")).problem(&problem.code)
             }
-            Err(_) => Failure::new(
-                exit,
-                format_args!("{} answered with status {status}", self.url),
-            )
-            .hint("check that the address is a Foreshore hub"),
+            Err(_) => {
+                // A proxy says these in place of a hub that restarts.
+                let away = matches!(status, 502..=504);
+                let exit = if away {
+                    code::UNREACHABLE
+                } else {
+                    code::FAILED
+                };
+                Failure::new(
+                    exit,
+                    format_args!("{} answered with status {status}", self.url),
+                )
+                .hint("check that the address is a Foreshore hub")
+            }
         };
         match status {
             401 | 403 => failure.hint(format_args!(

@@ -323,6 +323,50 @@ fn pausing_goes_to_the_newest_rollout() {
     assert!(stdout(&output).contains("paused after"));
 }
 
+#[test]
+fn a_registry_that_is_away_is_not_a_hub_that_is_away() {
+    let hub = FakeHub::start(vec![
+        Answer::problem(502, "registry-unreachable", "no"),
+        Answer::problem(503, "stopping", "the hub is stopping"),
+    ]);
+    assert_eq!(hub.run("get apps").status.code(), Some(1));
+    assert_eq!(hub.run("get apps").status.code(), Some(5));
+}
+
+#[test]
+fn events_are_filtered_and_paged() {
+    let items = |ids: std::ops::RangeInclusive<u64>| {
+        let events: Vec<String> = ids
+            .map(|id| {
+                let device = if id % 2 == 0 { "gw-2" } else { "gw-1" };
+                event(id).replace("gw-1", device)
+            })
+            .collect();
+        Answer::json(format!(r#"{{"items":[{}]}}"#, events.join(",")))
+    };
+    let ids = |output: &std::process::Output| {
+        let text = stdout(output);
+        text.lines()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    let hub = FakeHub::start(vec![
+        items(1..=6),
+        items(4..=5),
+        items(6..=9),
+        Answer::json(r#"{"items":[]}"#),
+        items(4..=9),
+    ]);
+    let output = hub.run("events -o name --device gw-2 --limit 2");
+    assert_eq!(ids(&output), "event/4 event/6");
+    let output = hub.run("events -o name --device gw-2 --after 3");
+    assert_eq!(ids(&output), "event/4 event/6 event/8");
+    let output = hub.run("events -o name --after 3 --limit 2");
+    assert_eq!(ids(&output), "event/4 event/5");
+    assert_eq!(hub.asked()[2].line, "GET /api/v1/events?after=5&limit=1000");
+}
+
 fn event(id: u64) -> String {
     format!(
         r#"{{"id":{id},"receivedMs":0,"device":"gw-1","app":"web","service":null,"rollout":null,"kind":"started","message":"m{id}"}}"#

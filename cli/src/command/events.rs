@@ -17,24 +17,18 @@ use crate::output::{self, now_ms, printable, timestamp};
 const QUIET: Duration = Duration::from_secs(60);
 /// The longest line of a stream: an event is below 2 KiB.
 const MAX_LINE_BYTES: u64 = 1 << 20;
+/// As many events as the hub gives in one answer. A filter looks at so many of the newest.
+const PAGE: u32 = 1000;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 pub(super) fn run(hub: &Hub, events: &Events, format: Format, out: &mut dyn Write) -> Outcome {
-    let past = past(hub, events)?;
-    let newest = past.iter().map(|event| event.id).max().or(events.after);
-    let mut shown: Vec<EventView> = past
-        .into_iter()
-        .filter(|event| wanted(events, event))
-        .collect();
-    if events.limit == 0 {
-        shown.clear();
-    }
+    let (shown, last) = past(hub, events)?;
     if events.watch {
         shown
             .iter()
             .try_for_each(|event| print_line(event, format, out))?;
-        follow(hub, events, newest.unwrap_or(0), format, out)
+        follow(hub, events, last, format, out)
     } else if format == Format::Json {
         output::json(out, &List { items: shown })?;
         Ok(code::OK)
@@ -44,19 +38,42 @@ pub(super) fn run(hub: &Hub, events: &Events, format: Format, out: &mut dyn Writ
     }
 }
 
-/// Events of the past, oldest first.
-fn past(hub: &Hub, events: &Events) -> Result<Vec<EventView>, Failure> {
-    // With a limit of 0 one is still asked for: it says where to begin following.
-    let mut path = format!("/events?limit={}", events.limit.max(1));
-    let mut add = |key: &str, value: Option<String>| {
-        if let Some(value) = value {
-            path.push_str(&format!("&{key}={value}"));
-        }
+/// The events of the past that are asked for, oldest first, and the id to follow after.
+fn past(hub: &Hub, events: &Events) -> Result<(Vec<EventView>, u64), Failure> {
+    let limit = usize::try_from(events.limit).unwrap_or(usize::MAX);
+    let Some(mut last) = events.after else {
+        // With a limit of 0 events are still asked for: they say where to begin following.
+        let filtered = events.app.is_some() || events.device.is_some();
+        let count = if filtered { PAGE } else { events.limit.max(1) };
+        let page = page(hub, &format!("/events?limit={count}"))?;
+        let last = page.last().map_or(0, |event| event.id);
+        let mut found: Vec<EventView> = page
+            .into_iter()
+            .filter(|event| wanted(events, event))
+            .collect();
+        found.drain(..found.len().saturating_sub(limit));
+        return Ok((found, last));
     };
-    add("after", events.after.map(|after| after.to_string()));
-    add("app", events.app.as_ref().map(ToString::to_string));
-    add("device", events.device.as_ref().map(ToString::to_string));
-    let mut list: List<EventView> = hub.get(&path)?;
+    let mut found = Vec::new();
+    while found.len() < limit {
+        let page = page(hub, &format!("/events?after={last}&limit={PAGE}"))?;
+        let Some(end) = page.last() else { break };
+        let end = end.id;
+        for event in page {
+            if found.len() < limit {
+                last = event.id;
+                found.extend(Some(event).filter(|event| wanted(events, event)));
+            }
+        }
+        if last < end {
+            break;
+        }
+    }
+    Ok((found, last))
+}
+
+fn page(hub: &Hub, path: &str) -> Result<Vec<EventView>, Failure> {
+    let mut list: List<EventView> = hub.get(path)?;
     list.items.sort_by_key(|event| event.id);
     Ok(list.items)
 }

@@ -30,8 +30,8 @@ pub(super) fn run(hub: &Hub, get: &Get, format: Format, out: &mut dyn Write) -> 
         }
         (GetKind::Rollouts, None) => {
             let path = get.app.as_ref().map_or_else(
-                || "/rollouts".to_owned(),
-                |app| format!("/rollouts?app={app}"),
+                || "/rollouts?limit=100".to_owned(),
+                |app| format!("/rollouts?limit=100&app={app}"),
             );
             list(&hub.get::<List<RolloutView>>(&path)?, format, out)
         }
@@ -64,7 +64,7 @@ pub(super) fn rollout(hub: &Hub, name: &str) -> Result<RolloutView, Failure> {
 
 /// The newest rollout of an app.
 pub(super) fn newest(hub: &Hub, app: &AppName) -> Result<RolloutView, Failure> {
-    let rollouts: List<RolloutView> = hub.get(&format!("/rollouts?app={app}"))?;
+    let rollouts: List<RolloutView> = hub.get(&format!("/rollouts?app={app}&limit=1"))?;
     rollouts
         .items
         .into_iter()

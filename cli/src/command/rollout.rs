@@ -51,7 +51,7 @@ pub(super) fn run(hub: &Hub, verb: &Rollout, format: Format, out: &mut dyn Write
             Ok(code::OK)
         }
         Rollout::History { app } => {
-            let mut list: List<RolloutView> = hub.get(&format!("/rollouts?app={app}"))?;
+            let mut list: List<RolloutView> = hub.get(&format!("/rollouts?limit=100&app={app}"))?;
             list.items
                 .sort_by_key(|rollout| std::cmp::Reverse(rollout.id));
             match format {
