@@ -1,0 +1,712 @@
+//! A simulated device: the agent's real `plan` and `History` over a disk, a kernel and containers that are made up.
+//!
+//! What is on `Disk` survives everything; containers survive the agent, not the power; the rest is the memory of
+//! one life of the agent.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use foreshore_agent::plan::{
+    self, BootId, BootMs, Busy, Desired, History, Now, Observed, ObservedContainer, Outcome, Plan,
+    ProbeState, Step,
+};
+use foreshore_agent::runtime::{Container, ContainerId, ContainerState, Exit};
+use foreshore_protocol::message::{AppStatus, Head, Phase, Reason, ReasonCode, Reported};
+use foreshore_protocol::release::{Release, service_digest};
+use foreshore_protocol::{AppName, DeviceId, Digest, Version};
+
+use crate::mutation::Mutation;
+use crate::random::Random;
+use crate::scenario::{Fate, MINUTE, Ms, SECOND, Scenario};
+
+/// What survives a power cut.
+#[derive(Debug, Clone, Default)]
+pub struct Disk {
+    /// The newest head that was accepted.
+    pub head: Option<Head>,
+    /// What the planner remembers.
+    pub history: History,
+    /// Release manifests.
+    pub releases: BTreeMap<Digest, Release>,
+    /// Images.
+    pub images: BTreeSet<Digest>,
+    /// How often the agent started.
+    pub starts: u64,
+    /// How often it connected.
+    pub sessions: u64,
+}
+
+/// A container of the made-up runtime.
+#[derive(Debug, Clone)]
+struct Live {
+    container: Container,
+    /// From when its probe succeeds, if ever.
+    ready_at: Option<Ms>,
+    /// When it ends by itself, if ever.
+    ends_at: Option<Ms>,
+}
+
+/// A step on its way.
+#[derive(Debug, Clone)]
+struct Running {
+    token: u64,
+    step: Step,
+}
+
+/// One edge box.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// Its id.
+    pub id: DeviceId,
+    /// Its place in the scenario.
+    pub number: usize,
+    /// What survives a power cut.
+    pub disk: Disk,
+    /// Whether it has power.
+    pub powered: bool,
+    /// Whether it is connected to the broker, and by which session.
+    pub session: Option<u64>,
+    /// Whether its link could carry a connection.
+    pub link: bool,
+    /// Which life of the agent this is; events of another are void.
+    pub life: u64,
+    containers: BTreeMap<ContainerId, Live>,
+    boot: u64,
+    booted_at: Ms,
+    watching_since: Ms,
+    running: Vec<Running>,
+    outcomes: Vec<Outcome>,
+    next_token: u64,
+    seq: u64,
+    /// The newest report made.
+    pub reported: Option<Reported>,
+    /// The newest report that the hub acknowledged in this life.
+    pub acknowledged: u64,
+    planned: Option<Ms>,
+    /// For the rules only: what it said that it rolled back from.
+    gave_up: BTreeSet<(AppName, Version, Digest)>,
+}
+
+/// What a poll of a device asks of the world.
+#[derive(Debug, Default)]
+pub struct Asks {
+    /// Steps that were begun: how long each takes and its token.
+    pub begun: Vec<(Ms, u64)>,
+    /// Release manifests to fetch.
+    pub fetch: BTreeSet<Digest>,
+    /// When to poll again.
+    pub wake_at: Option<Ms>,
+    /// Whether there is a new report to send.
+    pub report: bool,
+    /// Rules that the plan breaks.
+    pub violations: Vec<String>,
+    /// For the event log.
+    pub log: Vec<String>,
+}
+
+impl Device {
+    /// A box that was never switched on.
+    #[must_use]
+    pub fn new(id: DeviceId, number: usize) -> Self {
+        Self {
+            id,
+            number,
+            disk: Disk::default(),
+            powered: false,
+            session: None,
+            link: true,
+            life: 0,
+            containers: BTreeMap::new(),
+            boot: 0,
+            booted_at: 0,
+            watching_since: 0,
+            running: Vec::new(),
+            outcomes: Vec::new(),
+            next_token: 0,
+            seq: 0,
+            reported: None,
+            acknowledged: 0,
+            planned: None,
+            gave_up: BTreeSet::new(),
+        }
+    }
+
+    /// Whether an agent runs.
+    #[must_use]
+    pub const fn is_up(&self) -> bool {
+        self.powered
+    }
+
+    /// The newest version that it accepted.
+    #[must_use]
+    pub fn version(&self) -> Option<Version> {
+        self.disk.head.as_ref().map(|head| head.version)
+    }
+
+    /// Switches it on.
+    pub fn boot(&mut self, now: Ms, random: &mut Random, mutation: Option<Mutation>) {
+        self.powered = true;
+        self.boot += 1;
+        // The kernel and the agent take a while; the clock began before.
+        self.booted_at = now.saturating_sub(random.between(2 * SECOND, 30 * SECOND));
+        if mutation == Some(Mutation::ForgetPoison) {
+            for app in self.disk.history.apps.values_mut() {
+                app.poisoned.clear();
+                app.assignment = None;
+            }
+        }
+        // Containers are gone with the power; their records may be left over.
+        let leftover = random.chance(50);
+        self.containers.retain(|_, live| {
+            live.container.state = ContainerState::Broken;
+            leftover
+        });
+        self.start_agent(now);
+    }
+
+    /// Begins a life of the agent.
+    pub fn start_agent(&mut self, now: Ms) {
+        self.life += 1;
+        self.disk.starts += 1;
+        self.watching_since = now;
+        self.seq = 0;
+        self.acknowledged = 0;
+        self.reported = None;
+        self.planned = None;
+    }
+
+    /// Ends a life of the agent in the middle of whatever it does: each step on its way may or may not have
+    /// happened, and nobody was told.
+    pub fn end_agent(&mut self, now: Ms, scenario: &Scenario, registry: bool, random: &mut Random) {
+        self.session = None;
+        self.outcomes.clear();
+        for running in std::mem::take(&mut self.running) {
+            if random.chance(50) {
+                let mut log = Vec::new();
+                self.perform(
+                    &running.step,
+                    now,
+                    scenario,
+                    registry,
+                    random,
+                    None,
+                    &mut log,
+                );
+            }
+        }
+    }
+
+    /// Cuts its power.
+    pub fn cut_power(&mut self, now: Ms, scenario: &Scenario, registry: bool, random: &mut Random) {
+        self.end_agent(now, scenario, registry, random);
+        self.powered = false;
+        self.life += 1;
+    }
+
+    /// One of its containers ends by itself.
+    pub fn kill_a_container(&mut self, now: Ms, random: &mut Random) {
+        let running: Vec<_> = self
+            .containers
+            .iter()
+            .filter(|(_, live)| matches!(live.container.state, ContainerState::Running { .. }))
+            .map(|(id, _)| id.clone())
+            .collect();
+        if !running.is_empty()
+            && let Some(live) = self.containers.get_mut(random.pick(&running))
+        {
+            live.ends_at = Some(now);
+        }
+    }
+
+    /// A head arrives. True if it is new here.
+    pub fn receive_head(&mut self, head: &Head, mutation: Option<Mutation>) -> bool {
+        let newer = self.version().is_none_or(|known| head.version > known);
+        let takes = newer
+            || (mutation == Some(Mutation::AcceptOldHeads) && self.version() != Some(head.version));
+        if takes {
+            self.disk.head = Some(head.clone());
+        }
+        takes
+    }
+
+    fn now(&self, now: Ms) -> Now {
+        let mut boot = [0; 16];
+        boot[..8].copy_from_slice(&self.boot.to_be_bytes());
+        Now {
+            boot: BootId(boot),
+            ms: BootMs(now.saturating_sub(self.booted_at)),
+        }
+    }
+
+    fn observe(&mut self, now: Ms) -> Observed {
+        for live in self.containers.values_mut() {
+            let runs = matches!(live.container.state, ContainerState::Running { .. });
+            if runs && live.ends_at.is_some_and(|at| at <= now) {
+                live.container.state = ContainerState::Exited(Exit {
+                    code: 1,
+                    oom: false,
+                });
+            }
+        }
+        let mut busy = Busy::default();
+        for running in &self.running {
+            match &running.step {
+                Step::Stage { release, .. } => busy.staging = Some(*release),
+                Step::Stop { id, .. } | Step::Remove { id } | Step::Start { id, .. } => {
+                    busy.services.insert((id.app.clone(), id.service.clone()));
+                }
+                Step::Collect { .. } => busy.collecting = true,
+                Step::AbandonStaging { .. } => {}
+            }
+        }
+        Observed {
+            watching_since: self.now(self.watching_since).ms,
+            containers: self
+                .containers
+                .values()
+                .map(|live| ObservedContainer {
+                    container: live.container.clone(),
+                    probe: match live.ready_at {
+                        Some(at) if at <= now => ProbeState::Ready,
+                        Some(_) => ProbeState::Unknown,
+                        None => ProbeState::NotReady("connection refused".to_owned()),
+                    },
+                })
+                .collect(),
+            releases: self.disk.releases.clone(),
+            images: self.disk.images.clone(),
+            busy,
+        }
+    }
+
+    /// Plans, stores what is to be remembered, and begins the steps.
+    pub fn poll(&mut self, now: Ms, random: &mut Random, mutation: Option<Mutation>) -> Asks {
+        let mut asks = Asks::default();
+        if !self.powered {
+            return asks;
+        }
+        let at = self.now(now);
+        let mut history = self.disk.history.clone();
+        for outcome in self.outcomes.drain(..) {
+            history.record(&outcome, at);
+        }
+        let desired = self
+            .disk
+            .head
+            .as_ref()
+            .map(Desired::from)
+            .unwrap_or_default();
+        let observed = self.observe(now);
+        let mut plan = plan::plan(&desired, &observed, &history, at);
+        mutate(&mut plan, &observed, &history, mutation);
+        asks.violations.extend(
+            plan::check::check(&observed, &history, &plan)
+                .into_iter()
+                .map(|wrong| format!("{}: plan breaks {wrong}", self.id)),
+        );
+        asks.violations
+            .extend(self.needless_stops(&observed, &history, &plan));
+        asks.violations
+            .extend(self.poisoned_starts(&history, &plan));
+        self.disk.history = plan.history;
+        asks.fetch = plan.fetch;
+        for step in plan.steps {
+            asks.log.push(format!("{} begins {step:?}", self.id));
+            self.begin(step, random, &mut asks);
+        }
+        let natural = self
+            .containers
+            .values()
+            .flat_map(|live| [live.ready_at, live.ends_at])
+            .flatten();
+        let wake = plan.wake_at.map(|ms| self.booted_at + ms.0);
+        asks.wake_at = natural.chain(wake).filter(|at| *at > now).min();
+        asks.report = self.note_status(plan.status);
+        asks
+    }
+
+    fn begin(&mut self, step: Step, random: &mut Random, asks: &mut Asks) {
+        let takes = match &step {
+            Step::AbandonStaging { .. } => {
+                self.running
+                    .retain(|running| !matches!(running.step, Step::Stage { .. }));
+                return;
+            }
+            Step::Stage { .. } => random.between(SECOND, 5 * MINUTE),
+            Step::Stop { .. } => random.between(50, 10 * SECOND),
+            Step::Start { .. } => random.between(20, 2 * SECOND),
+            Step::Remove { .. } | Step::Collect { .. } => random.between(10, SECOND),
+        };
+        self.next_token += 1;
+        self.running.push(Running {
+            token: self.next_token,
+            step,
+        });
+        asks.begun.push((takes, self.next_token));
+    }
+
+    /// A step has had its time: it happens. True if it was still wanted.
+    pub fn finish(
+        &mut self,
+        token: u64,
+        now: Ms,
+        scenario: &Scenario,
+        registry: bool,
+        random: &mut Random,
+        mutation: Option<Mutation>,
+    ) -> (bool, Vec<String>) {
+        let Some(index) = self
+            .running
+            .iter()
+            .position(|running| running.token == token)
+        else {
+            return (false, Vec::new());
+        };
+        let step = self.running.remove(index).step;
+        let mut violations = Vec::new();
+        if let Some(outcome) = self.perform(
+            &step,
+            now,
+            scenario,
+            registry,
+            random,
+            mutation,
+            &mut violations,
+        ) {
+            self.outcomes.push(outcome);
+        }
+        (true, violations)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the whole world acts here")]
+    fn perform(
+        &mut self,
+        step: &Step,
+        now: Ms,
+        scenario: &Scenario,
+        registry: bool,
+        random: &mut Random,
+        mutation: Option<Mutation>,
+        violations: &mut Vec<String>,
+    ) -> Option<Outcome> {
+        match step {
+            Step::AbandonStaging { .. } => None,
+            Step::Stage {
+                release, images, ..
+            } => Some(self.stage(*release, images, scenario, registry, random)),
+            Step::Stop { id, .. } => {
+                if let Some(live) = self.containers.get_mut(id)
+                    && matches!(live.container.state, ContainerState::Running { .. })
+                {
+                    live.container.state = ContainerState::Exited(Exit {
+                        code: 143,
+                        oom: false,
+                    });
+                }
+                Some(Outcome::Stopped { id: id.clone() })
+            }
+            Step::Remove { id } => {
+                self.containers.remove(id);
+                Some(Outcome::Removed { id: id.clone() })
+            }
+            Step::Start { id, release } => Some(self.start(id, release, now, scenario, random)),
+            Step::Collect {
+                keep_images,
+                keep_releases,
+            } => {
+                let (mut images, mut releases) = (keep_images.clone(), keep_releases.clone());
+                if mutation == Some(Mutation::CollectLastKnownGood) {
+                    let current: BTreeSet<_> = self
+                        .disk
+                        .history
+                        .apps
+                        .values()
+                        .filter_map(|app| app.current)
+                        .collect();
+                    releases.retain(|release| current.contains(release));
+                    images.clear();
+                    images.extend(self.images_of(&releases));
+                }
+                self.disk.images.retain(|image| images.contains(image));
+                self.disk
+                    .releases
+                    .retain(|release, _| releases.contains(release));
+                violations.extend(self.missing_last_known_good());
+                Some(Outcome::Collected)
+            }
+        }
+    }
+
+    fn images_of(&self, releases: &BTreeSet<Digest>) -> Vec<Digest> {
+        let manifests = releases
+            .iter()
+            .filter_map(|release| self.disk.releases.get(release));
+        manifests
+            .flat_map(|manifest| manifest.services.values())
+            .filter_map(|one| image_digest(&one.image))
+            .collect()
+    }
+
+    fn stage(
+        &mut self,
+        release: Digest,
+        images: &[String],
+        scenario: &Scenario,
+        registry: bool,
+        random: &mut Random,
+    ) -> Outcome {
+        let failed = |code, message: &str| Outcome::StagingFailed {
+            release,
+            reason: Reason {
+                code,
+                service: None,
+                message: message.to_owned(),
+            },
+        };
+        if !registry {
+            return failed(
+                ReasonCode::RegistryUnreachable,
+                "the registry does not answer",
+            );
+        }
+        if random.chance(3) {
+            return failed(ReasonCode::DiskFull, "no space left on the device");
+        }
+        for image in images.iter().filter_map(|image| image_digest(image)) {
+            if scenario.fate(&image, self.number) == Fate::NoPlatform {
+                return failed(
+                    ReasonCode::NoMatchingPlatform,
+                    "the image has no variant for this device",
+                );
+            }
+            self.disk.images.insert(image);
+        }
+        Outcome::Staged { release }
+    }
+
+    fn start(
+        &mut self,
+        id: &ContainerId,
+        release: &Digest,
+        now: Ms,
+        scenario: &Scenario,
+        random: &mut Random,
+    ) -> Outcome {
+        let failed = |message: &str, refused| Outcome::StartFailed {
+            id: id.clone(),
+            message: message.to_owned(),
+            refused,
+        };
+        let service = self
+            .disk
+            .releases
+            .get(release)
+            .and_then(|manifest| manifest.services.get(&id.service));
+        let Some(service) = service else {
+            return failed("no such service", false);
+        };
+        let Some(image) =
+            image_digest(&service.image).filter(|image| self.disk.images.contains(image))
+        else {
+            return failed("the image is not there", false);
+        };
+        if random.chance(1) {
+            return failed("the machine was too busy", false);
+        }
+        let ready = now + random.between(100, 10 * SECOND);
+        let (ready_at, ends_at) = match scenario.fate(&image, self.number) {
+            Fate::Refused => return failed("there is no such command in the image", true),
+            Fate::Good | Fate::NoPlatform => (Some(ready), None),
+            Fate::NeverReady => (None, None),
+            Fate::Exits => (Some(ready), Some(now + random.between(10, 20 * SECOND))),
+        };
+        let container = Container {
+            id: id.clone(),
+            release: *release,
+            service_digest: service_digest(service),
+            state: ContainerState::Running {
+                pid: 1,
+                started_ms: self.now(now).ms.0,
+            },
+        };
+        self.containers.insert(
+            id.clone(),
+            Live {
+                container,
+                ready_at,
+                ends_at,
+            },
+        );
+        Outcome::Started { id: id.clone() }
+    }
+
+    fn note_status(&mut self, apps: Vec<AppStatus>) -> bool {
+        let back = apps
+            .iter()
+            .filter(|status| status.phase == Phase::RolledBack);
+        self.gave_up
+            .extend(back.map(|status| (status.app.clone(), status.since, status.release)));
+        let version = self.version();
+        let same = self
+            .reported
+            .as_ref()
+            .is_some_and(|known| known.apps == apps && known.version == version);
+        if same {
+            return false;
+        }
+        self.seq += 1;
+        self.reported = Some(Reported {
+            boot: self.disk.starts,
+            seq: self.seq,
+            version,
+            inventory: foreshore_protocol::message::Inventory {
+                agent_version: "0.1.0".to_owned(),
+                arch: "amd64".to_owned(),
+                kernel: "6.1".to_owned(),
+                memory_bytes: 1 << 30,
+                disk_bytes: 1 << 34,
+                disk_free_bytes: 1 << 33,
+                labels: BTreeMap::new(),
+            },
+            apps,
+        });
+        true
+    }
+
+    /// Whether an earlier poll is planned for no later than `at`; else notes that one is now.
+    pub fn is_planned(&mut self, at: Ms, now: Ms) -> bool {
+        if self
+            .planned
+            .is_some_and(|planned| planned > now && planned <= at)
+        {
+            return true;
+        }
+        self.planned = Some(at);
+        false
+    }
+
+    /// A manifest arrives.
+    pub fn receive_release(&mut self, digest: Digest, release: &Release) {
+        self.disk.releases.insert(digest, release.clone());
+    }
+
+    /// "Unchanged services untouched": a container of a service that is the same in the release that ran and in the
+    /// one that runs from now on is not stopped.
+    fn needless_stops(&self, observed: &Observed, before: &History, plan: &Plan) -> Vec<String> {
+        let spec = |history: &History, id: &ContainerId| {
+            let release = history.apps.get(&id.app)?.current?;
+            let service = observed.releases.get(&release)?.services.get(&id.service)?;
+            Some(service_digest(service))
+        };
+        let mut found = Vec::new();
+        for step in &plan.steps {
+            let Step::Stop { id, .. } = step else {
+                continue;
+            };
+            let Some(live) = self.containers.get(id) else {
+                continue;
+            };
+            let runs = matches!(live.container.state, ContainerState::Running { .. });
+            let digest = Some(live.container.service_digest);
+            if runs && spec(before, id) == digest && spec(&plan.history, id) == digest {
+                found.push(format!("{}: unchanged container {id} is stopped", self.id));
+            }
+        }
+        found
+    }
+
+    /// "Poisoned never retried", from the device's own reports: after it said that it rolled back from `(since,
+    /// release)`, nothing of that release is started while that is what is desired.
+    fn poisoned_starts(&self, before: &History, plan: &Plan) -> Vec<String> {
+        let mut found = Vec::new();
+        for step in &plan.steps {
+            let Step::Start { id, release } = step else {
+                continue;
+            };
+            let desired = self
+                .disk
+                .head
+                .as_ref()
+                .and_then(|head| head.apps.iter().find(|app| app.app == id.app));
+            let good = before
+                .apps
+                .get(&id.app)
+                .and_then(|app| app.last_known_good.as_ref());
+            let told = desired.is_some_and(|app| {
+                app.release == *release
+                    && self
+                        .gave_up
+                        .contains(&(id.app.clone(), app.since, *release))
+            });
+            if told && good.is_none_or(|good| good.release != *release) {
+                found.push(format!(
+                    "{}: {id} starts a release that was given up",
+                    self.id
+                ));
+            }
+        }
+        found
+    }
+
+    /// "LKG never collected": its manifest and images are on disk.
+    fn missing_last_known_good(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for (app, history) in &self.disk.history.apps {
+            let Some(good) = &history.last_known_good else {
+                continue;
+            };
+            let missing = match self.disk.releases.get(&good.release) {
+                None => true,
+                Some(_) => !self
+                    .images_of(&BTreeSet::from([good.release]))
+                    .iter()
+                    .all(|image| self.disk.images.contains(image)),
+            };
+            if missing {
+                found.push(format!(
+                    "{}: the last-known-good of {app} was collected",
+                    self.id
+                ));
+            }
+        }
+        found
+    }
+}
+
+fn image_digest(image: &str) -> Option<Digest> {
+    image.rsplit_once('@')?.1.parse().ok()
+}
+
+fn mutate(plan: &mut Plan, observed: &Observed, before: &History, mutation: Option<Mutation>) {
+    if mutation != Some(Mutation::RestartUnchanged) {
+        return;
+    }
+    for (app, history) in &plan.history.apps {
+        let was = before.apps.get(app).and_then(|app| app.current);
+        if was.is_none() || was == history.current {
+            continue;
+        }
+        let touched: BTreeSet<_> = plan
+            .steps
+            .iter()
+            .filter_map(|step| match step {
+                Step::Stop { id, .. } | Step::Remove { id } | Step::Start { id, .. } => {
+                    Some(id.service.clone())
+                }
+                Step::Stage { .. } | Step::AbandonStaging { .. } | Step::Collect { .. } => None,
+            })
+            .collect();
+        let others = observed
+            .containers
+            .iter()
+            .map(|seen| &seen.container)
+            .filter(|container| {
+                container.id.app == *app && !touched.contains(&container.id.service)
+            })
+            .filter(|container| matches!(container.state, ContainerState::Running { .. }));
+        plan.steps.extend(others.map(|container| Step::Stop {
+            id: container.id.clone(),
+            signal: 15,
+            grace_ms: 10,
+        }));
+    }
+}

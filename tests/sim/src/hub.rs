@@ -1,0 +1,582 @@
+//! A simulated hub: the real `rollout::advance` over a store that is a plain value.
+//!
+//! Each `&mut self` method of [`Hub`] is one transaction: the simulation keeps a copy from before it where it wants a
+//! crash to undo it. What is not in [`Store`] is lost with the process.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use foreshore_hub::rollout::check::{Rule, check, check_action};
+use foreshore_hub::rollout::command;
+use foreshore_hub::rollout::{
+    Action, Cause, Facts, Fleet, Member, Opening, Placement, Pulse, Refused, Report, Rollout,
+    UnixMs, advance,
+};
+use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
+use foreshore_protocol::message::{AppStatus, Beacon, Head, HeadApp, Presence, Reported};
+use foreshore_protocol::{AppName, DeviceId, Digest, Version};
+
+use crate::mutation::Mutation;
+use crate::random::hash;
+use crate::scenario::{self, MINUTE, Ms, SECOND, Scenario};
+
+/// 2026-01-01, so that times look like times.
+const START: u64 = 1_767_225_600_000;
+
+/// How often devices send a beacon.
+pub const BEACON_INTERVAL: Ms = 10 * MINUTE;
+
+/// A point of the run on the hub's clock.
+#[must_use]
+pub const fn unix(now: Ms) -> UnixMs {
+    UnixMs(START + now)
+}
+
+/// One device in the store.
+#[derive(Debug, Clone, Default)]
+pub struct Row {
+    /// The number of its newest desired state.
+    pub generation: u64,
+    /// What that is.
+    pub desired: BTreeMap<AppName, (Placement, Version)>,
+    /// Whether it said that it is connected.
+    pub online: bool,
+    /// In which session.
+    pub session: u64,
+    /// When it was last heard of.
+    pub last_seen: Option<UnixMs>,
+    /// Its newest report.
+    pub reported: Option<Reported>,
+}
+
+/// What the hub's database holds.
+#[derive(Debug, Clone, Default)]
+pub struct Store {
+    /// Every device.
+    pub devices: BTreeMap<DeviceId, Row>,
+    /// Devices whose head is to be published.
+    pub outbox: BTreeSet<DeviceId>,
+    /// Every rollout, oldest first.
+    pub rollouts: Vec<Rollout>,
+}
+
+/// The hub.
+#[derive(Debug, Clone, Default)]
+pub struct Hub {
+    /// Its database.
+    pub store: Store,
+    /// Whether its process runs.
+    pub up: bool,
+    /// Which life of the process this is.
+    pub life: u64,
+    /// Since when it hears the broker.
+    pub listening_since: Option<UnixMs>,
+    /// Rules that were broken; the simulation stops at the first.
+    pub violations: Vec<String>,
+    /// For the event log.
+    pub log: Vec<String>,
+    /// When time alone changes something.
+    pub wake_at: Option<Ms>,
+    /// The fault that is built in.
+    pub mutation: Option<Mutation>,
+    /// Whether to write the event log.
+    pub verbose: bool,
+    /// For the rules only: when each device was truly last connected; `None`: never.
+    pub contacts: BTreeMap<DeviceId, Option<Ms>>,
+}
+
+/// After that long even a hub that heard no Will knows that a device is dark: two beacon intervals, and what
+/// messages may be late.
+const DARK_FOR: Ms = 2 * BEACON_INTERVAL + 3 * MINUTE;
+
+impl Hub {
+    /// A hub with an empty database but for the names of its devices.
+    #[must_use]
+    pub fn new(scenario: &Scenario, mutation: Option<Mutation>) -> Self {
+        let devices = scenario
+            .devices
+            .iter()
+            .map(|device| (device.clone(), Row::default()))
+            .collect();
+        Self {
+            store: Store {
+                devices,
+                ..Store::default()
+            },
+            mutation,
+            ..Self::default()
+        }
+    }
+
+    /// The newest desired state of a device; `None` before the first.
+    #[must_use]
+    pub fn head(&self, device: &DeviceId) -> Option<Head> {
+        let row = self
+            .store
+            .devices
+            .get(device)
+            .filter(|row| row.generation > 0)?;
+        let apps = row.desired.iter().map(|(app, (placement, since))| HeadApp {
+            app: app.clone(),
+            release: placement.release,
+            since: *since,
+            soak_ms: placement.soak_ms,
+            progress_deadline_ms: placement.progress_deadline_ms,
+        });
+        Some(Head {
+            version: version(row.generation),
+            apps: apps.collect(),
+        })
+    }
+
+    /// A birth or Will arrives. True if the device's head must be published again.
+    pub fn receive_presence(
+        &mut self,
+        device: &DeviceId,
+        presence: &Presence,
+        retained: bool,
+        now: Ms,
+    ) -> bool {
+        let Some(row) = self.store.devices.get_mut(device) else {
+            return false;
+        };
+        // A Will of an earlier session is stale, and so is a birth.
+        if presence.session < row.session {
+            return false;
+        }
+        row.session = presence.session;
+        row.online = presence.online;
+        if presence.online && !retained {
+            row.last_seen = Some(unix(now));
+        }
+        let behind = presence.online
+            && presence
+                .version
+                .map_or(0, |version| version.generation.get())
+                < row.generation;
+        self.advance(now);
+        behind
+    }
+
+    /// A beacon arrives: whether the head must be published again, and whether a report was missed.
+    pub fn receive_beacon(&mut self, device: &DeviceId, beacon: &Beacon, now: Ms) -> (bool, bool) {
+        let Some(row) = self.store.devices.get_mut(device) else {
+            return (false, false);
+        };
+        row.online = true;
+        row.last_seen = Some(unix(now));
+        let behind = beacon.version.map_or(0, |version| version.generation.get()) < row.generation;
+        let known = row
+            .reported
+            .as_ref()
+            .map_or((0, 0), |reported| (reported.boot, reported.seq));
+        let missed = (beacon.boot, beacon.reported_seq) > known;
+        self.advance(now);
+        (behind, missed)
+    }
+
+    /// A report arrives; what is acknowledged is stored.
+    pub fn receive_reported(
+        &mut self,
+        device: &DeviceId,
+        reported: &Reported,
+        retained: bool,
+        now: Ms,
+    ) {
+        let Some(row) = self.store.devices.get_mut(device) else {
+            return;
+        };
+        if !retained {
+            row.last_seen = Some(unix(now));
+        }
+        let newer = row
+            .reported
+            .as_ref()
+            .is_none_or(|known| (reported.boot, reported.seq) > (known.boot, known.seq));
+        if newer {
+            row.reported = Some(reported.clone());
+            self.advance(now);
+        }
+    }
+
+    /// Time passes.
+    pub fn advance(&mut self, now: Ms) {
+        self.wake_at = None;
+        for index in 0..self.store.rollouts.len() {
+            if self.store.rollouts[index].state.is_final() {
+                continue;
+            }
+            let fleet = self.fleet(&self.store.rollouts[index], now);
+            let step = advance(&self.store.rollouts[index], &fleet, unix(now));
+            for action in self.mutate(&step.actions, index) {
+                self.act(index, &action, Some(&fleet), now);
+            }
+            self.check_rollout(index);
+            let wake = step
+                .wake_at
+                .map(|at| at.0.saturating_sub(START).max(now + 1));
+            self.wake_at = [self.wake_at, wake].into_iter().flatten().min();
+        }
+    }
+
+    fn fleet(&self, rollout: &Rollout, now: Ms) -> Fleet {
+        let fresh = |row: &Row| {
+            row.last_seen
+                .is_some_and(|seen| unix(now).since(seen) < 2 * BEACON_INTERVAL + MINUTE)
+        };
+        let online = |row: &Row| row.online && fresh(row);
+        let devices = rollout.assignments.keys().filter_map(|device| {
+            let row = self.store.devices.get(device)?;
+            let status = row.reported.as_ref().and_then(|reported| {
+                reported
+                    .apps
+                    .iter()
+                    .find(|status| status.app == rollout.app)
+            });
+            let facts = Facts {
+                online: online(row),
+                last_seen: row.last_seen,
+                version: row.reported.as_ref().and_then(|reported| reported.version),
+                report: status.map(report),
+            };
+            Some((device.clone(), facts))
+        });
+        let blind = self.mutation == Some(Mutation::BlameDarkness);
+        let pulse = Pulse::count(
+            self.store
+                .devices
+                .values()
+                .map(|row| (online(row) || blind, row.last_seen)),
+            rollout.pulse_since(),
+        );
+        Fleet {
+            devices: devices.collect(),
+            pulse,
+            listening_since: if blind {
+                Some(UnixMs(0))
+            } else {
+                self.listening_since
+            },
+            settle_ms: 10 * SECOND,
+        }
+    }
+
+    fn act(&mut self, index: usize, action: &Action, fleet: Option<&Fleet>, now: Ms) {
+        let rollout = &self.store.rollouts[index];
+        if self.verbose {
+            self.log.push(format!(
+                "hub: rollout {} of {}: {action:?}",
+                rollout.id, rollout.app
+            ));
+        }
+        if let Some(fleet) = fleet {
+            let wrong = check_action(rollout, action, fleet, unix(now));
+            self.violations.extend(
+                wrong
+                    .iter()
+                    .map(|wrong| format!("rollout {}: {action:?} breaks {wrong}", rollout.id)),
+            );
+        }
+        let silent = matches!(
+            action,
+            Action::Assign {
+                state: AssignmentState::Silent,
+                ..
+            }
+        );
+        if silent && self.is_truly_dark(rollout, now) {
+            self.violations.push(format!(
+                "rollout {}: {action:?} while most of the fleet is dark",
+                rollout.id
+            ));
+        }
+        let app = rollout.app.clone();
+        let written = action
+            .writes()
+            .map(|(device, placement)| self.write(device, &app, placement));
+        self.store.rollouts[index].apply(action, written, unix(now));
+    }
+
+    /// Whether most of those devices that were there around the rollout are cut off from the hub, whatever the hub
+    /// believes.
+    fn is_truly_dark(&self, rollout: &Rollout, now: Ms) -> bool {
+        let recent = self
+            .contacts
+            .values()
+            .flatten()
+            .filter(|contact| unix(**contact) >= rollout.pulse_since());
+        let (recent, dark) = recent.fold((0, 0), |(recent, dark), contact| {
+            (recent + 1, dark + u64::from(*contact + DARK_FOR < now))
+        });
+        dark * 2 > recent
+    }
+
+    fn write(&mut self, device: &DeviceId, app: &AppName, placement: Option<Placement>) -> Version {
+        let row = self.store.devices.entry(device.clone()).or_default();
+        row.generation += 1;
+        let since = version(row.generation);
+        match placement {
+            Some(placement) => {
+                row.desired.insert(app.clone(), (placement, since));
+            }
+            None => {
+                row.desired.remove(app);
+            }
+        }
+        self.store.outbox.insert(device.clone());
+        since
+    }
+
+    fn check_rollout(&mut self, index: usize) {
+        let rollout = &self.store.rollouts[index];
+        for wrong in check(rollout) {
+            self.violations
+                .push(format!("rollout {}: {wrong}", rollout.id));
+        }
+    }
+
+    /// An operator gives a command. What the hub refuses is no fault.
+    pub fn command(&mut self, scenario: &Scenario, app: usize, given: scenario::Command, now: Ms) {
+        let name = &scenario.apps[app].name;
+        let newest = self
+            .store
+            .rollouts
+            .iter()
+            .rposition(|rollout| rollout.app == *name);
+        let asked = |decide: fn(&Rollout) -> Result<Vec<Action>, Refused>, hub: &Self| {
+            newest.and_then(|index| decide(&hub.store.rollouts[index]).ok())
+        };
+        let actions = match given {
+            scenario::Command::Apply(release) => {
+                let digest = scenario.apps[app].releases[release].digest();
+                self.open(scenario, app, digest, now);
+                None
+            }
+            scenario::Command::Undo => {
+                let target =
+                    newest.and_then(|index| command::undo_target(&self.store.rollouts[index]).ok());
+                if let Some(target) = target {
+                    self.open(scenario, app, target, now);
+                }
+                None
+            }
+            scenario::Command::Pause => asked(command::pause, self),
+            scenario::Command::Resume => asked(command::resume, self),
+            scenario::Command::Abort => asked(command::abort, self),
+        };
+        if let (Some(index), Some(actions)) = (newest, actions) {
+            for action in actions {
+                self.act(index, &action, None, now);
+            }
+            self.check_rollout(index);
+        }
+        self.advance(now);
+    }
+
+    fn open(&mut self, scenario: &Scenario, app: usize, to: Digest, now: Ms) {
+        let described = &scenario.apps[app];
+        let newest = self
+            .store
+            .rollouts
+            .iter()
+            .rposition(|rollout| rollout.app == described.name);
+        let stands = newest.is_some_and(|index| {
+            let rollout = &self.store.rollouts[index];
+            rollout.to == to
+                && matches!(
+                    rollout.state,
+                    RolloutState::Running | RolloutState::Completed
+                )
+        });
+        if stands {
+            return;
+        }
+        let id = self.store.rollouts.len() as u64 + 1;
+        if let Some(index) = newest
+            && let Ok(actions) = command::supersede(&self.store.rollouts[index], id)
+        {
+            for action in actions {
+                self.act(index, &action, None, now);
+            }
+            self.check_rollout(index);
+        }
+        let members: Vec<_> = scenario
+            .devices
+            .iter()
+            .enumerate()
+            .filter(|(number, _)| Scenario::selects(described, *number))
+            .map(|(_, device)| self.member(device, &described.name))
+            .collect();
+        let completed = |rollout: &&Rollout| {
+            rollout.app == described.name && rollout.state == RolloutState::Completed
+        };
+        let rollout = Rollout::open(Opening {
+            id,
+            app: described.name.clone(),
+            from: self
+                .store
+                .rollouts
+                .iter()
+                .rfind(completed)
+                .map(|rollout| rollout.to),
+            to,
+            seed: hash(&[scenario.seed, id]),
+            policy: scenario.policy(id, members.len()),
+            members,
+            before: newest.map(|index| &self.store.rollouts[index]),
+            now: unix(now),
+        });
+        if self.verbose {
+            self.log.push(format!(
+                "hub: rollout {id} of {} opens to {to}",
+                rollout.app
+            ));
+        }
+        self.store.rollouts.push(rollout);
+    }
+
+    fn member(&self, device: &DeviceId, app: &AppName) -> Member {
+        let row = &self.store.devices[device];
+        let placed = row.desired.get(app);
+        let status = row
+            .reported
+            .as_ref()
+            .and_then(|reported| reported.apps.iter().find(|status| status.app == *app));
+        Member {
+            device: device.clone(),
+            placement: placed.map(|(placement, _)| *placement),
+            phase: placed
+                .zip(status)
+                .filter(|((_, since), status)| status.since == *since)
+                .map(|(_, status)| status.phase),
+        }
+    }
+
+    /// The process dies; what was in memory is gone.
+    pub fn crash(&mut self) {
+        self.up = false;
+        self.life += 1;
+        self.listening_since = None;
+        self.wake_at = None;
+        if self.mutation == Some(Mutation::ForgetOutbox) {
+            self.store.outbox.clear();
+        }
+    }
+
+    /// The process starts. Who is online is not known before the broker has told it.
+    pub fn start(&mut self, now: Ms, broker: bool) {
+        self.up = true;
+        self.listening_since = broker.then(|| unix(now));
+        for row in self.store.devices.values_mut() {
+            row.online = false;
+        }
+        self.advance(now);
+    }
+
+    fn mutate(&self, actions: &[Action], index: usize) -> Vec<Action> {
+        let rollout = &self.store.rollouts[index];
+        let planned = |extra: usize| {
+            let offers = rollout
+                .assignments
+                .iter()
+                .filter(|(_, assignment)| assignment.state == AssignmentState::Planned)
+                .map(|(device, _)| Action::Offer {
+                    device: device.clone(),
+                    placement: rollout.placement(),
+                });
+            offers.take(extra).collect::<Vec<_>>()
+        };
+        let mut actions: Vec<_> = actions
+            .iter()
+            .cloned()
+            .map(|action| match (self.mutation, action) {
+                (
+                    Some(Mutation::SkipBake),
+                    Action::Wave {
+                        ordinal,
+                        state: WaveState::Baking,
+                        ..
+                    },
+                ) => Action::Wave {
+                    ordinal,
+                    state: WaveState::Passed,
+                    bake_until: None,
+                },
+                (
+                    Some(Mutation::OfflineIsFailure),
+                    Action::Assign {
+                        device,
+                        state: AssignmentState::Deferred,
+                        message,
+                        ..
+                    },
+                ) => Action::Assign {
+                    device,
+                    state: AssignmentState::Silent,
+                    deferral: None,
+                    deadline: None,
+                    message,
+                },
+                (_, action) => action,
+            })
+            .collect();
+        let stops = |action: &Action| {
+            matches!(
+                action,
+                Action::Enter {
+                    cause: Some(Cause::Budget | Cause::WaveFailed),
+                    ..
+                }
+            )
+        };
+        if self.mutation == Some(Mutation::OfferAfterBreak) && actions.iter().any(stops) {
+            actions.extend(planned(1));
+        }
+        if self.mutation == Some(Mutation::IgnoreSlots)
+            && actions
+                .iter()
+                .any(|action| matches!(action, Action::Offer { .. }))
+        {
+            actions.retain(|action| !matches!(action, Action::Offer { .. }));
+            actions.extend(planned(usize::MAX));
+        }
+        actions
+    }
+
+    /// What is still unfinished although the network is whole: rollouts that neither ended nor say what they wait
+    /// for. The rules of [`Rule::FinalIsFinal`] hold for those that ended.
+    #[must_use]
+    pub fn unfinished(&self) -> Vec<String> {
+        let waits = |rollout: &&Rollout| match rollout.state {
+            RolloutState::Paused | RolloutState::RollbackPaused => {
+                rollout.message.is_none() || rollout.frozen
+            }
+            RolloutState::Running | RolloutState::RollingBack => true,
+            RolloutState::Completed
+            | RolloutState::Aborted
+            | RolloutState::RolledBack
+            | RolloutState::Superseded => check(rollout)
+                .iter()
+                .any(|wrong| wrong.rule == Rule::FinalIsFinal),
+        };
+        let of = |rollout: &Rollout| {
+            format!(
+                "rollout {} of {} is {:?}",
+                rollout.id, rollout.app, rollout.state
+            )
+        };
+        self.store.rollouts.iter().filter(waits).map(of).collect()
+    }
+}
+
+fn report(status: &AppStatus) -> Report {
+    Report {
+        since: status.since,
+        release: status.release,
+        phase: status.phase,
+        reason: status.reason.as_ref().map(|reason| reason.message.clone()),
+    }
+}
+
+fn version(generation: u64) -> Version {
+    Version::from_numbers(1, generation.max(1)).expect("a run has few generations")
+}

@@ -1,0 +1,43 @@
+//! Deliberate faults in the simulated hub and devices. Each breaks one promise; a test shows that the simulator
+//! notices, or its silence about the real code would mean nothing.
+
+/// What is wrong on purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mutation {
+    /// The hub opens the next wave without waiting for the bake.
+    SkipBake,
+    /// The hub offers the release to one more device after the brakes.
+    OfferAfterBreak,
+    /// The hub offers to as many devices as it likes.
+    IgnoreSlots,
+    /// The hub believes that darkness is never its own.
+    BlameDarkness,
+    /// The hub counts devices that were put off as silent.
+    OfflineIsFailure,
+    /// The hub keeps its outbox in memory only and repairs nothing.
+    ForgetOutbox,
+    /// A device takes any head as the newest.
+    AcceptOldHeads,
+    /// A device forgets at a reboot what failed.
+    ForgetPoison,
+    /// A device collects whatever does not run now.
+    CollectLastKnownGood,
+    /// A device restarts all services of an app when one changes.
+    RestartUnchanged,
+}
+
+impl Mutation {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::SkipBake,
+        Self::OfferAfterBreak,
+        Self::IgnoreSlots,
+        Self::BlameDarkness,
+        Self::OfflineIsFailure,
+        Self::ForgetOutbox,
+        Self::AcceptOldHeads,
+        Self::ForgetPoison,
+        Self::CollectLastKnownGood,
+        Self::RestartUnchanged,
+    ];
+}

@@ -1,0 +1,339 @@
+//! What a seed makes of a run: how many devices and apps, which releases and how they behave, how bad the network
+//! is, and what operators and fate do when.
+
+use std::collections::BTreeMap;
+
+use foreshore_hub::rollout::Policy;
+use foreshore_protocol::manifest::{FailureBudget, OnFailure, WaveTarget};
+use foreshore_protocol::release::Release;
+use foreshore_protocol::{AppName, DeviceId, Digest, manifest};
+
+use crate::random::{Random, hash};
+
+/// Milliseconds of virtual time since the start of the run.
+pub type Ms = u64;
+
+/// A second.
+pub const SECOND: Ms = 1_000;
+/// A minute.
+pub const MINUTE: Ms = 60 * SECOND;
+/// An hour.
+pub const HOUR: Ms = 60 * MINUTE;
+
+/// How a container of an image behaves on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// Becomes ready soon and stays so.
+    Good,
+    /// Runs, but its probe never succeeds.
+    NeverReady,
+    /// Ends by itself soon after every start.
+    Exits,
+    /// Cannot be started with this image, ever.
+    Refused,
+    /// Its image has no variant for the device.
+    NoPlatform,
+}
+
+/// What an operator does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Applies the release of that number.
+    Apply(usize),
+    /// Pauses the newest rollout.
+    Pause,
+    /// Resumes it.
+    Resume,
+    /// Aborts it.
+    Abort,
+    /// Goes back to the release before it.
+    Undo,
+}
+
+/// What goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The hub's process dies for that long.
+    HubCrash(Ms),
+    /// The broker is gone for that long: nobody reaches anybody.
+    BrokerOutage(Ms),
+    /// The broker loses what it retained.
+    WipeRetained,
+    /// The image registry is gone for that long.
+    RegistryOutage(Ms),
+    /// A device loses its link for that long.
+    LinkLoss(usize, Ms),
+    /// A device loses its power for that long.
+    PowerCut(usize, Ms),
+    /// A device's agent dies and is started again.
+    AgentCrash(usize),
+    /// A container of a device ends by itself.
+    ContainerDies(usize),
+}
+
+/// An app and its releases.
+#[derive(Debug, Clone)]
+pub struct App {
+    /// Its name.
+    pub name: AppName,
+    /// Selects the devices whose number is this modulo `groups`; `None`: all.
+    pub group: Option<u64>,
+    /// In the order of their numbers.
+    pub releases: Vec<Release>,
+    /// How often which image misbehaves, and how.
+    pub fates: BTreeMap<Digest, (Fate, u64)>,
+}
+
+/// A whole run, before it begins.
+#[derive(Debug, Clone)]
+pub struct Scenario {
+    /// Where it all comes from.
+    pub seed: u64,
+    /// Its devices.
+    pub devices: Vec<DeviceId>,
+    /// Its apps.
+    pub apps: Vec<App>,
+    /// How often a message is lost, in percent.
+    pub loss: u64,
+    /// How often a message comes twice, in percent.
+    pub duplication: u64,
+    /// How long a message may take; longer than the next one's, it overtakes.
+    pub delay: Ms,
+    /// What operators do when, to which app.
+    pub commands: Vec<(Ms, usize, Command)>,
+    /// What goes wrong when.
+    pub faults: Vec<(Ms, Fault)>,
+    /// When everything is whole again.
+    pub heals_at: Ms,
+}
+
+const GROUPS: u64 = 2;
+
+impl Scenario {
+    /// The run of a seed, with so many devices if that is given.
+    #[must_use]
+    pub fn of(seed: u64, devices: Option<usize>) -> Self {
+        let mut random = Random::new(hash(&[seed]));
+        let count = devices.unwrap_or_else(|| draw_size(&mut random));
+        let large = count > 40;
+        let heals_at = random.between(2, if large { 3 } else { 6 }) * HOUR;
+        let apps: Vec<_> = (0..if large { 1 } else { random.between(1, 3) })
+            .map(|number| draw_app(&mut random, number))
+            .collect();
+        let commands = draw_commands(&mut random, &apps, heals_at, large);
+        let faults = draw_faults(&mut random, count, heals_at);
+        Self {
+            seed,
+            devices: (0..count).map(device_id).collect(),
+            apps,
+            loss: random.below(15),
+            duplication: random.below(10),
+            delay: *random.pick(&[50, 500, 3 * SECOND, 20 * SECOND]),
+            commands,
+            faults,
+            heals_at,
+        }
+    }
+
+    /// Whether an app selects the device of that number.
+    #[must_use]
+    pub fn selects(app: &App, device: usize) -> bool {
+        app.group
+            .is_none_or(|group| device as u64 % GROUPS == group)
+    }
+
+    /// How a container of an image behaves on a device: the same every time.
+    #[must_use]
+    pub fn fate(&self, image: &Digest, device: usize) -> Fate {
+        let Some((fate, percent)) = self.apps.iter().find_map(|app| app.fates.get(image)) else {
+            return Fate::Good;
+        };
+        let (first, _) = image
+            .as_bytes()
+            .split_first_chunk::<8>()
+            .expect("a digest has 32 bytes");
+        let luck = hash(&[self.seed, u64::from_be_bytes(*first), device as u64]) % 100;
+        if luck < *percent { *fate } else { Fate::Good }
+    }
+
+    /// The policy that an app's rollout of that number has over so many devices.
+    #[must_use]
+    pub fn policy(&self, rollout: u64, devices: usize) -> Policy {
+        let mut random = Random::new(hash(&[self.seed, rollout, 7]));
+        let written = manifest::RolloutPolicy {
+            waves: random
+                .pick(&[
+                    vec![
+                        WaveTarget::Count(1),
+                        WaveTarget::Percent(10),
+                        WaveTarget::Percent(50),
+                    ],
+                    vec![WaveTarget::Count(1)],
+                    vec![WaveTarget::Percent(30), WaveTarget::Percent(60)],
+                    vec![],
+                ])
+                .clone(),
+            soak: manifest_span(random.between(5, 120)),
+            bake: manifest_span(random.between(0, 300)),
+            progress_deadline: manifest_span(random.between(60, 300)),
+            max_unavailable: *random.pick(&[
+                manifest::Amount::Percent(20),
+                manifest::Amount::Percent(100),
+                manifest::Amount::Count(1),
+                manifest::Amount::Count(3),
+            ]),
+            failure_budget: FailureBudget {
+                count: u32::try_from(random.between(1, 5)).unwrap_or(1),
+                percent: u8::try_from(random.between(0, 50)).unwrap_or(0),
+                min_sample: 10,
+            },
+            on_failure: if random.chance(70) {
+                OnFailure::Rollback
+            } else {
+                OnFailure::Pause
+            },
+        };
+        Policy::freeze(&written, devices)
+    }
+}
+
+const fn manifest_span(seconds: u64) -> foreshore_protocol::quantity::Span {
+    foreshore_protocol::quantity::Span::from_secs(seconds)
+}
+
+/// Most runs are small: what breaks with 200 devices mostly breaks with five, in less time.
+fn draw_size(random: &mut Random) -> usize {
+    let size = match random.below(100) {
+        0 => random.between(100, 200),
+        1..10 => random.between(10, 25),
+        _ => random.between(1, 6),
+    };
+    usize::try_from(size).unwrap_or(1)
+}
+
+fn device_id(number: usize) -> DeviceId {
+    format!("device-{number}").parse().expect("a plain name")
+}
+
+fn draw_app(random: &mut Random, number: u64) -> App {
+    let name: AppName = format!("app-{number}").parse().expect("a plain name");
+    let services: Vec<&str> = ["alpha", "beta", "gamma"]
+        .into_iter()
+        .take(usize::try_from(random.between(1, 3)).unwrap_or(1))
+        .collect();
+    let mut fates = BTreeMap::new();
+    let mut images: BTreeMap<&str, u64> = services.iter().map(|service| (*service, 0)).collect();
+    let releases = (0..5_u64)
+        .map(|release| {
+            // One service changes, the others keep their image: they must not be touched.
+            let changed = *random.pick(&services);
+            images.insert(changed, release);
+            let image = image_digest(&name, changed, release);
+            // The first release is mostly good, so that there is something to go back to.
+            if random.chance(if release == 0 { 10 } else { 45 }) {
+                let fate = *random.pick(&[
+                    Fate::NeverReady,
+                    Fate::Exits,
+                    Fate::Refused,
+                    Fate::NoPlatform,
+                ]);
+                fates.insert(image, (fate, *random.pick(&[100, 100, 50, 20])));
+            }
+            compose(&name, &images)
+        })
+        .collect();
+    let group = random.chance(30).then(|| random.below(GROUPS));
+    App {
+        name,
+        group,
+        releases,
+        fates,
+    }
+}
+
+fn image_digest(app: &AppName, service: &str, release: u64) -> Digest {
+    Digest::of(format!("{app} {service} {release}").as_bytes())
+}
+
+/// A release as the hub makes it from a manifest: parsed by the same parser, images pinned.
+fn compose(app: &AppName, images: &BTreeMap<&str, u64>) -> Release {
+    let mut text = format!(
+        "apiVersion: foreshore/v1\nkind: App\nmetadata: {{name: {app}}}\nspec:\n  services:\n"
+    );
+    for (service, release) in images {
+        let image = image_digest(app, service, *release);
+        text.push_str(&format!(
+            "    {service}:\n      image: hub.internal/{service}@{image}\n      probes: {{readiness: {{tcp: {{port: 80}}}}}}\n"
+        ));
+    }
+    let app_manifest = manifest::parse(text.as_bytes()).expect("the manifest above is well-formed");
+    Release {
+        schema: 1,
+        app: app.clone(),
+        services: app_manifest.spec.services,
+    }
+}
+
+fn draw_commands(
+    random: &mut Random,
+    apps: &[App],
+    heals_at: Ms,
+    large: bool,
+) -> Vec<(Ms, usize, Command)> {
+    let mut commands = Vec::new();
+    for (app, one) in apps.iter().enumerate() {
+        commands.push((random.below(10 * MINUTE), app, Command::Apply(0)));
+        let applies = if large { 2 } else { random.between(1, 4) };
+        for _ in 0..applies {
+            let release = usize::try_from(random.below(one.releases.len() as u64)).unwrap_or(0);
+            commands.push((
+                random.between(10 * MINUTE, heals_at),
+                app,
+                Command::Apply(release),
+            ));
+        }
+        for _ in 0..random.below(5) {
+            let command = *random.pick(&[
+                Command::Pause,
+                Command::Resume,
+                Command::Resume,
+                Command::Abort,
+                Command::Undo,
+            ]);
+            commands.push((random.between(5 * MINUTE, heals_at), app, command));
+        }
+    }
+    commands
+}
+
+fn draw_faults(random: &mut Random, devices: usize, heals_at: Ms) -> Vec<(Ms, Fault)> {
+    let calm = random.chance(15);
+    let count = if calm {
+        0
+    } else {
+        random.below(12) + random.below(1 + 2 * devices.min(30) as u64)
+    };
+    let mut faults: Vec<_> = (0..count)
+        .map(|_| {
+            let device = usize::try_from(random.below(devices as u64)).unwrap_or(0);
+            let span = *random.pick(&[5 * SECOND, MINUTE, 5 * MINUTE, 40 * MINUTE, 2 * HOUR]);
+            let fault = match random.below(20) {
+                0..3 => Fault::HubCrash(span.min(40 * MINUTE)),
+                3 => Fault::BrokerOutage(span),
+                4 => Fault::WipeRetained,
+                5..7 => Fault::RegistryOutage(span),
+                7..11 => Fault::LinkLoss(device, span),
+                11..15 => Fault::PowerCut(device, span),
+                15..18 => Fault::AgentCrash(device),
+                _ => Fault::ContainerDies(device),
+            };
+            (random.below(heals_at), fault)
+        })
+        .collect();
+    if random.chance(10) {
+        // A device that dies in the middle of switching and stays dead until the end.
+        let device = usize::try_from(random.below(devices as u64)).unwrap_or(0);
+        faults.push((random.below(heals_at), Fault::PowerCut(device, 24 * HOUR)));
+    }
+    faults
+}
