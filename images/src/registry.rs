@@ -647,9 +647,12 @@ impl Ask<'_> {
             .timeout_global(Some(left))
             .build()
             .call()
-            .map_err(|error| match error {
-                ureq::Error::Timeout(_) => self.timed_out(),
-                error => self.unreachable(error.into()),
+            .map_err(|error| {
+                if is_timeout(&error) {
+                    self.timed_out()
+                } else {
+                    self.unreachable(error.into())
+                }
             })
     }
 
@@ -701,10 +704,7 @@ impl Ask<'_> {
     }
 
     fn body(&self, error: io::Error) -> FetchError {
-        if matches!(
-            error.kind(),
-            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
-        ) {
+        if is_timeout(&error) {
             return self.timed_out();
         }
         self.unreachable(error.into())
@@ -775,6 +775,24 @@ impl Ask<'_> {
             transient,
         }
     }
+}
+
+/// Whether an error, however it was wrapped on its way up, says that nothing came in time.
+fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
+    if let Some(error) = error.downcast_ref::<ureq::Error>() {
+        return match error {
+            ureq::Error::Timeout(_) | ureq::Error::BodyStalled => true,
+            ureq::Error::Io(inner) => is_timeout(inner),
+            _ => false,
+        };
+    }
+    if let Some(error) = error.downcast_ref::<io::Error>() {
+        return matches!(
+            error.kind(),
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
+        ) || error.get_ref().is_some_and(|inner| is_timeout(inner));
+    }
+    error.source().is_some_and(is_timeout)
 }
 
 fn header_text(headers: &HeaderMap, name: &header::HeaderName) -> Option<String> {

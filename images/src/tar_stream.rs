@@ -205,12 +205,13 @@ impl<R: Read> TarStream<R> {
             link,
             kind,
             size: real,
-            mode: header
-                .mode()
-                .map_err(|_| TarError::Malformed("a mode is not a number"))?
-                & 0o7777,
-            uid: id(extended.uid, header.uid())?,
-            gid: id(extended.gid, header.gid())?,
+            mode: field(header, 100..108, header.mode(), "a mode is not a number")? & 0o7777,
+            uid: id(extended.uid, || {
+                field(header, 108..116, header.uid(), "an owner is not a number")
+            })?,
+            gid: id(extended.gid, || {
+                field(header, 116..124, header.gid(), "a group is not a number")
+            })?,
             mtime: extended.mtime.unwrap_or_else(|| Mtime {
                 seconds: header
                     .mtime()
@@ -377,14 +378,31 @@ fn check_sum(header: &Header) -> Result<(), TarError> {
     if good { Ok(()) } else { Err(bad) }
 }
 
-fn id(extended: Option<u64>, header: io::Result<u64>) -> Result<u32, TarError> {
-    // An unset field is zero; one that is no number at all is damage.
-    let id = match extended {
-        Some(id) => id,
-        None => header.map_err(|_| TarError::Malformed("an owner is not a number"))?,
-    };
+/// A number of a header. Some writers leave those blank that they do not know, which means zero.
+fn field<T: Default>(
+    header: &Header,
+    at: std::ops::Range<usize>,
+    parsed: io::Result<T>,
+    problem: &'static str,
+) -> Result<T, TarError> {
+    parsed.or_else(|_| {
+        let blank = header.as_bytes()[at]
+            .iter()
+            .all(|byte| matches!(byte, 0 | b' '));
+        if blank {
+            Ok(T::default())
+        } else {
+            Err(TarError::Malformed(problem))
+        }
+    })
+}
+
+fn id(
+    extended: Option<u64>,
+    header: impl FnOnce() -> Result<u64, TarError>,
+) -> Result<u32, TarError> {
     // 2^32 - 1 means "leave it" to chown(2).
-    u32::try_from(id)
+    u32::try_from(extended.map_or_else(header, Ok)?)
         .ok()
         .filter(|id| *id != u32::MAX)
         .ok_or(TarError::Malformed("an owner is beyond 32 bits"))

@@ -33,8 +33,8 @@ pub const PATH_BYTES_MAX: usize = 4096;
 /// The deepest path of an entry, in components. Walking down a removed tree holds a descriptor for each, and
 /// 1024 is what a process usually may have.
 pub const DEPTH_MAX: usize = 512;
-/// Bytes of directory paths remembered to set their times at the end.
-const DIRECTORY_PATH_BYTES_MAX: usize = 64 << 20;
+/// Bytes of paths, of directories and whiteouts, remembered until the end.
+const PATH_BYTES_TOTAL_MAX: usize = 64 << 20;
 /// Notes kept for people; more are only counted.
 const NOTES_MAX: usize = 16;
 
@@ -131,7 +131,7 @@ pub fn unpack_layer(
         budget,
         done: Unpacked::default(),
         directory_times: BTreeMap::new(),
-        directory_path_bytes: 0,
+        path_bytes: 0,
         notes_left_out: 0,
     };
     let mut stream = TarStream::new(layer);
@@ -147,7 +147,7 @@ struct Unpacking {
     done: Unpacked,
     /// Set at the end, since making an entry in a directory changes its time.
     directory_times: BTreeMap<Vec<u8>, Mtime>,
-    directory_path_bytes: usize,
+    path_bytes: usize,
     notes_left_out: usize,
 }
 
@@ -165,13 +165,13 @@ impl Unpacking {
         let Some((name, parents)) = path.split_last() else {
             return self.root(entry);
         };
+        if let Some(hidden) = name.strip_prefix(b".wh.") {
+            return self.whiteout(entry, parents, hidden);
+        }
         let place = self
             .tree
             .place(parents, name)
             .map_err(|fault| fault.at(&entry.path))?;
-        if let Some(hidden) = name.strip_prefix(b".wh.") {
-            return self.whiteout(entry, &place, hidden);
-        }
         match entry.kind {
             Kind::Directory => self.directory(entry, &place),
             Kind::File => self.file(entry, &place, data),
@@ -213,23 +213,27 @@ impl Unpacking {
         self.remember_time(Vec::new(), entry)
     }
 
-    fn whiteout(&mut self, entry: &Entry, place: &Place, hidden: &[u8]) -> Result<(), UnpackError> {
-        match hidden {
-            b".wh..opq" => self
-                .tree
-                .make_opaque(place)
-                .map_err(|errno| disk_error("mark as opaque", &entry.path, errno)),
+    /// Remembers what is hidden; [`Tree::apply_whiteouts`] writes it down at the end.
+    fn whiteout(
+        &mut self,
+        entry: &Entry,
+        parents: &[&[u8]],
+        hidden: &[u8],
+    ) -> Result<(), UnpackError> {
+        let result = match hidden {
+            b".wh..opq" => self.tree.hide(parents, None),
             // AUFS's own files, such as `.wh..wh.plnk`; nobody acts on them.
-            _ if hidden.starts_with(b".wh.") => Ok(()),
-            b"" | b"." | b".." => Err(entry_error(
-                &entry.path,
-                "is a whiteout of nothing, \".\" or \"..\"",
-            )),
-            _ => self
-                .tree
-                .white_out(place, hidden)
-                .map_err(|errno| disk_error("white out", &entry.path, errno)),
-        }
+            _ if hidden.starts_with(b".wh.") => return Ok(()),
+            b"" | b"." | b".." => {
+                return Err(entry_error(
+                    &entry.path,
+                    "is a whiteout of nothing, \".\" or \"..\"",
+                ));
+            }
+            name => self.tree.hide(parents, Some(name)),
+        };
+        result.map_err(|fault| fault.at(&entry.path))?;
+        self.count_path(entry)
     }
 
     fn directory(&mut self, entry: &Entry, place: &Place) -> Result<(), UnpackError> {
@@ -297,8 +301,6 @@ impl Unpacking {
             Ok(FileType::Directory) => {
                 return Err(entry_error(&entry.path, "is a hard link to a directory"));
             }
-            // Only whiteouts are made as devices.
-            Ok(FileType::CharacterDevice) => return Err(missing()),
             Ok(_) => {}
             Err(Errno::NOENT) => {
                 let left = self.budget.bytes.saturating_sub(self.done.bytes);
@@ -425,14 +427,19 @@ impl Unpacking {
     }
 
     fn remember_time(&mut self, path: Vec<u8>, entry: &Entry) -> Result<(), UnpackError> {
-        self.directory_path_bytes += path.len();
-        if self.directory_path_bytes > DIRECTORY_PATH_BYTES_MAX {
+        self.directory_times.insert(path, entry.mtime);
+        self.count_path(entry)
+    }
+
+    /// Bounds the memory for paths that are remembered until the end.
+    fn count_path(&mut self, entry: &Entry) -> Result<(), UnpackError> {
+        self.path_bytes += entry.path.len();
+        if self.path_bytes > PATH_BYTES_TOTAL_MAX {
             return Err(entry_error(
                 &entry.path,
-                "is one directory too many: their paths are together too long",
+                "is one too many: directories and whiteouts are together too long",
             ));
         }
-        self.directory_times.insert(path, entry.mtime);
         Ok(())
     }
 
@@ -445,6 +452,9 @@ impl Unpacking {
     }
 
     fn finish(mut self) -> Result<Unpacked, UnpackError> {
+        self.tree
+            .apply_whiteouts()
+            .map_err(|fault| fault.at(b"a whiteout"))?;
         self.tree
             .inherit_root()
             .map_err(|errno| disk_error("set the owner of", b"/", errno))?;

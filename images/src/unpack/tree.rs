@@ -31,8 +31,10 @@ pub(super) struct Tree {
     leaning: Leaning,
     inherited_times: BTreeMap<Vec<u8>, Mtime>,
     root_is_explicit: bool,
-    /// Paths of directories below which the layers below do not show.
-    opaque: BTreeSet<Vec<u8>>,
+    /// Real paths of directories whose content in the layers below is hidden.
+    opaque: BTreeSet<Vec<Vec<u8>>>,
+    /// Real paths that are hidden in the layers below.
+    hidden: BTreeSet<Vec<Vec<u8>>>,
     /// The directory of the last place: archives list a directory's entries one after the other. Forgotten
     /// whenever something is removed.
     last: Option<(Vec<u8>, Rc<OwnedFd>, Vec<Vec<u8>>)>,
@@ -49,6 +51,8 @@ pub(super) struct Place {
 pub(super) enum PlaceFault {
     Errno(Errno),
     Problem(&'static str),
+    /// On the way stands something that is neither a directory nor a link.
+    NotADirectory,
 }
 
 impl From<Errno> for PlaceFault {
@@ -62,6 +66,9 @@ impl PlaceFault {
         match self {
             Self::Errno(errno) => disk_error("reach", path, errno),
             Self::Problem(problem) => entry_error(path, problem),
+            Self::NotADirectory => {
+                entry_error(path, "lies below something that is not a directory")
+            }
         }
     }
 }
@@ -101,6 +108,7 @@ impl Tree {
             inherited_times: BTreeMap::new(),
             root_is_explicit: false,
             opaque: BTreeSet::new(),
+            hidden: BTreeSet::new(),
             last: None,
         }
     }
@@ -129,122 +137,126 @@ impl Tree {
     }
 
     fn walk(&mut self, parents: &[&[u8]]) -> Result<(OwnedFd, Vec<Vec<u8>>), PlaceFault> {
-        let mut ahead: VecDeque<Vec<u8>> = parents.iter().map(|part| part.to_vec()).collect();
+        let mut way = Way::new(parents);
         let mut dir = self.reopen_root()?;
-        let mut resolved: Vec<Vec<u8>> = Vec::new();
-        let mut links = 0;
-        while let Some(part) = ahead.pop_front() {
-            match part.as_slice() {
-                b"" | b"." => continue,
-                b".." => {
-                    resolved.pop();
-                    dir = self.open_components(&resolved)?;
-                    continue;
-                }
-                _ => {}
+        while let Some(part) = way.next()? {
+            if part == b".." {
+                way.resolved.pop();
+                dir = self.open_components(&way.resolved)?;
+                continue;
             }
-            let target = match rustix::fs::openat(&dir, part.as_slice(), DIRECTORY, Mode::empty()) {
+            match rustix::fs::openat(&dir, part.as_slice(), DIRECTORY, Mode::empty()) {
                 Ok(next) => {
                     dir = next;
-                    resolved.push(part);
-                    None
+                    way.resolved.push(part);
                 }
-                Err(Errno::NOENT) => self.enter_missing(&mut dir, &mut resolved, part)?,
+                Err(Errno::NOENT) => match self.below(&way.resolved, &part) {
+                    Found::Symlink(target) => {
+                        self.leaning.wholly = true;
+                        if way.follow(&target)? {
+                            dir = self.reopen_root()?;
+                        }
+                    }
+                    found => {
+                        dir = self.make_parent(&dir, &way.resolved, &part, &found)?;
+                        way.resolved.push(part);
+                    }
+                },
                 Err(Errno::NOTDIR | Errno::LOOP) => {
-                    self.enter_other(&mut dir, &mut resolved, part)?
+                    let target = link_target(&dir, &part)?.ok_or(PlaceFault::NotADirectory)?;
+                    if way.follow(&target)? {
+                        dir = self.reopen_root()?;
+                    }
                 }
                 Err(errno) => return Err(errno.into()),
-            };
-            if let Some(target) = target {
-                links += 1;
-                if links > LINKS_MAX {
-                    return Err(PlaceFault::Errno(Errno::LOOP));
-                }
-                if target.starts_with(b"/") {
-                    resolved.clear();
-                    dir = self.reopen_root()?;
-                }
-                for part in target.split(|byte| *byte == b'/').rev() {
-                    ahead.push_front(part.to_vec());
-                }
-            }
-            if resolved.len() + ahead.len() > 2 * DEPTH_MAX {
-                return Err(PlaceFault::Problem("is too deep"));
             }
         }
-        Ok((dir, resolved))
+        Ok((dir, way.resolved))
     }
 
-    /// A parent that this layer does not have: made, or a link from below to follow.
-    fn enter_missing(
-        &mut self,
-        dir: &mut OwnedFd,
-        resolved: &mut Vec<Vec<u8>>,
-        part: Vec<u8>,
-    ) -> Result<Option<Vec<u8>>, PlaceFault> {
-        let mut path: Vec<&[u8]> = resolved.iter().map(Vec::as_slice).collect();
-        path.push(&part);
-        let found = if self.is_cut_off(&path) {
+    /// Where `parents` really leads, without making anything: what is not there yet counts as directories.
+    fn real_path(&mut self, parents: &[&[u8]]) -> Result<Vec<Vec<u8>>, PlaceFault> {
+        let mut way = Way::new(parents);
+        while let Some(part) = way.next()? {
+            if part == b".." {
+                way.resolved.pop();
+                continue;
+            }
+            let here = match self.open_components(&way.resolved) {
+                Ok(dir) => {
+                    match rustix::fs::statat(&dir, part.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
+                        Ok(_) => Some(link_target(&dir, &part)?),
+                        Err(Errno::NOENT) => None,
+                        Err(errno) => return Err(errno.into()),
+                    }
+                }
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => None,
+                Err(errno) => return Err(errno.into()),
+            };
+            let target = match here {
+                Some(target) => target,
+                None => match self.below(&way.resolved, &part) {
+                    Found::Symlink(target) => {
+                        self.leaning.wholly = true;
+                        Some(target)
+                    }
+                    Found::Nothing | Found::Directory(..) | Found::Other => None,
+                },
+            };
+            match target {
+                Some(target) => {
+                    way.follow(&target)?;
+                }
+                None => way.resolved.push(part),
+            }
+        }
+        Ok(way.resolved)
+    }
+
+    /// What the layers below show at `part` in the directory `resolved`.
+    fn below(&self, resolved: &[Vec<u8>], part: &[u8]) -> Found {
+        let path: Vec<&[u8]> = resolved.iter().map(Vec::as_slice).chain([part]).collect();
+        if self.is_cut_off(&path) {
             Found::Nothing
         } else {
             self.lowers.find(&path)
-        };
-        let full = path.join(&b'/');
+        }
+    }
+
+    /// Makes a directory that the layer passes through without describing it.
+    fn make_parent(
+        &mut self,
+        dir: &OwnedFd,
+        resolved: &[Vec<u8>],
+        part: &Vec<u8>,
+        found: &Found,
+    ) -> Result<OwnedFd, Errno> {
+        let full = joined(resolved, Some(part));
         let attributes = match found {
-            Found::Symlink(target) => {
-                self.leaning.wholly = true;
-                return Ok(Some(target));
-            }
             Found::Directory(attributes, mtime) => {
-                self.inherited_times.insert(full.clone(), mtime);
-                attributes
+                self.inherited_times.insert(full.clone(), *mtime);
+                *attributes
             }
-            Found::Nothing | Found::Other => Attributes::default(),
+            Found::Nothing | Found::Other | Found::Symlink(_) => Attributes::default(),
         };
-        rustix::fs::mkdirat(&*dir, part.as_slice(), Mode::from_raw_mode(0o700))?;
-        let next = rustix::fs::openat(&*dir, part.as_slice(), DIRECTORY, Mode::empty())?;
-        set(&next, attributes)?;
+        rustix::fs::mkdirat(dir, part.as_slice(), Mode::from_raw_mode(0o700))?;
+        let made = rustix::fs::openat(dir, part.as_slice(), DIRECTORY, Mode::empty())?;
+        set(&made, attributes)?;
+        let path: Vec<&[u8]> = resolved.iter().chain([part]).map(Vec::as_slice).collect();
         if !self.is_cut_off(&path) {
             self.leaning.add(&full, attributes);
         }
-        *dir = next;
-        resolved.push(part);
-        Ok(None)
+        Ok(made)
     }
 
-    /// A parent that is a link (returned), a whiteout (becomes an opaque directory), or no directory at all.
-    fn enter_other(
-        &mut self,
-        dir: &mut OwnedFd,
-        resolved: &mut Vec<Vec<u8>>,
-        part: Vec<u8>,
-    ) -> Result<Option<Vec<u8>>, PlaceFault> {
-        let stat = rustix::fs::statat(&*dir, part.as_slice(), AtFlags::SYMLINK_NOFOLLOW)?;
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Symlink => Ok(Some(
-                rustix::fs::readlinkat(&*dir, part.as_slice(), Vec::new())?.into_bytes(),
-            )),
-            FileType::CharacterDevice => {
-                let place = Place {
-                    dir: Rc::new(dir.try_clone().map_err(errno)?),
-                    parents: resolved.clone(),
-                    name: part,
-                };
-                let next = self.directory(&place)?;
-                set(&next, Attributes::default())?;
-                *dir = next;
-                resolved.push(place.name);
-                Ok(None)
-            }
-            _ => Err(PlaceFault::Problem(
-                "lies below something that is not a directory",
-            )),
-        }
-    }
-
-    /// Whether the layers below do not show at the path: below an opaque directory of this layer.
+    /// Whether the layers below do not show at the path: it is hidden, or in something that is.
     fn is_cut_off(&self, path: &[&[u8]]) -> bool {
-        (0..path.len()).any(|end| self.opaque.contains(&path[..end].join(&b'/')))
+        if self.opaque.is_empty() && self.hidden.is_empty() {
+            return false;
+        }
+        let owned: Vec<Vec<u8>> = path.iter().map(|part| part.to_vec()).collect();
+        (0..owned.len()).any(|end| self.opaque.contains(&owned[..end]))
+            || (1..=owned.len()).any(|end| self.hidden.contains(&owned[..end]))
     }
 
     pub(super) const fn root_is_explicit(&mut self) {
@@ -281,17 +293,11 @@ impl Tree {
 
     /// The directory at the place: the one that is there, or a new one instead of whatever is there.
     pub(super) fn directory(&mut self, place: &Place) -> Result<OwnedFd, Errno> {
-        let there = self.file_type(place);
-        if there != Ok(FileType::Directory) {
+        if self.file_type(place) != Ok(FileType::Directory) {
             self.clear(place)?;
             rustix::fs::mkdirat(place.dir(), place.name(), Mode::from_raw_mode(0o700))?;
         }
-        let directory = rustix::fs::openat(place.dir(), place.name(), DIRECTORY, Mode::empty())?;
-        // A whiteout and a directory of one name: what is below is hidden, what is in this layer is not.
-        if there == Ok(FileType::CharacterDevice) {
-            self.set_opaque(&directory, place.path())?;
-        }
-        Ok(directory)
+        rustix::fs::openat(place.dir(), place.name(), DIRECTORY, Mode::empty())
     }
 
     /// Removes whatever is at the place, a whole directory, too.
@@ -303,40 +309,76 @@ impl Tree {
         Ok(())
     }
 
-    /// Hides `name`, next to the whiteout's own place, in the layers below. Entries of this layer stay.
-    pub(super) fn white_out(&mut self, place: &Place, name: &[u8]) -> Result<(), Errno> {
-        let hidden = Place {
-            dir: Rc::clone(&place.dir),
-            parents: place.parents.clone(),
-            name: name.to_vec(),
+    /// Remembers that in the directory `parents` the layers below do not show: `name`, or nothing at all.
+    pub(super) fn hide(
+        &mut self,
+        parents: &[&[u8]],
+        name: Option<&[u8]>,
+    ) -> Result<(), PlaceFault> {
+        let mut path = self.real_path(parents)?;
+        match name {
+            Some(name) => {
+                path.push(name.to_vec());
+                self.hidden.insert(path);
+            }
+            None => {
+                self.opaque.insert(path);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes down what is hidden, for overlayfs. At the end, since a whiteout hides nothing of its own layer,
+    /// wherever it stands in the archive; the shallow ones first, since some tools also write one for each file of
+    /// a directory that is gone as a whole.
+    pub(super) fn apply_whiteouts(&mut self) -> Result<(), PlaceFault> {
+        let by_depth = |set: &BTreeSet<Vec<Vec<u8>>>| {
+            let mut paths: Vec<Vec<Vec<u8>>> = set.iter().cloned().collect();
+            paths.sort_by_key(Vec::len);
+            paths
         };
-        match self.file_type(&hidden) {
+        for path in by_depth(&self.hidden) {
+            let Some((name, parents)) = path.split_last() else {
+                continue;
+            };
+            let parents: Vec<&[u8]> = parents.iter().map(Vec::as_slice).collect();
+            match self.place(&parents, name) {
+                Ok(place) => self.white_out(&place)?,
+                // Something that is no directory hides all that was there.
+                Err(PlaceFault::NotADirectory) => {}
+                Err(fault) => return Err(fault),
+            }
+        }
+        for path in by_depth(&self.opaque) {
+            let path: Vec<&[u8]> = path.iter().map(Vec::as_slice).collect();
+            match self.walk(&path) {
+                Ok((directory, _)) => set_opaque(&directory)?,
+                Err(PlaceFault::NotADirectory) => {}
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(())
+    }
+
+    fn white_out(&self, place: &Place) -> Result<(), Errno> {
+        match self.file_type(place) {
             Err(Errno::NOENT) => rustix::fs::mknodat(
-                hidden.dir(),
-                name,
+                place.dir(),
+                place.name(),
                 FileType::CharacterDevice,
                 Mode::empty(),
                 0,
             ),
-            Ok(FileType::Directory) => {
-                let directory = rustix::fs::openat(hidden.dir(), name, DIRECTORY, Mode::empty())?;
-                self.set_opaque(&directory, hidden.path())
-            }
+            // A directory of this layer is merged with those below, unless it says otherwise.
+            Ok(FileType::Directory) => set_opaque(&rustix::fs::openat(
+                place.dir(),
+                place.name(),
+                DIRECTORY,
+                Mode::empty(),
+            )?),
             Ok(_) => Ok(()),
             Err(errno) => Err(errno),
         }
-    }
-
-    /// Hides everything that the layers below have in the directory of the place.
-    pub(super) fn make_opaque(&mut self, place: &Place) -> Result<(), Errno> {
-        let directory = rustix::fs::openat(place.dir(), ".", DIRECTORY, Mode::empty())?;
-        self.set_opaque(&directory, joined(&place.parents, None))
-    }
-
-    fn set_opaque(&mut self, directory: &OwnedFd, path: Vec<u8>) -> Result<(), Errno> {
-        rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())?;
-        self.opaque.insert(path);
-        Ok(())
     }
 
     /// Copies the regular file at the place up from the layers below, as overlayfs does before it links one, and
@@ -392,6 +434,65 @@ impl Tree {
     pub(super) fn into_leaning(self) -> Leaning {
         self.leaning
     }
+}
+
+/// A path that is being resolved.
+struct Way {
+    ahead: VecDeque<Vec<u8>>,
+    resolved: Vec<Vec<u8>>,
+    links: usize,
+}
+
+impl Way {
+    fn new(parents: &[&[u8]]) -> Self {
+        Self {
+            ahead: parents.iter().map(|part| part.to_vec()).collect(),
+            resolved: Vec::new(),
+            links: 0,
+        }
+    }
+
+    /// The next component: a name, or `..`.
+    fn next(&mut self) -> Result<Option<Vec<u8>>, PlaceFault> {
+        if self.resolved.len() + self.ahead.len() > 2 * DEPTH_MAX {
+            return Err(PlaceFault::Problem("is too deep"));
+        }
+        while let Some(part) = self.ahead.pop_front() {
+            if !matches!(part.as_slice(), b"" | b".") {
+                return Ok(Some(part));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Goes on where a link leads; true if that starts at the root.
+    fn follow(&mut self, target: &[u8]) -> Result<bool, PlaceFault> {
+        self.links += 1;
+        if self.links > LINKS_MAX {
+            return Err(PlaceFault::Errno(Errno::LOOP));
+        }
+        for part in target.split(|byte| *byte == b'/').rev() {
+            self.ahead.push_front(part.to_vec());
+        }
+        let absolute = target.starts_with(b"/");
+        if absolute {
+            self.resolved.clear();
+        }
+        Ok(absolute)
+    }
+}
+
+/// Where the link `name` leads; `None` if it is no link.
+fn link_target(dir: &OwnedFd, name: &[u8]) -> Result<Option<Vec<u8>>, Errno> {
+    match rustix::fs::readlinkat(dir, name, Vec::new()) {
+        Ok(target) => Ok(Some(target.into_bytes())),
+        Err(Errno::INVAL) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn set_opaque(directory: &OwnedFd) -> Result<(), Errno> {
+    rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())
 }
 
 fn joined(parents: &[Vec<u8>], name: Option<&Vec<u8>>) -> Vec<u8> {

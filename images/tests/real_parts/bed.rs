@@ -1,0 +1,184 @@
+//! Programs the tests run, and a registry.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use foreshore_images::registry::{Client, ClientConfig, Credentials, RegistryConfig, Timeouts};
+use tempfile::TempDir;
+
+/// Runs a program to its end; its standard output.
+pub(crate) fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .unwrap_or_else(|error| {
+            panic!("cannot run {program}: {error}; install it, or run cargo xtask test, which does")
+        });
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Waits for a condition.
+pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < until, "waited 20 s for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Short times, so that a server that hangs is found out quickly.
+pub(crate) const TIMEOUTS: Timeouts = Timeouts {
+    connect: Duration::from_secs(2),
+    stall: Duration::from_millis(1500),
+    exchange: Duration::from_secs(4),
+    pace_bytes: 1 << 20,
+};
+
+/// A client that speaks plain HTTP to one host.
+pub(crate) fn client(host: &str, credentials: Option<Credentials>) -> Client {
+    let registry = RegistryConfig {
+        plain_http: true,
+        credentials,
+        ..RegistryConfig::default()
+    };
+    let timeouts = Timeouts {
+        stall: Duration::from_secs(20),
+        exchange: Duration::from_secs(60),
+        ..TIMEOUTS
+    };
+    Client::new(ClientConfig {
+        registries: [(host.to_owned(), registry)].into(),
+        timeouts,
+        ..ClientConfig::default()
+    })
+    .unwrap()
+}
+
+/// Debian's `docker-registry` on loopback.
+pub(crate) struct Registry {
+    child: Child,
+    pub(crate) host: String,
+    _dir: TempDir,
+}
+
+pub(crate) const USER: &str = "tester";
+pub(crate) const PASSWORD: &str = "secret-password";
+
+impl Registry {
+    pub(crate) fn start(with_password: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let host = format!("127.0.0.1:{port}");
+        let mut config = format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp: {{addr: \"{host}\"}}\n",
+            dir.path().join("data").display()
+        );
+        if with_password {
+            // "tester:secret-password", bcrypt with the lowest cost.
+            let line = "tester:$2b$04$oStqJXGQXMh.zuO1ZUcv6e/X31ZvM6mUSC9gyy272b8yxvjuauMJi\n";
+            let path = dir.path().join("htpasswd");
+            fs::write(&path, line).unwrap();
+            config += &format!(
+                "auth: {{htpasswd: {{realm: test, path: {}}}}}\n",
+                path.display()
+            );
+        }
+        let path = dir.path().join("config.yml");
+        fs::write(&path, config).unwrap();
+        let child = Command::new("docker-registry")
+            .args(["serve", text(&path)])
+            .env("OTEL_TRACES_EXPORTER", "none")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|error| {
+                panic!("cannot run docker-registry: {error}; install it, or run cargo xtask test, which does")
+            });
+        wait_for("the registry to answer", || {
+            std::net::TcpStream::connect(&host).is_ok()
+        });
+        Self {
+            child,
+            host,
+            _dir: dir,
+        }
+    }
+
+    /// Copies an image of an OCI layout here; the whole index if it is one.
+    pub(crate) fn push(&self, layout: &Path, tag: &str, name: &str) {
+        let (source, target) = (
+            format!("oci:{}:{tag}", layout.display()),
+            format!("docker://{}/{name}", self.host),
+        );
+        let credentials = format!("{USER}:{PASSWORD}");
+        run(
+            "skopeo",
+            &[
+                "--insecure-policy",
+                "copy",
+                "--all",
+                "--quiet",
+                "--dest-tls-verify=false",
+                "--dest-creds",
+                &credentials,
+                &source,
+                &target,
+            ],
+        );
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Something mounted, until dropped.
+pub(crate) struct Mount(pub(crate) PathBuf);
+
+impl Mount {
+    pub(crate) fn new(kind: &str, options: &str, target: &Path) -> Self {
+        fs::create_dir_all(target).unwrap();
+        run("mount", &["-t", kind, "-o", options, kind, text(target)]);
+        Self(target.to_owned())
+    }
+
+    /// What a container would see.
+    pub(crate) fn overlay(layers: &[PathBuf], target: &Path) -> Self {
+        let mut lower: Vec<&str> = layers.iter().rev().map(|layer| text(layer)).collect();
+        // With one layer overlayfs wants a second, or an upper one.
+        let empty = target.with_extension("empty");
+        fs::create_dir_all(&empty).unwrap();
+        lower.push(text(&empty));
+        Self::new(
+            "overlay",
+            &format!("ro,lowerdir={}", lower.join(":")),
+            target,
+        )
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}

@@ -1,0 +1,774 @@
+//! Registries that lie, hang or want too much: one clear error each, in bounded time, and nothing is left.
+
+use std::fs;
+use std::io::Write;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use foreshore_images::registry::{Client, ClientConfig, Credentials, FetchError, RegistryConfig};
+use foreshore_images::store::{StageError, StagedImage, Store, StoreConfig};
+use foreshore_images::{Digest, Fault, Platform, Reference};
+use serde_json::json;
+use sha2::Digest as _;
+
+use crate::bed::{Mount, TIMEOUTS};
+use crate::compose::{Blobs, INDEX, LAYER, Layer, MANIFEST, digest, gzip, tar};
+use crate::server::{Reply, Request, Server, ok, status, with_header};
+
+const AMD64: (&str, &str) = ("amd64", "");
+
+/// Serves blobs and manifests as a registry does.
+pub(crate) fn honest(blobs: &Blobs, request: &Request) -> Reply {
+    let name = request.path.rsplit('/').next().unwrap_or_default();
+    let Some(bytes) = name
+        .parse()
+        .ok()
+        .and_then(|digest: Digest| blobs.0.get(&digest))
+    else {
+        return status(404);
+    };
+    let media_type = if !request.path.contains("/manifests/") {
+        "application/octet-stream"
+    } else if String::from_utf8_lossy(bytes).contains("\"manifests\"") {
+        INDEX
+    } else {
+        MANIFEST
+    };
+    ok(media_type, bytes.clone())
+}
+
+pub(crate) fn client_for(host: &str, registry: RegistryConfig) -> Client {
+    let registry = RegistryConfig {
+        plain_http: true,
+        ..registry
+    };
+    Client::new(ClientConfig {
+        registries: [(host.to_owned(), registry)].into(),
+        timeouts: TIMEOUTS,
+        ..ClientConfig::default()
+    })
+    .unwrap()
+}
+
+fn reference(server: &Server, digest: Digest) -> Reference {
+    format!("{}/acme/app@{digest}", server.host)
+        .parse()
+        .unwrap()
+}
+
+fn stage(server: &Server, digest: Digest) -> Result<StagedImage, StageError> {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open_with(
+        root.path(),
+        StoreConfig {
+            unpacked_bytes_max: 1 << 30,
+            lock_wait: Duration::from_secs(1),
+        },
+    )
+    .unwrap();
+    let client = client_for(&server.host, RegistryConfig::default());
+    let start = Instant::now();
+    let result = store.stage(
+        &client,
+        &reference(server, digest),
+        &Platform::linux("amd64", ""),
+        &mut |_| {},
+    );
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "took {:?}",
+        start.elapsed()
+    );
+    if result.is_err() {
+        let left: Vec<_> = fs::read_dir(root.path().join("tmp")).unwrap().collect();
+        assert!(left.is_empty(), "left in tmp: {left:?}");
+        assert_eq!(fs::read_dir(root.path().join("images")).unwrap().count(), 0);
+    }
+    result
+}
+
+/// The whole chain of messages.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text += &format!(": {error}");
+        next = error.source();
+    }
+    text
+}
+
+fn assert_fault(result: Result<StagedImage, StageError>, fault: Fault, words: &[&str], case: &str) {
+    let error = result.expect_err(case);
+    let text = chain(&error);
+    assert_eq!(error.fault(), fault, "{case}: {text}");
+    for word in words {
+        assert!(text.contains(word), "{case}: \"{word}\" is not in: {text}");
+    }
+}
+
+fn simple() -> (Blobs, Digest, Digest) {
+    let mut blobs = Blobs::default();
+    let layer = Layer::gzip(&[("hello", b"world")]);
+    let image = blobs.image(AMD64, std::slice::from_ref(&layer));
+    (blobs, digest(&image), Digest::of(&layer.blob))
+}
+
+#[test]
+fn an_honest_server_is_believed() {
+    let (blobs, image, _) = simple();
+    let server = Server::start("127.0.0.1", move |request| honest(&blobs, request));
+    let staged = stage(&server, image).unwrap();
+    assert_eq!(staged.digest, image);
+    assert_eq!(staged.config.entrypoint, ["/bin/app"]);
+    assert_eq!(staged.config.stop_signal.as_deref(), Some("SIGQUIT"));
+}
+
+#[test]
+fn lies_about_a_layer() {
+    type Lie = fn(Vec<u8>) -> Reply;
+    let cases: &[(&str, Lie, Fault, &str)] = &[
+        (
+            "other bytes",
+            |b| ok("x/y", vec![0; b.len()]),
+            Fault::DigestMismatch,
+            "wrong bytes",
+        ),
+        (
+            "longer",
+            |b| ok("x/y", [b, vec![0]].concat()),
+            Fault::DigestMismatch,
+            "were declared",
+        ),
+        (
+            "shorter",
+            |b| ok("x/y", b[1..].to_vec()),
+            Fault::DigestMismatch,
+            "were declared",
+        ),
+        (
+            "endless",
+            |_| Reply::Endless,
+            Fault::DigestMismatch,
+            "were declared",
+        ),
+        (
+            "cut off",
+            |b| Reply::Truncated(b[..9].to_vec(), b.len()),
+            Fault::Unreachable,
+            "cannot be reached",
+        ),
+        ("hangs", |_| Reply::Hang, Fault::Unreachable, "in time"),
+        (
+            "hangs in the body",
+            |b| Reply::HangInBody(b.len()),
+            Fault::Unreachable,
+            "in time",
+        ),
+        (
+            "drips",
+            |b| Reply::Drip(b.len()),
+            Fault::Unreachable,
+            "in time",
+        ),
+        (
+            "a login page",
+            |_| ok("text/html; charset=utf-8", b"<html>".to_vec()),
+            Fault::Unreachable,
+            "captive portal",
+        ),
+        (
+            "not there",
+            |_| status(404),
+            Fault::NotFound,
+            "does not have blob acme/app@sha256:",
+        ),
+        ("forbidden", |_| status(403), Fault::NotFound, "refuses"),
+        (
+            "server error",
+            |_| status(500),
+            Fault::Unreachable,
+            "HTTP 500",
+        ),
+        (
+            "too many requests",
+            |_| status(429),
+            Fault::Unreachable,
+            "try later",
+        ),
+        (
+            "redirects in a circle",
+            |_| with_header(307, "Location", "/v2/again"),
+            Fault::Unreachable,
+            "more than 5 times",
+        ),
+        (
+            "redirects nowhere",
+            |_| with_header(302, "Location", ""),
+            Fault::Unreachable,
+            "not a URL",
+        ),
+        (
+            "redirects to plain HTTP elsewhere",
+            |_| with_header(302, "Location", "http://127.0.0.2:1/x"),
+            Fault::Unreachable,
+            "plain HTTP",
+        ),
+        (
+            "redirects to a file",
+            |_| with_header(302, "Location", "file:///etc/passwd"),
+            Fault::Unreachable,
+            "not a URL",
+        ),
+    ];
+    for (name, lie, fault, words) in cases {
+        let (blobs, image, layer) = simple();
+        let lie = *lie;
+        let server = Server::start("127.0.0.1", move |request| {
+            if request.path.contains(&layer.hex()) || request.path == "/v2/again" {
+                return lie(blobs.0[&layer].clone());
+            }
+            honest(&blobs, request)
+        });
+        assert_fault(
+            stage(&server, image),
+            *fault,
+            &[words, &server.host, "acme/app"],
+            name,
+        );
+    }
+}
+
+#[test]
+fn lies_about_a_manifest() {
+    type Lie = fn(Vec<u8>) -> Reply;
+    let cases: &[(&str, Lie, Fault, &str)] = &[
+        (
+            "a login page",
+            |_| ok("text/html", b"<html>log in</html>".to_vec()),
+            Fault::Unreachable,
+            "captive portal",
+        ),
+        (
+            "other bytes",
+            |b| ok(MANIFEST, [b, b" ".to_vec()].concat()),
+            Fault::DigestMismatch,
+            "wrong bytes",
+        ),
+        (
+            "100 MB",
+            |_| ok(MANIFEST, vec![b' '; 100 << 20]),
+            Fault::BadImage,
+            "larger than the limit",
+        ),
+        (
+            "endless",
+            |_| Reply::Endless,
+            Fault::BadImage,
+            "larger than the limit",
+        ),
+        ("hangs", |_| Reply::Hang, Fault::Unreachable, "in time"),
+        (
+            "drips",
+            |_| Reply::Drip(4000),
+            Fault::Unreachable,
+            "in time",
+        ),
+        (
+            "not there",
+            |_| status(404),
+            Fault::NotFound,
+            "does not have manifest acme/app@sha256:",
+        ),
+        (
+            "wants a password",
+            |_| with_header(401, "WWW-Authenticate", "Basic realm=x"),
+            Fault::NotFound,
+            "configure username",
+        ),
+        (
+            "wants who knows what",
+            |_| with_header(401, "WWW-Authenticate", "Negotiate"),
+            Fault::NotFound,
+            "refuses",
+        ),
+        (
+            "another media type",
+            |b| ok("application/vnd.cncf.helm.config.v1+json", b),
+            Fault::BadImage,
+            "neither an OCI",
+        ),
+        (
+            "an image called an index",
+            |b| ok(INDEX, b),
+            Fault::BadImage,
+            "ambiguous",
+        ),
+    ];
+    for (name, lie, fault, words) in cases {
+        let (blobs, image, _) = simple();
+        let lie = *lie;
+        let server = Server::start("127.0.0.1", move |_| lie(blobs.0[&image].clone()));
+        assert_fault(stage(&server, image), *fault, &[words, &server.host], name);
+    }
+}
+
+#[test]
+fn a_registry_that_is_not_there() {
+    let (_, image, _) = simple();
+    let server = Server::start("127.0.0.1", |_| status(500));
+    let gone = reference(&server, image);
+    let host = server.host.clone();
+    drop(server);
+    let error = client_for(&host, RegistryConfig::default())
+        .resolve(&gone)
+        .unwrap_err();
+    assert_eq!(error.fault(), Fault::Unreachable);
+    assert!(error.is_transient());
+}
+
+#[test]
+fn broken_layers() {
+    let good = tar(&[("hello", b"world")]);
+    let (bomb, bomb_id) = bomb();
+    let cases: Vec<(&str, Vec<u8>, Digest, Fault, &str)> = vec![
+        (
+            "cut gzip",
+            gzip(&good)[..30].to_vec(),
+            Digest::of(&good),
+            Fault::BadImage,
+            "layer sha256:",
+        ),
+        (
+            "no tar",
+            b"this is no archive at all".repeat(40),
+            Digest::of(&good),
+            Fault::BadImage,
+            "not a tar archive",
+        ),
+        (
+            "another layer",
+            gzip(&good),
+            Digest::of(b"x"),
+            Fault::DigestMismatch,
+            "where the config says",
+        ),
+        ("a bomb", bomb, bomb_id, Fault::BadImage, "bomb"),
+        (
+            "leaves its directory",
+            escaping(),
+            Digest::of(&escaping()),
+            Fault::BadImage,
+            "leaves the image's root directory",
+        ),
+    ];
+    for (name, blob, diff_id, fault, words) in cases {
+        let mut blobs = Blobs::default();
+        let layer = Layer {
+            blob,
+            diff_id,
+            media_type: format!("{LAYER}+gzip"),
+        };
+        let image = digest(&blobs.image(AMD64, &[layer]));
+        let server = Server::start("127.0.0.1", move |request| honest(&blobs, request));
+        assert_fault(stage(&server, image), fault, &[words, "acme/app"], name);
+    }
+}
+
+/// A layer of 300 MiB of zeros: its blob and its diff id.
+fn bomb() -> (Vec<u8>, Digest) {
+    let mut header = tar::Header::new_gnu();
+    header.set_path("zeros").unwrap();
+    header.set_size(300 << 20);
+    header.set_cksum();
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    let mut hasher = sha2::Sha256::new();
+    let zeros = vec![0; 1 << 20];
+    for piece in std::iter::once(&header.as_bytes()[..]).chain(std::iter::repeat_n(&zeros[..], 300))
+    {
+        encoder.write_all(piece).unwrap();
+        hasher.update(piece);
+    }
+    (
+        encoder.finish().unwrap(),
+        Digest::from_bytes(hasher.finalize().into()),
+    )
+}
+
+fn escaping() -> Vec<u8> {
+    let mut header = tar::Header::new_gnu();
+    header.as_old_mut().name[..9].copy_from_slice(b"../escape");
+    header.set_size(0);
+    header.set_cksum();
+    header.as_bytes().to_vec()
+}
+
+#[test]
+fn indexes_that_never_end() {
+    let mut blobs = Blobs::default();
+    let mut inner = blobs.image(("riscv64", ""), &[]);
+    for _ in 0..10 {
+        inner = blobs.index(&[inner]);
+    }
+    // Without a platform each must be looked at.
+    let nested = digest(&inner);
+    let many: Vec<_> = (0..1000)
+        .map(|number| {
+            let mut image = blobs.image(
+                ("riscv64", ""),
+                &[Layer::plain(&[("n", number.to_string().as_bytes())])],
+            );
+            image.as_object_mut().unwrap().remove("platform");
+            image
+        })
+        .collect();
+    let wide = digest(&blobs.index(&many));
+    let server = Server::start("127.0.0.1", move |request| honest(&blobs, request));
+    assert_fault(
+        stage(&server, nested),
+        Fault::BadImage,
+        &["nests too deep"],
+        "nested",
+    );
+    assert_fault(
+        stage(&server, wide),
+        Fault::BadImage,
+        &["too many candidates"],
+        "wide",
+    );
+    assert!(
+        server.requests().len() < 100,
+        "{} requests",
+        server.requests().len()
+    );
+}
+
+#[test]
+fn no_variant_names_those_there_are() {
+    let mut blobs = Blobs::default();
+    let image = [
+        blobs.image(("arm64", "v8"), &[]),
+        blobs.image(("arm", "v7"), &[]),
+    ];
+    let index = digest(&blobs.index(&image));
+    let server = Server::start("127.0.0.1", move |request| honest(&blobs, request));
+    let words = ["linux/amd64", "linux/arm/v7, linux/arm64/v8"];
+    assert_fault(
+        stage(&server, index),
+        Fault::NoMatchingPlatform,
+        &words,
+        "index",
+    );
+    assert_fault(
+        stage(&server, digest(&image[0])),
+        Fault::NoMatchingPlatform,
+        &["linux/arm64/v8"],
+        "manifest",
+    );
+}
+
+#[test]
+fn a_child_of_another_size_is_refused() {
+    let mut blobs = Blobs::default();
+    let mut image = blobs.image(AMD64, &[]);
+    image["size"] = json!(1);
+    let index = digest(&blobs.index(&[image]));
+    let server = Server::start("127.0.0.1", move |request| honest(&blobs, request));
+    assert_fault(
+        stage(&server, index),
+        Fault::DigestMismatch,
+        &["bytes that its index declares"],
+        "size",
+    );
+}
+
+fn credentials() -> RegistryConfig {
+    RegistryConfig {
+        credentials: Some(Credentials::new("user", "hunter2")),
+        ..RegistryConfig::default()
+    }
+}
+
+#[test]
+fn a_password_goes_to_the_registry_only() {
+    let (blobs, image, layer) = simple();
+    let content = blobs.0[&layer].clone();
+    let cdn = Server::start("127.0.0.2", move |_| ok("x/y", content.clone()));
+    let location = format!("http://{}/somewhere", cdn.host);
+    let server = Server::start("127.0.0.1", move |request| match &request.authorization {
+        None => with_header(401, "WWW-Authenticate", "Basic realm=\"x\""),
+        Some(_) if request.path.contains(&layer.hex()) => with_header(307, "Location", &location),
+        Some(_) => honest(&blobs, request),
+    });
+    let plain = RegistryConfig {
+        plain_http: true,
+        ..RegistryConfig::default()
+    };
+    let registries = [
+        (
+            server.host.clone(),
+            RegistryConfig {
+                plain_http: true,
+                ..credentials()
+            },
+        ),
+        // Plain HTTP is fine there; credentials still are not.
+        (cdn.host.clone(), plain),
+    ];
+    let client = Client::new(ClientConfig {
+        registries: registries.into(),
+        timeouts: TIMEOUTS,
+        blob_bytes_max: None,
+    })
+    .unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    store
+        .stage(
+            &client,
+            &reference(&server, image),
+            &Platform::linux("amd64", ""),
+            &mut |_| {},
+        )
+        .unwrap();
+    assert!(
+        server
+            .requests()
+            .iter()
+            .any(|request| request.authorization.as_deref() == Some("Basic dXNlcjpodW50ZXIy"))
+    );
+    assert_eq!(cdn.requests().len(), 1);
+    assert_eq!(cdn.requests()[0].authorization, None);
+}
+
+#[test]
+fn tokens_are_fetched_used_and_fetched_again_when_they_are_old() {
+    let (blobs, image, _) = simple();
+    let age = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let issued = Arc::clone(&age);
+    let server = Server::start("127.0.0.1", move |request| {
+        if request.path.starts_with("/token") {
+            let number = issued.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            return ok(
+                "application/json",
+                format!(r#"{{"access_token":"t{number}"}}"#).into_bytes(),
+            );
+        }
+        // The first token is good for one request only.
+        let good = match request.authorization.as_deref() {
+            Some("Bearer t0") => request.path.contains("/manifests/"),
+            Some("Bearer t1") => true,
+            _ => false,
+        };
+        if good {
+            return honest(&blobs, request);
+        }
+        let host = "127.0.0.1";
+        let _ = host;
+        with_header(
+            401,
+            "WWW-Authenticate",
+            "Bearer realm=\"REALM\",service=\"s\",scope=\"repository:other:push\"",
+        )
+    });
+    // The server learns its own address only here: a proxy in front tells the realm.
+    let upstream = server.host.clone();
+    let realm = format!("http://{upstream}/token");
+    let front = front_of(&upstream, &realm);
+    let client = client_for(&front.host, credentials());
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    store
+        .stage(
+            &client,
+            &reference(&front, image),
+            &Platform::linux("amd64", ""),
+            &mut |_| {},
+        )
+        .unwrap();
+    let tokens: Vec<Request> = server
+        .requests()
+        .into_iter()
+        .filter(|request| request.path.starts_with("/token"))
+        .collect();
+    assert_eq!(tokens.len(), 2);
+    for token in tokens {
+        assert_eq!(
+            token.path,
+            "/token?service=s&scope=repository%3Aacme%2Fapp%3Apull"
+        );
+        assert_eq!(
+            token.authorization.as_deref(),
+            Some("Basic dXNlcjpodW50ZXIy")
+        );
+    }
+}
+
+/// Passes requests on and writes the realm into challenges.
+fn front_of(upstream: &str, realm: &str) -> Server {
+    let (upstream, realm) = (upstream.to_owned(), realm.to_owned());
+    Server::start("127.0.0.1", move |request| {
+        let agent: ureq::Agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .proxy(None)
+            .build()
+            .into();
+        let mut call = agent.get(format!("http://{upstream}{}", request.path));
+        if let Some(authorization) = &request.authorization {
+            call = call.header("Authorization", authorization);
+        }
+        let mut response = call.call().unwrap();
+        let headers = ["content-type", "www-authenticate"]
+            .iter()
+            .filter_map(|name| {
+                let value = response
+                    .headers()
+                    .get(*name)?
+                    .to_str()
+                    .ok()?
+                    .replace("REALM", &realm);
+                Some(((*name).to_owned(), value))
+            })
+            .collect();
+        let status = response.status().as_u16();
+        Reply::Full(status, headers, response.body_mut().read_to_vec().unwrap())
+    })
+}
+
+#[test]
+fn a_realm_that_fishes_for_passwords_gets_none() {
+    let thief = Server::start("127.0.0.2", |_| {
+        ok("application/json", br#"{"token":"t"}"#.to_vec())
+    });
+    let cases = [
+        (format!("http://{}/token", thief.host), "plain HTTP"),
+        (format!("https://{}/token", thief.host), "token_hosts"),
+        ("file:///etc/passwd".to_owned(), "not a URL"),
+        (format!("http://user:pass@{}/", thief.host), "not a URL"),
+    ];
+    for (realm, words) in cases {
+        let (_, image, _) = simple();
+        let challenge = format!("Bearer realm=\"{realm}\"");
+        let server = Server::start("127.0.0.1", move |_| {
+            with_header(401, "WWW-Authenticate", &challenge)
+        });
+        let client = client_for(&server.host, credentials());
+        let error = client.resolve(&reference(&server, image)).unwrap_err();
+        let text = chain(&error);
+        assert!(matches!(error, FetchError::Token { .. }), "{realm}: {text}");
+        assert!(text.contains(words), "{realm}: {text}");
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+    assert!(thief.requests().is_empty());
+}
+
+#[test]
+fn token_servers_that_misbehave() {
+    type Answer = fn() -> Reply;
+    let cases: &[(&str, Answer, &str)] = &[
+        (
+            "no token",
+            || ok("application/json", b"{}".to_vec()),
+            "without a token",
+        ),
+        (
+            "a page",
+            || ok("text/html", b"<html>".to_vec()),
+            "without a token",
+        ),
+        (
+            "a book",
+            || ok("application/json", vec![b' '; 1 << 20]),
+            "more than 65536 bytes",
+        ),
+        ("endless", || Reply::Endless, "more than 65536 bytes"),
+        (
+            "header injection",
+            || ok("application/json", br#"{"token":"a\r\nX: y"}"#.to_vec()),
+            "without a token",
+        ),
+        ("refuses", || status(401), "refuses"),
+        ("broken", || status(503), "HTTP 503"),
+        ("hangs", || Reply::Hang, "in time"),
+        (
+            "redirects",
+            || with_header(302, "Location", "http://127.0.0.2/"),
+            "HTTP 302",
+        ),
+    ];
+    for (name, answer, words) in cases {
+        let (_, image, _) = simple();
+        let answer = *answer;
+        let tokens = Server::start("127.0.0.1", move |_| answer());
+        let challenge = format!(
+            "Bearer realm=\"http://{}/token\",service=\"s\"",
+            tokens.host
+        );
+        let server = Server::start("127.0.0.1", move |_| {
+            with_header(401, "WWW-Authenticate", &challenge)
+        });
+        let start = Instant::now();
+        let error = client_for(&server.host, RegistryConfig::default())
+            .resolve(&reference(&server, image))
+            .unwrap_err();
+        assert!(chain(&error).contains(words), "{name}: {}", chain(&error));
+        assert!(start.elapsed() < Duration::from_secs(10), "{name}");
+    }
+}
+
+#[test]
+fn a_full_disk_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = Mount::new("tmpfs", "size=3m", &dir.path().join("store"));
+    let store = Store::open(&mount.0).unwrap();
+
+    let mut blobs = Blobs::default();
+    let small = digest(&blobs.image(AMD64, &[Layer::gzip(&[("small", b"fits")])]));
+    // Zeros make no blocks, so what is large must not be zeros, and compress badly enough to be plain.
+    let noise: Vec<u8> = (0..2_000_000_u32)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0] | 1)
+        .collect();
+    let by_budget = digest(&blobs.image(AMD64, &[Layer::gzip(&[("a", &noise[..1_700_000])])]));
+    let by_size = digest(&blobs.image(
+        AMD64,
+        &[Layer::plain(&[("b", &[&noise[..], &noise[..]].concat())])],
+    ));
+    // Many empty files: no bytes, but inodes or the memory for them.
+    let server = Server::start("127.0.0.1", move |request| honest(&blobs, request));
+    let client = client_for(&server.host, RegistryConfig::default());
+    let stage = |digest| {
+        store.stage(
+            &client,
+            &reference(&server, digest),
+            &Platform::linux("amd64", ""),
+            &mut |_| {},
+        )
+    };
+
+    stage(small).unwrap();
+    for (image, name) in [
+        (by_budget, "half of the free disk"),
+        (by_size, "blob larger than the disk"),
+    ] {
+        let error = stage(image).unwrap_err();
+        assert_eq!(error.fault(), Fault::DiskFull, "{name}: {}", chain(&error));
+        assert!(error.is_transient());
+        assert_eq!(
+            fs::read_dir(mount.0.join("tmp")).unwrap().count(),
+            0,
+            "{name}"
+        );
+        assert!(store.staged(&small).is_some(), "{name}");
+    }
+    // Something else fills the disk while a layer comes in.
+    let filler = mount.0.join("filler");
+    let free = rustix::fs::statvfs(&mount.0).unwrap();
+    fs::write(
+        &filler,
+        vec![1; usize::try_from((free.f_bavail - 3) * free.f_frsize).unwrap()],
+    )
+    .unwrap();
+    let error = stage(by_budget).unwrap_err();
+    assert_eq!(error.fault(), Fault::DiskFull, "{}", chain(&error));
+    assert!(store.staged(&small).is_some());
+}

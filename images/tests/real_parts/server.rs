@@ -1,0 +1,213 @@
+//! A small HTTP server that says whatever a test wants it to.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// One request that came in.
+#[derive(Debug, Clone)]
+pub(crate) struct Request {
+    /// With the query.
+    pub(crate) path: String,
+    pub(crate) authorization: Option<String>,
+}
+
+/// What is answered.
+#[derive(Clone)]
+pub(crate) enum Reply {
+    /// Status, further headers, body; with the right length.
+    Full(u16, Vec<(String, String)>, Vec<u8>),
+    /// A header that announces more than comes; then the connection ends.
+    Truncated(Vec<u8>, usize),
+    /// A 200 whose body goes on and on.
+    Endless,
+    /// A 200 of so many bytes that come one by one.
+    Drip(usize),
+    /// Nothing.
+    Hang,
+    /// A header, and then nothing.
+    HangInBody(usize),
+}
+
+type Handler = dyn Fn(&Request) -> Reply + Send + Sync;
+
+pub(crate) struct Server {
+    /// `127.0.0.1:PORT`.
+    pub(crate) host: String,
+    log: Arc<Mutex<Vec<Request>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Serves on `address`, for example `127.0.0.1`, on a free port.
+    pub(crate) fn start(
+        address: &str,
+        handler: impl Fn(&Request) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind((address, 0)).unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        let (log, stop) = (
+            Arc::new(Mutex::new(Vec::new())),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let (handler, shared_log, stopped): (Arc<Handler>, _, _) =
+            (Arc::new(handler), Arc::clone(&log), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                if stopped.load(Ordering::SeqCst) {
+                    return;
+                }
+                let (handler, log, stop) = (
+                    Arc::clone(&handler),
+                    Arc::clone(&shared_log),
+                    Arc::clone(&stopped),
+                );
+                std::thread::spawn(move || answer(&stream, &*handler, &log, &stop));
+            }
+        });
+        Self {
+            host,
+            log,
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    pub(crate) fn requests(&self) -> Vec<Request> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// How many requests had this in their path.
+    pub(crate) fn count(&self, part: &str) -> usize {
+        self.requests()
+            .iter()
+            .filter(|request| request.path.contains(part))
+            .count()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(&self.host);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+pub(crate) fn ok(media_type: &str, body: Vec<u8>) -> Reply {
+    Reply::Full(
+        200,
+        vec![("Content-Type".to_owned(), media_type.to_owned())],
+        body,
+    )
+}
+
+pub(crate) fn status(status: u16) -> Reply {
+    Reply::Full(status, Vec::new(), Vec::new())
+}
+
+pub(crate) fn with_header(status: u16, name: &str, value: &str) -> Reply {
+    Reply::Full(
+        status,
+        vec![(name.to_owned(), value.to_owned())],
+        Vec::new(),
+    )
+}
+
+fn answer(stream: &TcpStream, handler: &Handler, log: &Mutex<Vec<Request>>, stop: &AtomicBool) {
+    let mut lines = BufReader::new(stream).lines();
+    let Some(Ok(first)) = lines.next() else {
+        return;
+    };
+    let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
+    let mut authorization = None;
+    for line in lines {
+        let Ok(line) = line else { return };
+        if line.is_empty() {
+            break;
+        }
+        if let Some((name, value)) = line.split_once(": ")
+            && name.eq_ignore_ascii_case("authorization")
+        {
+            authorization = Some(value.to_owned());
+        }
+    }
+    let request = Request {
+        path,
+        authorization,
+    };
+    log.lock().unwrap().push(request.clone());
+    // The client may hang up at any point; that is its right.
+    let _ = write_reply(stream, handler(&request), stop);
+}
+
+fn write_reply(mut stream: &TcpStream, reply: Reply, stop: &AtomicBool) -> std::io::Result<()> {
+    let hang = || {
+        while !stop.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    match reply {
+        Reply::Full(status, headers, body) => {
+            write!(
+                stream,
+                "HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Length: {}\r\n",
+                body.len()
+            )?;
+            for (name, value) in headers {
+                write!(stream, "{name}: {value}\r\n")?;
+            }
+            stream.write_all(b"\r\n")?;
+            stream.write_all(&body)
+        }
+        Reply::Truncated(body, announced) => {
+            write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {announced}\r\n\r\n"
+            )?;
+            stream.write_all(&body)
+        }
+        Reply::Endless => {
+            stream.write_all(
+                b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n",
+            )?;
+            let chunk = [&b"10000\r\n"[..], &[b'x'; 0x10000], b"\r\n"].concat();
+            while !stop.load(Ordering::SeqCst) {
+                stream.write_all(&chunk)?;
+            }
+            Ok(())
+        }
+        Reply::Drip(count) => {
+            write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {count}\r\n\r\n"
+            )?;
+            for _ in 0..count {
+                if stop.load(Ordering::SeqCst) {
+                    break;
+                }
+                stream.write_all(b" ")?;
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            Ok(())
+        }
+        Reply::Hang => {
+            hang();
+            Ok(())
+        }
+        Reply::HangInBody(count) => {
+            write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {count}\r\n\r\nxx"
+            )?;
+            hang();
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! The device's store: what is kept, shared, repaired and removed.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use foreshore_images::registry::{Client, RegistryConfig};
+use foreshore_images::store::{Progress, StageError, Store, StoreConfig};
+use foreshore_images::{Digest, Fault, Platform, Reference};
+
+use crate::compose::{Blobs, Layer, digest};
+use crate::hostile::{client_for, honest};
+use crate::server::{Server, status};
+
+const AMD64: (&str, &str) = ("amd64", "");
+
+struct World {
+    server: Server,
+    client: Client,
+    root: tempfile::TempDir,
+}
+
+impl World {
+    fn new(blobs: Blobs) -> Self {
+        Self::with(move |request| honest(&blobs, request))
+    }
+
+    fn with(
+        handler: impl Fn(&crate::server::Request) -> crate::server::Reply + Send + Sync + 'static,
+    ) -> Self {
+        let server = Server::start("127.0.0.1", handler);
+        let client = client_for(&server.host, RegistryConfig::default());
+        Self {
+            server,
+            client,
+            root: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn store(&self) -> Store {
+        Store::open(self.root.path()).unwrap()
+    }
+
+    fn reference(&self, digest: Digest) -> Reference {
+        format!("{}/app@{digest}", self.server.host)
+            .parse()
+            .unwrap()
+    }
+
+    fn stage(
+        &self,
+        store: &Store,
+        digest: Digest,
+    ) -> Result<foreshore_images::store::StagedImage, StageError> {
+        store.stage(
+            &self.client,
+            &self.reference(digest),
+            &Platform::linux("amd64", ""),
+            &mut |_| {},
+        )
+    }
+}
+
+fn three_layers() -> (Blobs, Digest, [Layer; 3]) {
+    let layers = [
+        Layer::gzip(&[("a", b"one")]),
+        Layer::plain(&[("b", b"two")]),
+        Layer::gzip(&[("c", b"three")]),
+    ];
+    let mut blobs = Blobs::default();
+    let image = digest(&blobs.image(AMD64, &layers));
+    (blobs, image, layers)
+}
+
+#[test]
+fn staging_again_needs_no_network() {
+    let (blobs, image, _) = three_layers();
+    let world = World::new(blobs);
+    let store = world.store();
+    let mut progress = Vec::new();
+    let staged = store
+        .stage(
+            &world.client,
+            &world.reference(image),
+            &Platform::linux("amd64", ""),
+            &mut |step| progress.push(step),
+        )
+        .unwrap();
+    assert_eq!(staged.layers.len(), 3);
+    assert!(matches!(progress[0], Progress::Planned { layers: 3, bytes } if bytes > 0));
+    let fetched: u64 = progress
+        .iter()
+        .map(|step| {
+            if let Progress::Fetched { bytes } = step {
+                *bytes
+            } else {
+                0
+            }
+        })
+        .sum();
+    assert!(
+        matches!(progress[0], Progress::Planned { bytes, .. } if bytes == fetched),
+        "{progress:?}"
+    );
+    assert_eq!(
+        fs::read_to_string(staged.layers[0].join("a")).unwrap(),
+        "one",
+        "lowest first"
+    );
+
+    let before = world.server.requests().len();
+    assert_eq!(world.stage(&store, image).unwrap(), staged);
+    assert_eq!(world.store().staged(&image), Some(staged.clone()));
+    assert_eq!(world.store().list().unwrap(), [staged]);
+    assert_eq!(world.server.requests().len(), before);
+    let blobs_left = fs::read_dir(world.root.path().join("blobs/sha256"))
+        .unwrap()
+        .count();
+    assert_eq!(blobs_left, 2, "manifest and config; layers are unpacked");
+}
+
+#[test]
+fn a_stage_that_failed_goes_on_where_it_was() {
+    let (blobs, image, layers) = three_layers();
+    let last = Digest::of(&layers[2].blob).hex();
+    let broken = Arc::new(AtomicBool::new(true));
+    let (switch, hidden) = (Arc::clone(&broken), last.clone());
+    let world = World::with(move |request| {
+        if switch.load(Ordering::SeqCst) && request.path.contains(&hidden) {
+            return status(503);
+        }
+        honest(&blobs, request)
+    });
+    let store = world.store();
+    let error = world.stage(&store, image).unwrap_err();
+    assert!(error.is_transient());
+    assert_eq!(store.staged(&image), None);
+    broken.store(false, Ordering::SeqCst);
+    world.stage(&store, image).unwrap();
+    assert_eq!(
+        world.server.count(&Digest::of(&layers[0].blob).hex()),
+        1,
+        "fetched once"
+    );
+    assert_eq!(
+        world.server.count(&Digest::of(&layers[1].blob).hex()),
+        1,
+        "fetched once"
+    );
+    assert_eq!(world.server.count(&last), 2);
+}
+
+#[test]
+fn leftovers_of_a_power_loss_are_swept() {
+    let (blobs, image, layers) = three_layers();
+    let world = World::new(blobs);
+    let root = world.root.path();
+    let store = world.store();
+    // As if power had gone while a layer was unpacked, and between its record and its rename.
+    fs::create_dir_all(root.join("tmp/layer-abc/tree/deep")).unwrap();
+    fs::write(root.join("tmp/.tmpblob"), "half").unwrap();
+    fs::write(
+        root.join("layers")
+            .join(format!("{}.json", layers[0].diff_id.hex())),
+        "{}",
+    )
+    .unwrap();
+    drop(store);
+    let store = world.store();
+    assert_eq!(fs::read_dir(root.join("tmp")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(root.join("layers")).unwrap().count(), 0);
+    world.stage(&store, image).unwrap();
+    // A directory that vanished under a whole image: it is staged again.
+    fs::remove_dir_all(root.join("layers").join(layers[1].diff_id.hex())).unwrap();
+    assert_eq!(store.staged(&image), None);
+    let staged = world.stage(&store, image).unwrap();
+    assert_eq!(
+        fs::read_to_string(staged.layers[1].join("b")).unwrap(),
+        "two"
+    );
+}
+
+#[test]
+fn damaged_records_lose_nothing() {
+    let (blobs, image, layers) = three_layers();
+    let world = World::new(blobs);
+    let store = world.store();
+    let staged = world.stage(&store, image).unwrap();
+    let requests = world.server.requests().len();
+    let root = world.root.path().to_owned();
+    let image_record = root.join("images").join(format!("{}.json", image.hex()));
+    for garbage in [
+        &b""[..],
+        b"{",
+        b"\0\0\0\0",
+        br#"{"sha256":"sha256:00","record":""}"#,
+    ] {
+        fs::write(&image_record, garbage).unwrap();
+        assert_eq!(
+            world.store().staged(&image).as_ref(),
+            Some(&staged),
+            "made again from the blobs"
+        );
+    }
+    fs::write(
+        root.join("layers")
+            .join(format!("{}.json", layers[0].diff_id.hex())),
+        "rot",
+    )
+    .unwrap();
+    assert_eq!(
+        world.store().staged(&image),
+        None,
+        "both records of a layer are damaged"
+    );
+    assert!(staged.layers[0].is_dir(), "but a container may run from it");
+    assert_eq!(
+        world.server.requests().len(),
+        requests,
+        "nothing of this needed the network"
+    );
+
+    let again = world.stage(&world.store(), image).unwrap();
+    assert_eq!(again.layers, staged.layers);
+    let aside: Vec<String> = fs::read_dir(root.join("quarantine"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(aside.len(), 2, "the record and the layer: {aside:?}");
+
+    // Now only the layer's record is damaged: the image's own is enough to start it.
+    fs::write(
+        root.join("layers")
+            .join(format!("{}.json", layers[0].diff_id.hex())),
+        "rot",
+    )
+    .unwrap();
+    assert_eq!(
+        world.store().staged(&image).map(|image| image.layers),
+        Some(staged.layers)
+    );
+}
+
+#[test]
+fn what_is_kept_is_kept_and_the_rest_goes() {
+    let shared = Layer::gzip(&[("shared", b"s")]);
+    let mut blobs = Blobs::default();
+    let keep = digest(&blobs.image(AMD64, &[shared.clone(), Layer::gzip(&[("mine", b"m")])]));
+    let go = digest(&blobs.image(AMD64, &[shared.clone(), Layer::gzip(&[("theirs", b"t")])]));
+    let index_of = blobs.image(AMD64, &[Layer::gzip(&[("indexed", b"i")])]);
+    let index = digest(&blobs.index(&[index_of]));
+    let world = World::new(blobs);
+    let store = world.store();
+    let kept = world.stage(&store, keep).unwrap();
+    let gone = world.stage(&store, go).unwrap();
+    let indexed = world.stage(&store, index).unwrap();
+    assert_ne!(indexed.digest, indexed.manifest);
+    assert_eq!(kept.layers[0], gone.layers[0], "one directory for both");
+
+    let everything = store
+        .remove_unused(&BTreeSet::from([keep, go, index]))
+        .unwrap();
+    assert_eq!(everything.images, []);
+    assert_eq!(everything.layers, 0);
+    let removed = store.remove_unused(&BTreeSet::from([keep, index])).unwrap();
+    assert_eq!(removed.images, [go]);
+    assert_eq!(removed.layers, 1);
+    assert_eq!(store.staged(&keep), Some(kept.clone()));
+    assert_eq!(store.staged(&index), Some(indexed));
+    assert_eq!(store.staged(&go), None);
+    assert!(kept.layers.iter().all(|layer| layer.is_dir()));
+
+    // A kept image whose record is damaged is still kept.
+    fs::write(
+        world
+            .root
+            .path()
+            .join("images")
+            .join(format!("{}.json", keep.hex())),
+        "rot",
+    )
+    .unwrap();
+    store.remove_unused(&BTreeSet::from([keep])).unwrap();
+    assert_eq!(store.staged(&keep), Some(kept));
+    assert_eq!(store.staged(&index), None);
+    let none = store.remove_unused(&BTreeSet::new()).unwrap();
+    assert_eq!(none.images, [keep]);
+    for name in ["layers", "blobs/sha256", "images"] {
+        assert_eq!(
+            fs::read_dir(world.root.path().join(name)).unwrap().count(),
+            0,
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn two_processes_do_not_fight() {
+    let (blobs, image, _) = three_layers();
+    let world = World::new(blobs);
+    let config = StoreConfig {
+        lock_wait: Duration::from_millis(200),
+        ..StoreConfig::default()
+    };
+    let store = Store::open_with(world.root.path(), config).unwrap();
+    let other = fs::File::options()
+        .write(true)
+        .open(world.root.path().join("lock"));
+    let other = other.unwrap();
+    other.lock().unwrap();
+    fs::write(world.root.path().join("tmp/theirs"), "x").unwrap();
+    drop(world.store());
+    assert!(
+        world.root.path().join("tmp/theirs").exists(),
+        "open does not sweep what another works on"
+    );
+    assert_eq!(
+        store.remove_unused(&BTreeSet::new()).unwrap_err().fault(),
+        Fault::Busy
+    );
+    let error = world.stage(&store, image).unwrap_err();
+    assert_eq!(error.fault(), Fault::Busy);
+    assert!(error.is_transient());
+    other.unlock().unwrap();
+    world.stage(&store, image).unwrap();
+    assert!(!world.root.path().join("tmp/theirs").exists());
+}
+
+#[test]
+fn threads_that_stage_the_same_image_fetch_it_once() {
+    let (blobs, image, layers) = three_layers();
+    let world = World::new(blobs);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| world.stage(&world.store(), image).unwrap());
+        }
+    });
+    assert_eq!(world.server.count(&Digest::of(&layers[0].blob).hex()), 1);
+}
+
+#[test]
+fn a_layer_twice_in_an_image_is_one_directory() {
+    let twice = Layer::gzip(&[("x", b"again")]);
+    let mut blobs = Blobs::default();
+    let image = digest(&blobs.image(AMD64, &[twice.clone(), Layer::gzip(&[("y", b"")]), twice]));
+    let world = World::new(blobs);
+    let staged = world.stage(&world.store(), image).unwrap();
+    assert_eq!(
+        staged.layers.len(),
+        2,
+        "overlayfs refuses one directory twice"
+    );
+    assert!(staged.layers[1].join("x").is_file(), "the upper one counts");
+}
+
+#[test]
+fn a_tag_alone_is_not_staged_and_resolves_to_its_digest() {
+    let (blobs, image, _) = three_layers();
+    let manifest = blobs.0[&image].clone();
+    let world = World::with(move |request| {
+        if request.path.ends_with("/manifests/v1") {
+            return crate::server::ok(crate::compose::MANIFEST, manifest.clone());
+        }
+        honest(&blobs, request)
+    });
+    let tagged: Reference = format!("{}/app:v1", world.server.host).parse().unwrap();
+    let refused = world
+        .store()
+        .stage(&world.client, &tagged, &Platform::host(), &mut |_| {});
+    assert!(matches!(refused, Err(StageError::NotPinned { .. })));
+    assert_eq!(world.client.resolve(&tagged).unwrap(), image);
+}
+
+#[test]
+fn the_store_is_nobody_else_s() {
+    use std::os::unix::fs::PermissionsExt;
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("new/store");
+    Store::open(&path).unwrap();
+    assert_eq!(
+        Path::new(&path).metadata().unwrap().permissions().mode() & 0o7777,
+        0o700
+    );
+}
