@@ -21,7 +21,12 @@ pub(super) fn run(hub: &Hub, files: &Files, format: Format, out: &mut dyn Write)
             Format::Name => writeln!(out, "app/{}", answer.app)?,
             Format::Json => {}
         }
-        if answer.rollout.is_some() && format == Format::Table {
+        if answer.devices == 0 {
+            eprintln!(
+                "  no device matches the selector of app {} yet; see `foreshore get devices`",
+                answer.app
+            );
+        } else if answer.rollout.is_some() && format == Format::Table {
             eprintln!("  watch it: foreshore rollout status -w {}", answer.app);
         }
         answers.push(answer);

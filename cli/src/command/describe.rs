@@ -78,7 +78,10 @@ fn digest(digest: Option<Digest>) -> String {
 }
 
 fn when(now_ms: u64, then_ms: u64) -> String {
-    format!("{} ({} ago)", timestamp(then_ms), age(now_ms, then_ms))
+    match age(now_ms, then_ms).as_str() {
+        "now" => format!("{} (just now)", timestamp(then_ms)),
+        age => format!("{} ({age} ago)", timestamp(then_ms)),
+    }
 }
 
 fn app(view: &AppView, now_ms: u64, out: &mut dyn Write) -> io::Result<()> {
