@@ -19,6 +19,7 @@
 //! | [`store`] | the SQLite database |
 //! | [`rollout`] | PURE: how a release spreads |
 //! | [`controller`] | every change, each in one transaction |
+//! | [`broker`] | the embedded broker, and files for an external one |
 //! | [`link`] | the hub as an MQTT client |
 //! | [`images`] | tags to digests, archives to blobs |
 //! | [`api`] | REST, health, metrics |
@@ -26,6 +27,7 @@
 //! | [`http`] | connections |
 
 pub mod api;
+pub mod broker;
 pub mod clock;
 pub mod config;
 pub mod controller;
