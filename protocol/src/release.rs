@@ -235,3 +235,124 @@ fn unescape(service: &mut Service) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest;
+
+    const PIN: &str = "@sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    fn app(service: &str) -> App {
+        let text = format!(
+            "apiVersion: foreshore/v1\nkind: App\nmetadata: {{name: a}}\nspec: {{services: {{web: {{{service}}}}}}}\n"
+        );
+        manifest::parse(text.as_bytes()).unwrap()
+    }
+
+    fn pinned() -> BTreeMap<ServiceName, String> {
+        [("web".parse().unwrap(), format!("hub.internal/web{PIN}"))].into()
+    }
+
+    fn read(text: &str) -> Result<Release, ReleaseError> {
+        Release::from_bytes(text.as_bytes(), &Digest::of(text.as_bytes()))
+    }
+
+    #[test]
+    fn a_release_reads_back_and_is_named_by_its_bytes() {
+        let release = Release::from_app(&app("image: web:1"), &pinned()).unwrap();
+        let bytes = release.to_canonical_json();
+        assert_eq!(
+            Release::from_bytes(&bytes, &release.digest()).unwrap(),
+            release
+        );
+        let other = Digest::of(b"other");
+        assert!(matches!(
+            Release::from_bytes(&bytes, &other),
+            Err(ReleaseError::Mismatch { .. })
+        ));
+    }
+
+    #[test]
+    fn escaped_substitutions_become_what_the_process_sees() {
+        let text = "image: a, command: [\"$${A} $B $$\"], environment: {K: \"$$${X}\"}, \
+                    probes: {readiness: {exec: {command: [\"$${C}\"]}}}";
+        let release = Release::from_app(&app(text), &pinned()).unwrap();
+        let service = &release.services["web"];
+        assert_eq!(
+            service.command.as_deref(),
+            Some(&["${A} $B $$".to_owned()][..])
+        );
+        assert_eq!(service.environment["K"], "$${X}");
+        let probe = service.probes.readiness.as_ref().unwrap();
+        assert_eq!(probe.exec.as_ref().unwrap().command, ["${C}"]);
+    }
+
+    #[test]
+    fn images_must_be_pinned() {
+        let error = Release::from_app(&app("image: web:1"), &BTreeMap::new()).unwrap_err();
+        let ReleaseError::Meaning(violation) = error else {
+            panic!("{error}")
+        };
+        assert_eq!(
+            violation.to_string(),
+            "services.web.image: \"web:1\" is not pinned by digest"
+        );
+    }
+
+    #[test]
+    fn what_no_manifest_could_say_is_refused_from_a_hub_too() {
+        let release = Release::from_app(&app("image: web:1"), &pinned()).unwrap();
+        let text = String::from_utf8(release.to_canonical_json()).unwrap();
+        for (from, to) in [
+            (PIN, ":1"),
+            ("\"volumes\":[]", "\"volumes\":[\"/:/proc/self\"]"),
+            ("\"tmpfs\":[]", "\"tmpfs\":[\"/../x\"]"),
+            ("\"mem_limit\":\"128m\"", "\"mem_limit\":\"0\""),
+            ("\"command\":null", "\"command\":[]"),
+            ("\"pids_limit\":256", "\"pids_limit\":0"),
+            ("\"user\":null", "\"user\":\"0:0:0\""),
+            ("\"environment\":{}", "\"environment\":{\"A\\u0000\":\"\"}"),
+        ] {
+            let changed = text.replace(from, to);
+            assert_ne!(changed, text, "{from}");
+            assert!(
+                matches!(read(&changed), Err(ReleaseError::Meaning(_))),
+                "{to}"
+            );
+        }
+        assert!(matches!(
+            read(&text.replace("\"web\":{", "\"WEB\":{")),
+            Err(ReleaseError::Decode(_))
+        ));
+        let empty = "{\"schema\":1,\"app\":\"a\",\"services\":{}}";
+        assert!(matches!(read(empty), Err(ReleaseError::Meaning(_))));
+    }
+
+    #[test]
+    fn a_newer_schema_is_named_whatever_else_it_holds() {
+        let error = read("{\"schema\":2,\"app\":\"a\",\"parts\":[]}").unwrap_err();
+        assert!(matches!(error, ReleaseError::Schema(2)), "{error}");
+        assert!(matches!(
+            read("{\"schema\":1,\"app\":\"a\",\"parts\":[]}"),
+            Err(ReleaseError::Decode(_))
+        ));
+        assert!(matches!(
+            read(&" ".repeat(MAX_RELEASE_BYTES + 1)),
+            Err(ReleaseError::TooLarge { .. })
+        ));
+    }
+
+    #[test]
+    fn keys_are_sorted_whatever_order_they_come_in() {
+        let value =
+            serde_json::json!({"b": [{"z": 1, "a": null}], "a\n": "x\"", "B": true, "a": {}});
+        let mut out = Vec::new();
+        write_sorted(&value, &mut out);
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(
+            text,
+            "{\"B\":true,\"a\":{},\"a\\n\":\"x\\\"\",\"b\":[{\"a\":null,\"z\":1}]}"
+        );
+    }
+}
