@@ -22,10 +22,10 @@ pub(crate) struct Options {
 /// A kind of device.
 struct Target {
     triple: &'static str,
-    /// What compiles the C and assembly parts of the TLS library. Any compiler for the architecture does:
-    /// they use no C library.
+    /// What compiles the C and assembly parts of the TLS library. They use headers of a C library but no
+    /// function of one, so any compiler for the architecture does.
     compiler: &'static str,
-    /// The Debian package that brings it.
+    /// The Debian packages that bring it.
     package: &'static str,
 }
 
@@ -33,17 +33,17 @@ const TARGETS: [Target; 3] = [
     Target {
         triple: "x86_64-unknown-linux-musl",
         compiler: "gcc",
-        package: "gcc",
+        package: "gcc libc6-dev",
     },
     Target {
         triple: "aarch64-unknown-linux-musl",
         compiler: "aarch64-linux-gnu-gcc",
-        package: "gcc-aarch64-linux-gnu",
+        package: "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
     },
     Target {
         triple: "armv7-unknown-linux-musleabihf",
         compiler: "arm-linux-gnueabihf-gcc",
-        package: "gcc-arm-linux-gnueabihf",
+        package: "gcc-arm-linux-gnueabihf libc6-dev-armhf-cross",
     },
 ];
 
@@ -96,7 +96,7 @@ impl Target {
             commands.push(format!("rustup target add {}", self.triple));
         }
         let compiles = Command::new(self.compiler)
-            .arg("--version")
+            .args(["-E", "-x", "c", "-include", "stdint.h", "/dev/null"])
             .output()
             .is_ok_and(|output| output.status.success());
         if !compiles {
