@@ -82,6 +82,8 @@ pub struct Device {
     /// The newest report that the hub acknowledged in this life.
     pub acknowledged: u64,
     planned: Option<Ms>,
+    /// Whether to write the event log.
+    pub verbose: bool,
     /// For the rules only: what it said that it rolled back from.
     gave_up: BTreeSet<(AppName, Version, Digest)>,
 }
@@ -126,6 +128,7 @@ impl Device {
             reported: None,
             acknowledged: 0,
             planned: None,
+            verbose: false,
             gave_up: BTreeSet::new(),
         }
     }
@@ -309,8 +312,15 @@ impl Device {
             .extend(self.poisoned_starts(&history, &plan));
         self.disk.history = plan.history;
         asks.fetch = plan.fetch;
+        // A staging that was given up has ended: that is news, so it is planned again at once.
+        let abandoned = plan
+            .steps
+            .iter()
+            .any(|step| matches!(step, Step::AbandonStaging { .. }));
         for step in plan.steps {
-            asks.log.push(format!("{} begins {step:?}", self.id));
+            if self.verbose {
+                asks.log.push(format!("{} begins {step:?}", self.id));
+            }
             self.begin(step, random, &mut asks);
         }
         let natural = self
@@ -319,7 +329,7 @@ impl Device {
             .flat_map(|live| [live.ready_at, live.ends_at])
             .flatten();
         let wake = plan.wake_at.map(|ms| self.booted_at + ms.0);
-        asks.wake_at = natural.chain(wake).filter(|at| *at > now).min();
+        asks.wake_at = natural.chain(wake).chain(abandoned.then_some(now + 10)).filter(|at| *at > now).min();
         asks.report = self.note_status(plan.status);
         asks
     }

@@ -80,8 +80,8 @@ pub struct Hub {
     pub mutation: Option<Mutation>,
     /// Whether to write the event log.
     pub verbose: bool,
-    /// For the rules only: when each device was truly last connected; `None`: never.
-    pub contacts: BTreeMap<DeviceId, Option<Ms>>,
+    /// For the rules only: whether each device is truly connected, and since when it is or is not.
+    pub contacts: BTreeMap<DeviceId, (bool, Ms)>,
 }
 
 /// After that long even a hub that heard no Will knows that a device is dark: two beacon intervals, and what
@@ -299,14 +299,17 @@ impl Hub {
     /// Whether most of those devices that were there around the rollout are cut off from the hub, whatever the hub
     /// believes.
     fn is_truly_dark(&self, rollout: &Rollout, now: Ms) -> bool {
-        let recent = self
-            .contacts
-            .values()
-            .flatten()
-            .filter(|contact| unix(**contact) >= rollout.pulse_since());
-        let (recent, dark) = recent.fold((0, 0), |(recent, dark), contact| {
-            (recent + 1, dark + u64::from(*contact + DARK_FOR < now))
-        });
+        let around =
+            |(connected, at): &&(bool, Ms)| *connected || unix(*at) >= rollout.pulse_since();
+        let (recent, dark) = self.contacts.values().filter(around).fold(
+            (0, 0),
+            |(recent, dark), (connected, at)| {
+                (
+                    recent + 1,
+                    dark + u64::from(!connected && at + DARK_FOR < now),
+                )
+            },
+        );
         dark * 2 > recent
     }
 

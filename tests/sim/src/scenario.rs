@@ -204,8 +204,8 @@ const fn manifest_span(seconds: u64) -> foreshore_protocol::quantity::Span {
 /// Most runs are small: what breaks with 200 devices mostly breaks with five, in less time.
 fn draw_size(random: &mut Random) -> usize {
     let size = match random.below(100) {
-        0 => random.between(100, 200),
-        1..10 => random.between(10, 25),
+        0 => random.between(60, 200),
+        1..8 => random.between(8, 20),
         _ => random.between(1, 6),
     };
     usize::try_from(size).unwrap_or(1)

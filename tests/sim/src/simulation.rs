@@ -218,6 +218,9 @@ impl Simulation {
             log: Vec::new(),
             scenario,
         };
+        for device in &mut simulation.devices {
+            device.verbose = verbose;
+        }
         simulation.begin();
         simulation
     }
@@ -591,7 +594,7 @@ impl Simulation {
             .reported
             .clone()
             .filter(|reported| reported.seq > one.acknowledged);
-        self.hub.contacts.insert(one.id.clone(), Some(now));
+        self.hub.contacts.insert(one.id.clone(), (true, now));
         self.note(|| format!("device-{device} connects"));
         self.send_up(device, &Up::Presence(presence));
         if let Some(reported) = reported {
@@ -607,7 +610,7 @@ impl Simulation {
         let now = self.now;
         let one = &mut self.devices[device];
         if let Some(session) = one.session.take() {
-            self.hub.contacts.insert(one.id.clone(), Some(now));
+            self.hub.contacts.insert(one.id.clone(), (false, now));
             self.note(|| format!("device-{device} loses its connection"));
             if will {
                 self.schedule(WILL_DELAY, Event::Will { device, session });
