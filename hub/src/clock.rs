@@ -36,7 +36,9 @@ impl HubClock {
 #[must_use]
 pub fn wall_clock() -> UnixMs {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    UnixMs(since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)))
+    UnixMs(since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }))
 }
 
 #[cfg(test)]

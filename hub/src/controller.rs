@@ -172,7 +172,10 @@ impl Controller {
     fn touch_live(&self) {
         let controller = self.clone();
         tokio::spawn(async move {
-            let live = controller.inner.store.read(|connection| Ok::<_, StoreError>(store::rollout::live_apps(connection)?));
+            let live = controller
+                .inner
+                .store
+                .read(|connection| Ok::<_, StoreError>(store::rollout::live_apps(connection)?));
             match live.await {
                 Ok(apps) => controller.touch(apps),
                 Err(error) => tracing::warn!(%error, "failed to list the live rollouts"),
@@ -205,7 +208,12 @@ impl Controller {
     {
         let (now, listening) = (self.now(), self.listening());
         let run = move |connection: &Connection| {
-            let mut change = Change { connection, now, listening, effects: Effects::default() };
+            let mut change = Change {
+                connection,
+                now,
+                listening,
+                effects: Effects::default(),
+            };
             let value = work(&mut change)?;
             Ok((value, change.effects))
         };
@@ -233,7 +241,10 @@ impl Controller {
             let next = match self.round().await {
                 Ok(next) => next,
                 Err(error) => {
-                    tracing::error!(error = &error as &dyn std::error::Error, "failed to advance the rollouts");
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "failed to advance the rollouts"
+                    );
                     None
                 }
             };
@@ -243,7 +254,9 @@ impl Controller {
             }
             // Half of the writer's time at most goes into advancing, however large the fleet.
             tokio::time::sleep(begun.elapsed().max(ROUND_MIN)).await;
-            let due = next.map_or(HOUSEKEEPING, |next| Duration::from_millis(next.since(self.now())));
+            let due = next.map_or(HOUSEKEEPING, |next| {
+                Duration::from_millis(next.since(self.now()))
+            });
             tokio::select! {
                 () = self.inner.news.notified() => {}
                 () = tokio::time::sleep(due.min(HOUSEKEEPING)) => {}
@@ -267,16 +280,25 @@ impl Controller {
             }
             Ok(store::rollout::due(change.connection, change.now)?.1)
         });
-        round.await.inspect_err(|_| lock(&self.inner.dirty).extend(again))
+        round
+            .await
+            .inspect_err(|_| lock(&self.inner.dirty).extend(again))
     }
 
     async fn keep_house(&self) {
         let kept = self.change(|change| {
             let before = UnixMs(change.now.0.saturating_sub(STALE_AFTER_MS));
             let listened = change.listening.since.is_some_and(|since| since <= before);
-            let stale = if listened { store::device::mark_stale(change.connection, before)? } else { Vec::new() };
+            let stale = if listened {
+                store::device::mark_stale(change.connection, before)?
+            } else {
+                Vec::new()
+            };
             for device in &stale {
-                change.event("device-offline").device(device).record("it was not heard of for half an hour")?;
+                change
+                    .event("device-offline")
+                    .device(device)
+                    .record("it was not heard of for half an hour")?;
             }
             if !stale.is_empty() {
                 change.touch_live()?;
@@ -292,7 +314,10 @@ impl Controller {
             Ok(())
         });
         if let Err(error) = kept.await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "failed to tidy up the store");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "failed to tidy up the store"
+            );
         }
     }
 }

@@ -6,9 +6,11 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use foreshore_hub::broker::mosquitto::{self, MosquittoConfig};
 use foreshore_hub::config::Config;
 use foreshore_hub::store::{self, Store, StoreError};
 use foreshore_hub::{process, secrets};
+use foreshore_protocol::DeviceId;
 
 /// The Foreshore hub: holds what should run where, and rolls changes out to devices in waves.
 ///
@@ -46,6 +48,35 @@ enum Command {
     /// `device-ahead` events). A new epoch is above every version before, and devices obey again. The hub must
     /// not run meanwhile.
     NewEpoch(Data),
+    /// Write a configuration for mosquitto, to be used as an external broker.
+    ///
+    /// It holds the same rules as the embedded broker: a device reads and writes nothing but its own topics. The
+    /// join token and the hub's secret come from the hub's data directory (made when missing). Run it again with
+    /// every device when one joins, then make mosquitto read it again (SIGHUP).
+    ///
+    /// Then run `mosquitto -c DIRECTORY/mosquitto.conf`, and give the hub
+    ///
+    ///     [broker]
+    ///     kind = "external"
+    ///     url = "mqtt://HOST:PORT"
+    #[command(verbatim_doc_comment)]
+    MosquittoConfig(MosquittoArguments),
+}
+
+#[derive(Debug, Args)]
+struct MosquittoArguments {
+    /// Write mosquitto.conf, passwd and acl into this directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    out: PathBuf,
+    /// The hub's data directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    data: PathBuf,
+    /// Where mosquitto shall listen.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:1883")]
+    listen: SocketAddr,
+    /// A device that may log in; may be given many times.
+    #[arg(long = "device", value_name = "ID")]
+    devices: Vec<DeviceId>,
 }
 
 #[derive(Debug, Args)]
@@ -72,6 +103,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(run) => run_hub(run),
         Command::NewEpoch(Data { data }) => new_epoch(&data),
+        Command::MosquittoConfig(arguments) => mosquitto_config(arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -106,16 +138,25 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
-    let hub = tokio::select! {
+    let mut hub = tokio::select! {
         started = process::start(config) => started?,
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     };
-    tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
-    }
+    let failed = tokio::select! {
+        _ = terminate.recv() => {
+            tracing::info!("SIGTERM: stopping");
+            false
+        }
+        _ = interrupt.recv() => {
+            tracing::info!("SIGINT: stopping");
+            false
+        }
+        () = hub.failed() => true,
+    };
     hub.stop().await;
+    // A supervisor starts the hub again; without a broker it would only look alive.
+    anyhow::ensure!(!failed, "the embedded broker ended by itself; see the log");
     Ok(())
 }
 
@@ -136,5 +177,30 @@ fn new_epoch(data: &Path) -> anyhow::Result<()> {
     drop(store);
     writer.join();
     println!("epoch {epoch}");
+    Ok(())
+}
+
+fn mosquitto_config(arguments: MosquittoArguments) -> anyhow::Result<()> {
+    let secrets = secrets::Secrets::load_or_create(&arguments.data)?;
+    let directory = std::path::absolute(&arguments.out)
+        .with_context(|| format!("failed to find {}", arguments.out.display()))?;
+    let config = MosquittoConfig {
+        listen: arguments.listen,
+        directory: directory.clone(),
+        join_token: secrets.join,
+        hub_secret: secrets.hub,
+        devices: arguments.devices,
+    };
+    let mut random = Ok(());
+    let files = mosquitto::render(&config, || {
+        let mut salt = [0; mosquitto::SALT_BYTES];
+        if let Err(error) = getrandom::fill(&mut salt) {
+            random = Err(error);
+        }
+        salt
+    })?;
+    random.map_err(|error| anyhow::anyhow!("failed to draw random bytes: {error}"))?;
+    mosquitto::write(&files, &directory)?;
+    println!("{}", directory.join("mosquitto.conf").display());
     Ok(())
 }

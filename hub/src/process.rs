@@ -2,7 +2,7 @@
 
 use std::fs::{File, TryLockError};
 use std::io::Write as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::api::{self, Api};
+use crate::broker::{self, Embedded, EmbeddedConfig};
 use crate::clock::HubClock;
 use crate::config::{Broker, BrokerKind, Config, ConfigError};
 use crate::controller::{ControlError, Controller};
@@ -67,11 +68,8 @@ pub enum StartError {
         source: std::io::Error,
     },
     /// The broker did not start.
-    #[error("the embedded broker did not start")]
-    Broker(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// This build has no broker of its own.
-    #[error("this hub was built without the embedded broker; use [broker] kind = \"external\" and url")]
-    NoBroker,
+    #[error(transparent)]
+    Broker(#[from] broker::StartError),
     /// `endpoints.json` cannot be written.
     #[error("failed to write {}", path.display())]
     Endpoints {
@@ -92,7 +90,7 @@ pub struct RunningHub {
     tasks: JoinSet<()>,
     store: Option<Store>,
     writer: Writer,
-    embedded: Option<EmbeddedBroker>,
+    embedded: Option<Embedded>,
     data: PathBuf,
     _lock: File,
 }
@@ -132,14 +130,14 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
     let api = listener
         .local_addr()
         .map_err(|source| StartError::Listen { address: config.api.listen, source })?;
-    let (embedded, host, port) = start_broker(&broker, &secrets).await?;
+    let Reach { embedded, host, port, url } = start_broker(broker, &secrets).await?;
     if embedded.is_some() {
         // Whoever was connected was connected to the broker of the process before.
         controller.change(|change| Ok(store::device::all_offline(change.connection)?)).await?;
     }
     let counters = Arc::new(LinkCounters::default());
     let (stop, stopping) = watch::channel(false);
-    let link = LinkConfig { host: host.clone(), port, secret: secrets.hub.clone() };
+    let link = LinkConfig { host, port, secret: secrets.hub.clone() };
     let router = api::router(Api {
         controller: controller.clone(),
         images,
@@ -159,7 +157,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
     await_link(&controller).await;
     let hub = RunningHub {
         api,
-        broker: mqtt_url(&host, port),
+        broker: url,
         stop,
         tasks,
         store: Some(store),
@@ -206,7 +204,7 @@ impl RunningHub {
 
     fn write_endpoints(&self) -> Result<(), StartError> {
         let path = self.data.join("endpoints.json");
-        let api = format!("http://{}", self.api);
+        let api = format!("http://{}", reachable(self.api));
         let body = serde_json::json!({"api": api, "broker": self.broker});
         let write = || {
             let temporary = path.with_extension("new");
@@ -220,13 +218,23 @@ impl RunningHub {
         Ok(())
     }
 
+    /// Waits until something ended that should not have: the embedded broker. For ever if it is external. Cancel
+    /// safe.
+    pub async fn failed(&mut self) {
+        match &mut self.embedded {
+            Some(broker) => broker.ended().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Stops everything in order: no more calls, no more messages, then the store. Takes at most 5 s or so.
     pub async fn stop(mut self) {
         self.stop.send_replace(true);
         _ = std::fs::remove_file(self.data.join("endpoints.json"));
         while self.tasks.join_next().await.is_some() {}
         if let Some(broker) = self.embedded.take() {
-            stop_broker(broker).await;
+            // A panic in there ends only that thread, and the process ends anyway.
+            _ = tokio::task::spawn_blocking(move || broker.shutdown()).await;
         }
         // The writer ends with the last handle; tasks that were cut off may hold one a moment longer.
         self.store = None;
@@ -242,16 +250,42 @@ fn mqtt_url(host: &str, port: u16) -> String {
     if host.contains(':') { format!("mqtt://[{host}]:{port}") } else { format!("mqtt://{host}:{port}") }
 }
 
-type EmbeddedBroker = ();
-
-async fn start_broker(
-    broker: &Broker,
-    _secrets: &Secrets,
-) -> Result<(Option<EmbeddedBroker>, String, u16), StartError> {
-    match broker {
-        Broker::External(host, port) => Ok((None, host.clone(), *port)),
-        Broker::Embedded(_) => Err(StartError::NoBroker),
-    }
+/// The broker if it is the hub's own, and where the hub reaches it.
+struct Reach {
+    embedded: Option<Embedded>,
+    host: String,
+    port: u16,
+    /// Where devices connect.
+    url: String,
 }
 
-async fn stop_broker(_broker: EmbeddedBroker) {}
+async fn start_broker(broker: Broker, secrets: &Secrets) -> Result<Reach, StartError> {
+    let listen = match broker {
+        Broker::External(host, port) => {
+            let url = mqtt_url(&host, port);
+            return Ok(Reach { embedded: None, host, port, url });
+        }
+        Broker::Embedded(listen) => listen,
+    };
+    let config = EmbeddedConfig::new(listen, secrets.join.clone(), secrets.hub.clone());
+    let embedded = tokio::task::spawn_blocking(move || Embedded::start(config))
+        .await
+        .map_err(|_| StoreError::Stopped)??;
+    let (devices, hub) = (reachable(embedded.device_address()), embedded.hub_address());
+    Ok(Reach {
+        host: hub.ip().to_string(),
+        port: hub.port(),
+        url: mqtt_url(&devices.ip().to_string(), devices.port()),
+        embedded: Some(embedded),
+    })
+}
+
+/// An address that a client on this machine can connect to: loopback for "every interface".
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}

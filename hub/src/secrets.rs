@@ -111,7 +111,10 @@ impl Secrets {
             .recursive(true)
             .mode(0o700)
             .create(data)
-            .map_err(|source| SecretError::Directory { path: data.to_owned(), source })?;
+            .map_err(|source| SecretError::Directory {
+                path: data.to_owned(),
+                source,
+            })?;
         Ok(Self {
             api: load_or_create(&data.join("api-token"))?,
             join: load_or_create(&data.join("join-token"))?,
@@ -126,17 +129,30 @@ fn load_or_create(path: &Path) -> Result<Secret, SecretError> {
         Ok(file) => {
             file.take(MAX_SECRET_BYTES + 1)
                 .read_to_string(&mut text)
-                .map_err(|source| SecretError::Read { path: path.to_owned(), source })?;
+                .map_err(|source| SecretError::Read {
+                    path: path.to_owned(),
+                    source,
+                })?;
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             text = random_text()?;
-            write_new(path, &text).map_err(|source| SecretError::Write { path: path.to_owned(), source })?;
+            write_new(path, &text).map_err(|source| SecretError::Write {
+                path: path.to_owned(),
+                source,
+            })?;
         }
-        Err(source) => return Err(SecretError::Read { path: path.to_owned(), source }),
+        Err(source) => {
+            return Err(SecretError::Read {
+                path: path.to_owned(),
+                source,
+            });
+        }
     }
     let line = text.trim_end_matches(['\r', '\n']);
     if !(16..=4096).contains(&line.len()) || !line.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(SecretError::Malformed { path: path.to_owned() });
+        return Err(SecretError::Malformed {
+            path: path.to_owned(),
+        });
     }
     Ok(Secret::new(line.to_owned()))
 }
@@ -150,12 +166,17 @@ fn random_text() -> Result<String, SecretError> {
 /// Whole or not at all: a hub that is killed here must not find half a secret next time.
 fn write_new(path: &Path, text: &str) -> std::io::Result<()> {
     let temporary = path.with_extension("new");
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
     writeln!(file, "{text}")?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;
-    path.parent().map_or(Ok(()), |dir| std::fs::File::open(dir)?.sync_all())
+    path.parent()
+        .map_or(Ok(()), |dir| std::fs::File::open(dir)?.sync_all())
 }
 
 #[cfg(test)]
@@ -176,7 +197,10 @@ mod tests {
         ] {
             assert_eq!(made.expose(), read.expose());
             assert!(made.expose().len() >= 43, "256 bits in base64url");
-            let mode = std::fs::metadata(data.join(name)).unwrap().permissions().mode();
+            let mode = std::fs::metadata(data.join(name))
+                .unwrap()
+                .permissions()
+                .mode();
             assert_eq!(mode & 0o777, 0o600, "{name}");
         }
         assert_ne!(first.api.expose(), first.join.expose());
@@ -189,7 +213,10 @@ mod tests {
             std::fs::write(dir.path().join("api-token"), broken).unwrap();
             let error = Secrets::load_or_create(dir.path()).unwrap_err().to_string();
             assert!(error.contains("api-token"), "{error}");
-            assert_eq!(std::fs::read_to_string(dir.path().join("api-token")).unwrap(), broken);
+            assert_eq!(
+                std::fs::read_to_string(dir.path().join("api-token")).unwrap(),
+                broken
+            );
         }
     }
 

@@ -116,7 +116,9 @@ struct Readers {
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Store").field("path", &self.readers.path).finish_non_exhaustive()
+        f.debug_struct("Store")
+            .field("path", &self.readers.path)
+            .finish_non_exhaustive()
     }
 }
 
@@ -141,9 +143,14 @@ impl Store {
     /// When it cannot be opened, the linked SQLite is too old, or a newer hub wrote the file.
     pub fn open(path: &Path) -> Result<(Self, Writer), StoreError> {
         if rusqlite::version_number() < MIN_SQLITE {
-            return Err(StoreError::TooOld { found: rusqlite::version() });
+            return Err(StoreError::TooOld {
+                found: rusqlite::version(),
+            });
         }
-        let open = |source| StoreError::Open { path: path.to_owned(), source };
+        let open = |source| StoreError::Open {
+            path: path.to_owned(),
+            source,
+        };
         let mut connection = Connection::open(path).map_err(open)?;
         configure(&connection).map_err(open)?;
         schema::migrate(&mut connection)?;
@@ -207,21 +214,33 @@ impl Store {
     {
         let readers = Arc::clone(&self.readers);
         let task = async move {
-            let _permit = self.readers.permits.acquire().await.map_err(|_| StoreError::Stopped)?;
-            tokio::task::spawn_blocking(move || readers.run(query)).await.map_err(|_| StoreError::Stopped)?
+            let _permit = self
+                .readers
+                .permits
+                .acquire()
+                .await
+                .map_err(|_| StoreError::Stopped)?;
+            tokio::task::spawn_blocking(move || readers.run(query))
+                .await
+                .map_err(|_| StoreError::Stopped)?
         };
         task.await
     }
 }
 
 impl Readers {
-    fn run<T, E: From<StoreError>>(&self, query: impl FnOnce(&Connection) -> Result<T, E>) -> Result<T, E> {
+    fn run<T, E: From<StoreError>>(
+        &self,
+        query: impl FnOnce(&Connection) -> Result<T, E>,
+    ) -> Result<T, E> {
         let idle = self.idle.lock().map_or(None, |mut idle| idle.pop());
         let connection = match idle {
             Some(connection) => connection,
             None => self.connect()?,
         };
-        let snapshot = connection.unchecked_transaction().map_err(StoreError::from)?;
+        let snapshot = connection
+            .unchecked_transaction()
+            .map_err(StoreError::from)?;
         let result = query(&snapshot);
         drop(snapshot);
         if let Ok(mut idle) = self.idle.lock() {
@@ -232,8 +251,11 @@ impl Readers {
 
     fn connect(&self) -> Result<Connection, StoreError> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = Connection::open_with_flags(&self.path, flags)
-            .map_err(|source| StoreError::Open { path: self.path.clone(), source })?;
+        let connection =
+            Connection::open_with_flags(&self.path, flags).map_err(|source| StoreError::Open {
+                path: self.path.clone(),
+                source,
+            })?;
         connection.busy_timeout(Duration::from_secs(5))?;
         Ok(connection)
     }
@@ -306,7 +328,9 @@ pub(crate) mod tests {
     /// A migrated database in memory, for tests of row functions.
     pub(crate) fn memory() -> Connection {
         let mut connection = Connection::open_in_memory().unwrap();
-        connection.pragma_update(None, "foreign_keys", true).unwrap();
+        connection
+            .pragma_update(None, "foreign_keys", true)
+            .unwrap();
         schema::migrate(&mut connection).unwrap();
         connection
     }
@@ -317,7 +341,11 @@ pub(crate) mod tests {
     }
 
     fn keys(connection: &Connection) -> Result<i64, StoreError> {
-        Ok(connection.query_row("SELECT count(*) FROM meta WHERE key LIKE 't%'", [], |row| row.get(0))?)
+        Ok(
+            connection.query_row("SELECT count(*) FROM meta WHERE key LIKE 't%'", [], |row| {
+                row.get(0)
+            })?,
+        )
     }
 
     #[tokio::test]
@@ -341,14 +369,23 @@ pub(crate) mod tests {
             }
         });
         let results = futures_util::future::join_all(changes).await;
-        let count = |wanted: fn(&Result<(), StoreError>) -> bool| results.iter().filter(|r| wanted(r)).count();
-        assert_eq!(count(|result| matches!(result, Err(StoreError::Stopped))), 5);
+        let count = |wanted: fn(&Result<(), StoreError>) -> bool| {
+            results.iter().filter(|r| wanted(r)).count()
+        };
+        assert_eq!(
+            count(|result| matches!(result, Err(StoreError::Stopped))),
+            5
+        );
         assert_eq!(count(|result| matches!(result, Err(StoreError::Full))), 5);
         assert_eq!(store.read(keys).await.unwrap(), 40);
         drop(store);
         tokio::task::spawn_blocking(|| writer.join()).await.unwrap();
         let (store, _writer) = Store::open(&path).unwrap();
-        assert_eq!(store.read(keys).await.unwrap(), 40, "everything that was answered is on disk");
+        assert_eq!(
+            store.read(keys).await.unwrap(),
+            40,
+            "everything that was answered is on disk"
+        );
     }
 
     #[test]
@@ -360,6 +397,9 @@ pub(crate) mod tests {
         connection.pragma_update(None, "user_version", 999).unwrap();
         drop(connection);
         let error = Store::open(&path).unwrap_err();
-        assert!(matches!(error, StoreError::Newer { found: 999, .. }), "{error}");
+        assert!(
+            matches!(error, StoreError::Newer { found: 999, .. }),
+            "{error}"
+        );
     }
 }

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_protocol::api::{
-    ApplyAnswer, ApplyOutcome, Change as Changed, LabelPatch, PlanAnswer, PlanWave, RolloutState, ServiceChange,
+    ApplyAnswer, ApplyOutcome, Change as Changed, LabelPatch, PlanAnswer, PlanWave, RolloutState,
+    ServiceChange,
 };
 use foreshore_protocol::manifest::{App, Service};
 use foreshore_protocol::release::Release;
@@ -31,7 +32,11 @@ pub struct Resolved {
 /// # Errors
 ///
 /// When the store fails.
-pub fn apply(change: &mut Change<'_>, resolved: &Resolved, seed: u64) -> Result<ApplyAnswer, ControlError> {
+pub fn apply(
+    change: &mut Change<'_>,
+    resolved: &Resolved,
+    seed: u64,
+) -> Result<ApplyAnswer, ControlError> {
     let name = &resolved.app.metadata.name;
     let existing = revive(change, name)?;
     let outcome = outcome(change, existing.as_ref(), resolved)?;
@@ -42,19 +47,43 @@ pub fn apply(change: &mut Change<'_>, resolved: &Resolved, seed: u64) -> Result<
         deleting: false,
     };
     let mut rollout = None;
-    if existing.as_ref().is_none_or(|app| app.manifest != resolved.app) {
+    if existing
+        .as_ref()
+        .is_none_or(|app| app.manifest != resolved.app)
+    {
         store::app::put(change.connection, &row)?;
         membership::refresh_app(change, &row)?;
     }
     if matches!(outcome, ApplyOutcome::Created | ApplyOutcome::Updated) {
-        store::app::put_release(change.connection, &resolved.digest, name, &resolved.bytes, change.now)?;
-        rollout = Some(rollouts::open(change, name, resolved.digest, &resolved.app.spec.rollout, seed)?);
+        store::app::put_release(
+            change.connection,
+            &resolved.digest,
+            name,
+            &resolved.bytes,
+            change.now,
+        )?;
+        rollout = Some(rollouts::open(
+            change,
+            name,
+            resolved.digest,
+            &resolved.app.spec.rollout,
+            seed,
+        )?);
     }
     match outcome {
-        ApplyOutcome::Created => change.event("app-created").app(name).record(resolved.digest.to_string())?,
-        ApplyOutcome::Updated => change.event("app-updated").app(name).record(resolved.digest.to_string())?,
+        ApplyOutcome::Created => change
+            .event("app-created")
+            .app(name)
+            .record(resolved.digest.to_string())?,
+        ApplyOutcome::Updated => change
+            .event("app-updated")
+            .app(name)
+            .record(resolved.digest.to_string())?,
         ApplyOutcome::Reconfigured => {
-            change.event("app-reconfigured").app(name).record("same release; the selector or the policy changed")?;
+            change
+                .event("app-reconfigured")
+                .app(name)
+                .record("same release; the selector or the policy changed")?;
         }
         ApplyOutcome::Unchanged => {}
     }
@@ -82,21 +111,31 @@ fn outcome(
     existing: Option<&AppRow>,
     resolved: &Resolved,
 ) -> Result<ApplyOutcome, ControlError> {
-    let Some(existing) = existing.filter(|app| !app.deleting) else { return Ok(ApplyOutcome::Created) };
+    let Some(existing) = existing.filter(|app| !app.deleting) else {
+        return Ok(ApplyOutcome::Created);
+    };
     if settled_on(change, existing.name())? != Some(resolved.digest) {
         return Ok(ApplyOutcome::Updated);
     }
     let (before, after) = (&existing.manifest.spec, &resolved.app.spec);
     let same = before.selector == after.selector && before.rollout == after.rollout;
-    Ok(if same { ApplyOutcome::Unchanged } else { ApplyOutcome::Reconfigured })
+    Ok(if same {
+        ApplyOutcome::Unchanged
+    } else {
+        ApplyOutcome::Reconfigured
+    })
 }
 
 /// The release that every device of the app has or is on its way to, if that can be said: applying it again
 /// changes nothing. After an abort devices differ, so it cannot.
 fn settled_on(change: &Change<'_>, app: &AppName) -> Result<Option<Digest>, ControlError> {
-    let Some(newest) = store::rollout::newest_header(change.connection, app)? else { return Ok(None) };
+    let Some(newest) = store::rollout::newest_header(change.connection, app)? else {
+        return Ok(None);
+    };
     match newest.state {
-        RolloutState::Running | RolloutState::Paused | RolloutState::Completed => Ok(Some(newest.to)),
+        RolloutState::Running | RolloutState::Paused | RolloutState::Completed => {
+            Ok(Some(newest.to))
+        }
         RolloutState::RolledBack => {
             Ok(store::rollout::newest_completed(change.connection, app)?.map(|rollout| rollout.to))
         }
@@ -116,12 +155,17 @@ pub fn current_release(
     connection: &rusqlite::Connection,
     app: &AppName,
 ) -> rusqlite::Result<Option<(Digest, Rollout)>> {
-    let Some(newest) = store::rollout::newest_header(connection, app)? else { return Ok(None) };
+    let Some(newest) = store::rollout::newest_header(connection, app)? else {
+        return Ok(None);
+    };
     if store::rollout::stands(newest.state) {
         return Ok(Some((newest.to, newest)));
     }
     let completed = store::rollout::newest_completed(connection, app)?;
-    Ok(Some((completed.map_or(newest.to, |rollout| rollout.to), newest)))
+    Ok(Some((
+        completed.map_or(newest.to, |rollout| rollout.to),
+        newest,
+    )))
 }
 
 /// What [`apply`] would do now. Changes nothing.
@@ -129,7 +173,11 @@ pub fn current_release(
 /// # Errors
 ///
 /// When the store fails.
-pub fn plan(change: &Change<'_>, resolved: &Resolved, seed: u64) -> Result<PlanAnswer, ControlError> {
+pub fn plan(
+    change: &Change<'_>,
+    resolved: &Resolved,
+    seed: u64,
+) -> Result<PlanAnswer, ControlError> {
     let name = &resolved.app.metadata.name;
     let existing = store::app::get(change.connection, name)?.filter(|app| !app.deleting);
     let outcome = outcome(change, existing.as_ref(), resolved)?;
@@ -194,19 +242,33 @@ fn warnings(
         }
     }
     if !offline.is_empty() {
-        let names = offline.iter().take(5).copied().collect::<Vec<_>>().join(", ");
+        let names = offline
+            .iter()
+            .take(5)
+            .copied()
+            .collect::<Vec<_>>()
+            .join(", ");
         let more = if offline.len() > 5 { ", …" } else { "" };
-        warnings.push(format!("{} devices are offline and get it when they return: {names}{more}", offline.len()));
+        warnings.push(format!(
+            "{} devices are offline and get it when they return: {names}{more}",
+            offline.len()
+        ));
     }
-    let live = store::rollout::newest_header(connection, app)?.filter(|rollout| !rollout.state.is_final());
+    let live =
+        store::rollout::newest_header(connection, app)?.filter(|rollout| !rollout.state.is_final());
     if let (Some(live), true) = (live, exists) {
-        warnings.push(format!("rollout {} is under way; a new release takes its place", live.id));
+        warnings.push(format!(
+            "rollout {} is under way; a new release takes its place",
+            live.id
+        ));
     }
     let lost: BTreeSet<DeviceId> = store::app::members(connection, app)?.into_iter().collect();
     let kept: BTreeSet<DeviceId> = selected.iter().cloned().collect();
     let gone = lost.difference(&kept).count();
     if gone > 0 {
-        warnings.push(format!("{gone} devices are no longer selected; the app is removed from them at once"));
+        warnings.push(format!(
+            "{gone} devices are no longer selected; the app is removed from them at once"
+        ));
     }
     Ok(warnings)
 }
@@ -234,7 +296,11 @@ fn service_changes(
                 (Some(old), Some(new)) if old == new => (Changed::Unchanged, Vec::new()),
                 (Some(old), Some(new)) => (Changed::Changed, differing_fields(old, new)),
             };
-            ServiceChange { service: service.clone(), change, fields }
+            ServiceChange {
+                service: service.clone(),
+                change,
+                fields,
+            }
         })
         .collect()
 }
@@ -245,7 +311,10 @@ fn differing_fields(old: &Service, new: &Service) -> Vec<String> {
         _ => serde_json::Map::new(),
     };
     let (old, new) = (fields(old), fields(new));
-    new.into_iter().filter(|(key, value)| old.get(key) != Some(value)).map(|(key, _)| key).collect()
+    new.into_iter()
+        .filter(|(key, value)| old.get(key) != Some(value))
+        .map(|(key, _)| key)
+        .collect()
 }
 
 /// Opens a rollout to the release before.
@@ -253,7 +322,11 @@ fn differing_fields(old: &Service, new: &Service) -> Vec<String> {
 /// # Errors
 ///
 /// When there is no such app, nothing to go back to, or the store fails.
-pub fn undo(change: &mut Change<'_>, name: &AppName, seed: u64) -> Result<ApplyAnswer, ControlError> {
+pub fn undo(
+    change: &mut Change<'_>,
+    name: &AppName,
+    seed: u64,
+) -> Result<ApplyAnswer, ControlError> {
     let app = store::app::get(change.connection, name)?
         .ok_or_else(|| ControlError::UnknownApp(name.clone()))?;
     if app.deleting {
@@ -284,7 +357,10 @@ pub fn delete(change: &mut Change<'_>, name: &AppName) -> Result<(), ControlErro
     app.deleting = true;
     app.updated = change.now;
     store::app::put(change.connection, &app)?;
-    change.event("app-deleting").app(name).record("it is removed from its devices")?;
+    change
+        .event("app-deleting")
+        .app(name)
+        .record("it is removed from its devices")?;
     for device in store::app::members(change.connection, name)? {
         store::app::set_member(change.connection, name, &device, false)?;
     }
@@ -306,7 +382,10 @@ pub fn finish_deleting(change: &mut Change<'_>, name: &AppName) -> Result<(), Co
     let deleting = store::app::get(change.connection, name)?.is_some_and(|app| app.deleting);
     if deleting && store::app::removals_left(change.connection, name)? == 0 {
         store::app::delete(change.connection, name)?;
-        change.event("app-deleted").app(name).record("no device has it any more")?;
+        change
+            .event("app-deleted")
+            .app(name)
+            .record("no device has it any more")?;
     }
     Ok(())
 }
@@ -316,7 +395,11 @@ pub fn finish_deleting(change: &mut Change<'_>, name: &AppName) -> Result<(), Co
 /// # Errors
 ///
 /// When there is no such device, or the store fails.
-pub fn patch_labels(change: &mut Change<'_>, device: &DeviceId, patch: &LabelPatch) -> Result<(), ControlError> {
+pub fn patch_labels(
+    change: &mut Change<'_>,
+    device: &DeviceId,
+    patch: &LabelPatch,
+) -> Result<(), ControlError> {
     store::device::patch_labels(change.connection, device, &patch.labels)?
         .ok_or_else(|| ControlError::UnknownDevice(device.clone()))?;
     membership::refresh_device(change, device)
@@ -334,13 +417,23 @@ pub fn forget(change: &mut Change<'_>, device: &DeviceId) -> Result<(), ControlE
         return Err(ControlError::Connected(device.clone()));
     }
     let waiting = store::app::removals_of(change.connection, device)?;
-    change.effects.dirty.extend(store::rollout::interested(change.connection, device)?);
+    change
+        .effects
+        .dirty
+        .extend(store::rollout::interested(change.connection, device)?);
     store::device::delete(change.connection, device)?;
-    for leaf in [topic::Leaf::Head, topic::Leaf::Reported, topic::Leaf::Presence] {
+    for leaf in [
+        topic::Leaf::Head,
+        topic::Leaf::Reported,
+        topic::Leaf::Presence,
+    ] {
         store::desired::enqueue_clear(change.connection, &topic::device(device, leaf))?;
     }
     change.effects.publish = true;
-    change.event("device-forgotten").device(device).record("by an operator")?;
+    change
+        .event("device-forgotten")
+        .device(device)
+        .record("by an operator")?;
     for app in waiting {
         finish_deleting(change, &app)?;
     }

@@ -41,7 +41,10 @@ impl Change<'_> {
             connection: self.connection,
             now: self.now,
             recorded: &mut self.effects.events,
-            event: NewEvent { kind: kind.to_owned(), ..NewEvent::default() },
+            event: NewEvent {
+                kind: kind.to_owned(),
+                ..NewEvent::default()
+            },
         }
     }
 
@@ -51,7 +54,9 @@ impl Change<'_> {
     ///
     /// When SQLite fails.
     pub fn touch_live(&mut self) -> rusqlite::Result<()> {
-        self.effects.dirty.extend(store::rollout::live_apps(self.connection)?);
+        self.effects
+            .dirty
+            .extend(store::rollout::live_apps(self.connection)?);
         Ok(())
     }
 }

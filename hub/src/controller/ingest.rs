@@ -63,13 +63,19 @@ const REPAIR_MAX_MS: u64 = 6 * 3_600_000;
 pub fn ingest(change: &mut Change<'_>, batch: &[Inbound]) -> Result<Receipts, ControlError> {
     let mut receipts = Receipts::new();
     for inbound in batch {
-        let Some(mut link) = link_of(change, inbound)? else { continue };
+        let Some(mut link) = link_of(change, inbound)? else {
+            continue;
+        };
         let before = link.clone();
         let receipt = receipts.entry(inbound.device.clone()).or_default();
         if !inbound.retained {
             link.last_seen = Some(change.now);
         }
-        let mut device = Device { id: &inbound.device, link: &mut link, receipt };
+        let mut device = Device {
+            id: &inbound.device,
+            link: &mut link,
+            receipt,
+        };
         match &inbound.message {
             Message::Presence(presence) => device.presence(change, presence, inbound.retained)?,
             Message::Reported(reported) => device.reported(change, reported, inbound.retained)?,
@@ -80,7 +86,10 @@ pub fn ingest(change: &mut Change<'_>, batch: &[Inbound]) -> Result<Receipts, Co
             announce_presence(change, &inbound.device, link.online)?;
         }
         if before.accepted != link.accepted || before.online != link.online {
-            change.effects.dirty.extend(store::rollout::interested(change.connection, &inbound.device)?);
+            change.effects.dirty.extend(store::rollout::interested(
+                change.connection,
+                &inbound.device,
+            )?);
         }
         warn_if_ahead(change, &inbound.device, &before, &link)?;
         if before != link {
@@ -101,16 +110,26 @@ fn link_of(change: &mut Change<'_>, inbound: &Inbound) -> Result<Option<LinkStat
         return Ok(None);
     }
     store::device::insert(change.connection, &inbound.device, change.now)?;
-    change.event("device-joined").device(&inbound.device).record("it connected for the first time")?;
+    change
+        .event("device-joined")
+        .device(&inbound.device)
+        .record("it connected for the first time")?;
     membership::refresh_device(change, &inbound.device)?;
     Ok(store::device::link(change.connection, &inbound.device)?)
 }
 
-fn announce_presence(change: &mut Change<'_>, device: &DeviceId, online: bool) -> rusqlite::Result<()> {
+fn announce_presence(
+    change: &mut Change<'_>,
+    device: &DeviceId,
+    online: bool,
+) -> rusqlite::Result<()> {
     // Most of the fleet going dark concerns every live rollout, not only those with this device.
     change.touch_live()?;
-    let (kind, message) =
-        if online { ("device-online", "it is connected") } else { ("device-offline", "it lost its connection") };
+    let (kind, message) = if online {
+        ("device-online", "it is connected")
+    } else {
+        ("device-offline", "it lost its connection")
+    };
     change.event(kind).device(device).record(message)
 }
 
@@ -122,9 +141,16 @@ fn warn_if_ahead(
     before: &LinkState,
     after: &LinkState,
 ) -> rusqlite::Result<()> {
-    let ahead = |link: &LinkState| link.accepted.filter(|accepted| Some(*accepted) > link.desired);
-    let Some(accepted) = ahead(after).filter(|_| ahead(before).is_none()) else { return Ok(()) };
-    let desired = after.desired.map_or_else(|| "none".to_owned(), |version| version.to_string());
+    let ahead = |link: &LinkState| {
+        link.accepted
+            .filter(|accepted| Some(*accepted) > link.desired)
+    };
+    let Some(accepted) = ahead(after).filter(|_| ahead(before).is_none()) else {
+        return Ok(());
+    };
+    let desired = after
+        .desired
+        .map_or_else(|| "none".to_owned(), |version| version.to_string());
     tracing::warn!(%device, %accepted, %desired, "a device is ahead of the hub");
     change.event("device-ahead").device(device).record(format!(
         "it has stored {accepted}, and the hub's newest for it is {desired}: this database is older than the \
@@ -139,7 +165,12 @@ struct Device<'a> {
 }
 
 impl Device<'_> {
-    fn presence(&mut self, change: &mut Change<'_>, presence: &Presence, retained: bool) -> Result<(), ControlError> {
+    fn presence(
+        &mut self,
+        change: &mut Change<'_>,
+        presence: &Presence,
+        retained: bool,
+    ) -> Result<(), ControlError> {
         let stale = presence.session < self.link.session;
         if !presence.online {
             // The Will of an earlier connection, delivered after the birth of the one that stands.
@@ -175,10 +206,18 @@ impl Device<'_> {
         self.link.reported_seq = 0;
         self.link.event_seq = 0;
         self.link.event_gap = None;
-        change.event("device-reset").device(self.id).record("its counters began anew: it lost its state")
+        change
+            .event("device-reset")
+            .device(self.id)
+            .record("its counters began anew: it lost its state")
     }
 
-    fn reported(&mut self, change: &mut Change<'_>, reported: &Reported, retained: bool) -> Result<(), ControlError> {
+    fn reported(
+        &mut self,
+        change: &mut Change<'_>,
+        reported: &Reported,
+        retained: bool,
+    ) -> Result<(), ControlError> {
         let newer = (reported.boot, reported.seq) > (self.link.boot, self.link.reported_seq);
         if newer {
             self.link.boot = reported.boot;
@@ -192,7 +231,10 @@ impl Device<'_> {
                 }
             }
             store::device::put_reports(change.connection, self.id, &reported.apps)?;
-            change.effects.dirty.extend(store::rollout::interested(change.connection, self.id)?);
+            change
+                .effects
+                .dirty
+                .extend(store::rollout::interested(change.connection, self.id)?);
             self.end_removals(change, reported)?;
             self.caught_up(reported.version);
         }
@@ -203,8 +245,14 @@ impl Device<'_> {
         Ok(())
     }
 
-    fn end_removals(&self, change: &mut Change<'_>, reported: &Reported) -> Result<(), ControlError> {
-        let Some(version) = reported.version else { return Ok(()) };
+    fn end_removals(
+        &self,
+        change: &mut Change<'_>,
+        reported: &Reported,
+    ) -> Result<(), ControlError> {
+        let Some(version) = reported.version else {
+            return Ok(());
+        };
         let apps = reported.apps.iter().map(|status| &status.app);
         for app in store::app::end_removals(change.connection, self.id, version, apps)? {
             apps::finish_deleting(change, &app)?;
@@ -217,8 +265,14 @@ impl Device<'_> {
             return Ok(());
         }
         self.link.online = true;
-        store::device::put_gauges(change.connection, self.id, beacon.memory_mib, beacon.load_centi)?;
-        let report_missing = (beacon.boot, beacon.reported_seq) > (self.link.boot, self.link.reported_seq)
+        store::device::put_gauges(
+            change.connection,
+            self.id,
+            beacon.memory_mib,
+            beacon.load_centi,
+        )?;
+        let report_missing = (beacon.boot, beacon.reported_seq)
+            > (self.link.boot, self.link.reported_seq)
             && beacon.reported_seq > 0;
         if report_missing || beacon.event_seq > self.link.event_seq {
             self.receipt.resync = true;
@@ -230,7 +284,11 @@ impl Device<'_> {
     }
 
     /// Sends the newest head and its releases again to a device that is behind, less and less often.
-    fn repair(&mut self, change: &mut Change<'_>, seen: Option<Version>) -> Result<(), ControlError> {
+    fn repair(
+        &mut self,
+        change: &mut Change<'_>,
+        seen: Option<Version>,
+    ) -> Result<(), ControlError> {
         let Some(desired) = self.link.desired.filter(|desired| Some(*desired) > seen) else {
             self.caught_up(seen);
             return Ok(());
@@ -238,7 +296,9 @@ impl Device<'_> {
         if change.now < self.link.repair_at {
             return Ok(());
         }
-        let wait = REPAIR_FIRST_MS.saturating_mul(1 << self.link.repair_tries.min(20)).min(REPAIR_MAX_MS);
+        let wait = REPAIR_FIRST_MS
+            .saturating_mul(1 << self.link.repair_tries.min(20))
+            .min(REPAIR_MAX_MS);
         self.link.repair_at = change.now.plus(wait);
         self.link.repair_tries = self.link.repair_tries.saturating_add(1);
         store::desired::enqueue(change.connection, self.id, desired)?;
@@ -266,13 +326,19 @@ impl Device<'_> {
                 self.link.event_seq = event.seq;
                 self.link.event_gap = None;
                 let kind = store::column::to_word(&event.kind)?;
-                let mut draft = change.event(&kind).device(self.id).service(event.service.as_ref());
+                let mut draft = change
+                    .event(&kind)
+                    .device(self.id)
+                    .service(event.service.as_ref());
                 if let Some(app) = &event.app {
                     draft = draft.app(app);
                 }
                 draft.record(event.message.clone())?;
             } else {
-                let gap = self.link.event_gap.map_or(event.seq, |gap| gap.min(event.seq));
+                let gap = self
+                    .link
+                    .event_gap
+                    .map_or(event.seq, |gap| gap.min(event.seq));
                 self.link.event_gap = Some(gap);
                 self.receipt.resync = true;
             }

@@ -30,7 +30,9 @@ pub fn refresh_app(change: &mut Change<'_>, app: &AppRow) -> Result<(), ControlE
 ///
 /// When the store fails.
 pub fn refresh_device(change: &mut Change<'_>, device: &DeviceId) -> Result<(), ControlError> {
-    let Some((operator, own)) = store::device::labels(change.connection, device)? else { return Ok(()) };
+    let Some((operator, own)) = store::device::labels(change.connection, device)? else {
+        return Ok(());
+    };
     let labels = store::device::merged(operator, own);
     for app in store::app::list(change.connection)? {
         set(change, &app, device, &labels)?;
@@ -38,7 +40,12 @@ pub fn refresh_device(change: &mut Change<'_>, device: &DeviceId) -> Result<(), 
     Ok(())
 }
 
-fn set(change: &mut Change<'_>, app: &AppRow, device: &DeviceId, labels: &Labels) -> Result<(), ControlError> {
+fn set(
+    change: &mut Change<'_>,
+    app: &AppRow,
+    device: &DeviceId,
+    labels: &Labels,
+) -> Result<(), ControlError> {
     let selected = !app.deleting && app.manifest.spec.selector.matches(labels);
     let name = app.name();
     if !store::app::set_member(change.connection, name, device, selected)? {
@@ -55,13 +62,19 @@ fn set(change: &mut Change<'_>, app: &AppRow, device: &DeviceId, labels: &Labels
     }
 }
 
-fn place_newcomer(change: &mut Change<'_>, app: &AppName, device: &DeviceId) -> Result<(), ControlError> {
+fn place_newcomer(
+    change: &mut Change<'_>,
+    app: &AppName,
+    device: &DeviceId,
+) -> Result<(), ControlError> {
     let newest = store::rollout::newest_header(change.connection, app)?;
     if newest.is_some_and(|rollout| !rollout.state.is_final()) {
         return Ok(());
     }
     let completed = store::rollout::newest_completed(change.connection, app)?;
-    let Some(placement) = joiner_release(completed.as_ref()) else { return Ok(()) };
+    let Some(placement) = joiner_release(completed.as_ref()) else {
+        return Ok(());
+    };
     if store::desired::placement(change.connection, device, app)?.is_none() {
         store::desired::place(change.connection, device, app, &placement)?;
         store::desired::enqueue_release(change.connection, &placement.release)?;
@@ -77,13 +90,17 @@ fn place_newcomer(change: &mut Change<'_>, app: &AppName, device: &DeviceId) -> 
 ///
 /// When the store fails.
 pub fn settle(change: &mut Change<'_>, app: &AppName) -> Result<(), ControlError> {
-    let Some(newest) = store::rollout::newest_header(change.connection, app)? else { return Ok(()) };
+    let Some(newest) = store::rollout::newest_header(change.connection, app)? else {
+        return Ok(());
+    };
     // One that was superseded is followed by another in the same transaction.
     if !newest.state.is_final() || newest.state == RolloutState::Superseded {
         return Ok(());
     }
     let completed = store::rollout::newest_completed(change.connection, app)?;
-    let Some(placement) = joiner_release(completed.as_ref()) else { return Ok(()) };
+    let Some(placement) = joiner_release(completed.as_ref()) else {
+        return Ok(());
+    };
     for device in store::app::members(change.connection, app)? {
         let placed = store::desired::placement(change.connection, &device, app)?;
         let replace = match placed {

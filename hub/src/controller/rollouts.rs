@@ -44,7 +44,11 @@ pub fn open(
     });
     store::rollout::insert(change.connection, &rollout)?;
     let message = format!("to {} on {} devices", to.short(), rollout.assignments.len());
-    change.event("rollout-opened").app(app).rollout(id).record(message)?;
+    change
+        .event("rollout-opened")
+        .app(app)
+        .rollout(id)
+        .record(message)?;
     store::desired::enqueue_release(change.connection, &to)?;
     change.effects.publish = true;
     advance_newest(change, app)?;
@@ -57,7 +61,9 @@ pub fn open(
 ///
 /// When the store fails.
 pub fn advance_newest(change: &mut Change<'_>, app: &AppName) -> Result<(), ControlError> {
-    let Some(mut rollout) = store::rollout::newest(change.connection, app)? else { return Ok(()) };
+    let Some(mut rollout) = store::rollout::newest(change.connection, app)? else {
+        return Ok(());
+    };
     let fleet = Fleet {
         devices: store::rollout::facts(change.connection, &rollout)?,
         pulse: store::rollout::pulse(change.connection, rollout.pulse_since())?,
@@ -105,7 +111,9 @@ pub fn command(change: &mut Change<'_>, id: u64, command: Command) -> Result<(),
 ///
 /// When the store fails.
 pub fn stop(change: &mut Change<'_>, app: &AppName, why: &str) -> Result<(), ControlError> {
-    let Some(mut rollout) = store::rollout::newest(change.connection, app)? else { return Ok(()) };
+    let Some(mut rollout) = store::rollout::newest(change.connection, app)? else {
+        return Ok(());
+    };
     if rollout.state.is_final() {
         return Ok(());
     }
@@ -122,7 +130,11 @@ pub fn stop(change: &mut Change<'_>, app: &AppName, why: &str) -> Result<(), Con
 /// # Errors
 ///
 /// When the store fails.
-pub fn act(change: &mut Change<'_>, rollout: &mut Rollout, actions: &[Action]) -> Result<(), ControlError> {
+pub fn act(
+    change: &mut Change<'_>,
+    rollout: &mut Rollout,
+    actions: &[Action],
+) -> Result<(), ControlError> {
     let ended_before = rollout.state.is_final();
     for action in actions {
         let written = write_desired(change, &rollout.app, action)?;
@@ -145,7 +157,9 @@ fn write_desired(
         Action::Offer { device, placement } | Action::OfferLater { device, placement } => {
             (device, Some(placement))
         }
-        Action::Restore { device, placement, .. } => (device, placement.as_ref()),
+        Action::Restore {
+            device, placement, ..
+        } => (device, placement.as_ref()),
         Action::Assign { .. }
         | Action::Reverted { .. }
         | Action::Replace { .. }
@@ -220,9 +234,10 @@ pub fn undo_target(change: &Change<'_>, app: &AppName) -> Result<Digest, Control
     let nothing = || ControlError::NothingToUndo(app.clone());
     let newest = store::rollout::newest_header(change.connection, app)?.ok_or_else(nothing)?;
     match newest.state {
-        RolloutState::Running | RolloutState::Paused | RolloutState::Completed | RolloutState::Aborted => {
-            Ok(command::undo_target(&newest)?)
-        }
+        RolloutState::Running
+        | RolloutState::Paused
+        | RolloutState::Completed
+        | RolloutState::Aborted => Ok(command::undo_target(&newest)?),
         RolloutState::RollingBack | RolloutState::RollbackPaused => Err(Refused::State {
             id: newest.id,
             state: StateName(newest.state),
