@@ -5,85 +5,36 @@
 //! blobs their declared size. Redirects are followed here rather than in the HTTP library, since `Authorization`
 //! must reach nobody but the registry's own origin. Nothing is believed until its digest is right.
 
+mod ask;
 mod auth;
+mod config;
 mod error;
 mod url;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
 use ureq::http::{HeaderMap, Response, header};
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
+use self::ask::{Ask, content_length, header_text, is_vague, is_web_page, media_type};
 use self::auth::{Challenge, TOKEN_BYTES_MAX};
+pub use self::config::{ClientConfig, ConfigError, Credentials, RegistryConfig, Timeouts};
+use self::config::{Endpoint, agent, default_url};
 pub use self::error::FetchError;
 pub(crate) use self::error::is_disk_full;
 use self::url::Origin;
 use crate::manifest::{ACCEPT, Descriptor, Document, MANIFEST_BYTES_MAX};
-use crate::reference::DEFAULT_HOST;
 use crate::{Digest, Reference};
 
 /// Hops that are followed for one request.
 const REDIRECTS_MAX: usize = 5;
 /// Default of [`ClientConfig::blob_bytes_max`].
 const BLOB_BYTES_MAX: u64 = 8 << 30;
-
-/// How to reach registries. `Default` is: everything over HTTPS, anonymously.
-#[derive(Debug, Clone, Default)]
-pub struct ClientConfig {
-    /// What is special about a registry, by the host as image references write it (`docker.io`,
-    /// `registry.lan:5000`, `hub.internal`). A host that is not listed is reached anonymously by HTTPS.
-    pub registries: BTreeMap<String, RegistryConfig>,
-    /// How long anything may take.
-    pub timeouts: Timeouts,
-    /// The largest blob that is fetched, in bytes; `None` is 8 GiB.
-    pub blob_bytes_max: Option<u64>,
-}
-
-/// What is special about one registry.
-#[derive(Debug, Clone, Default)]
-pub struct RegistryConfig {
-    /// Where the registry really is, `http://HOST[:PORT]` or `https://HOST[:PORT]`; what maps `hub.internal`.
-    /// A `http://` here allows plain HTTP to that address.
-    pub url: Option<String>,
-    /// Speak HTTP instead of HTTPS.
-    pub plain_http: bool,
-    /// User name and password; sent to this registry and its token server only.
-    pub credentials: Option<Credentials>,
-    /// PEM file with the certificates to trust for this registry, instead of the built-in (Mozilla) ones.
-    pub ca_file: Option<PathBuf>,
-    /// Hosts (`HOST` or `HOST:PORT`) of token servers that may be given the credentials, besides the registry's
-    /// own host name, its parent and its child domains.
-    pub token_hosts: Vec<String>,
-}
-
-/// A user name and a password. `Debug` hides the password.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Credentials {
-    username: String,
-    password: String,
-}
-
-/// How long anything may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Timeouts {
-    /// Name resolution, TCP and TLS. Default 15 s.
-    pub connect: Duration,
-    /// Until the response's header is there, and between two pieces of a body. Default 30 s.
-    pub stall: Duration,
-    /// One manifest or token exchange as a whole. Default 60 s.
-    pub exchange: Duration,
-    /// The slowest pace at which a blob may come in, in bytes a second: a blob has `exchange + size / pace`.
-    /// Default 4 KiB/s.
-    pub pace_bytes: u64,
-}
 
 /// A manifest or index whose digest was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,38 +47,6 @@ pub struct RawManifest {
     pub bytes: Vec<u8>,
 }
 
-/// Why a client cannot be made from a [`ClientConfig`].
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The URL, or the host as a URL, is none.
-    #[error("registry \"{host}\": \"{url}\" is not http://HOST[:PORT] or https://HOST[:PORT]")]
-    Url {
-        /// As configured.
-        host: String,
-        /// As configured, or made from the host.
-        url: String,
-    },
-    /// The CA file cannot be read.
-    #[error("registry \"{host}\": cannot read the CA file {}", path.display())]
-    CaFile {
-        /// As configured.
-        host: String,
-        /// As configured.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The CA file holds no certificate.
-    #[error("registry \"{host}\": the CA file {} holds no PEM certificate", path.display())]
-    CaContent {
-        /// As configured.
-        host: String,
-        /// As configured.
-        path: PathBuf,
-    },
-}
-
 /// A client of registries. Blocking; `Sync`, so threads may share it; keeps connections and tokens.
 pub struct Client {
     /// For what is not configured.
@@ -137,24 +56,6 @@ pub struct Client {
     blob_bytes_max: u64,
     /// `Authorization` by host and repository. Only in memory; `Debug` does not show it.
     authorizations: Mutex<BTreeMap<(String, String), String>>,
-}
-
-/// One registry, ready to be asked.
-#[derive(Clone)]
-struct Endpoint {
-    origin: Origin,
-    agent: Agent,
-    credentials: Option<Credentials>,
-    token_hosts: Vec<String>,
-}
-
-/// One thing that is asked for: what errors are about.
-#[derive(Clone, Copy)]
-struct Ask<'a> {
-    host: &'a str,
-    repository: &'a str,
-    what: &'a str,
-    until: Instant,
 }
 
 impl Client {
@@ -537,407 +438,10 @@ impl Client {
     }
 }
 
-impl Endpoint {
-    fn new(host: &str, config: RegistryConfig, timeouts: &Timeouts) -> Result<Self, ConfigError> {
-        let url = config
-            .url
-            .unwrap_or_else(|| default_url(host, config.plain_http));
-        let bad_url = || ConfigError::Url {
-            host: host.to_owned(),
-            url: url.clone(),
-        };
-        let origin = Origin::parse(&url).ok_or_else(bad_url)?;
-        let after_host = url.splitn(4, '/').nth(3).unwrap_or_default();
-        if !after_host.is_empty() {
-            return Err(bad_url());
-        }
-        let roots = config
-            .ca_file
-            .map(|path| load_ca(host, &path))
-            .transpose()?;
-        let mut token_hosts = config.token_hosts;
-        if host == DEFAULT_HOST {
-            token_hosts.push("auth.docker.io".to_owned());
-        }
-        // A proxy is for what is outside; whoever configures plain HTTP means a machine nearby.
-        let agent = agent(timeouts, roots, origin.is_https());
-        Ok(Self {
-            origin,
-            agent,
-            credentials: config.credentials,
-            token_hosts,
-        })
-    }
-}
-
-/// Where the registry that references call `host` is.
-fn default_url(host: &str, plain_http: bool) -> String {
-    match (host, plain_http) {
-        (DEFAULT_HOST, _) => "https://registry-1.docker.io".to_owned(),
-        (host, true) => format!("http://{host}"),
-        (host, false) => format!("https://{host}"),
-    }
-}
-
-fn agent(timeouts: &Timeouts, roots: Option<RootCerts>, proxied: bool) -> Agent {
-    let config = Agent::config_builder()
-        .user_agent(concat!("foreshore/", env!("CARGO_PKG_VERSION")))
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .http_status_as_error(false)
-        .timeout_resolve(Some(timeouts.connect))
-        .timeout_connect(Some(timeouts.connect))
-        .timeout_send_request(Some(timeouts.stall))
-        .timeout_recv_response(Some(timeouts.stall))
-        .timeout_per_read(Some(timeouts.stall))
-        .timeout_per_write(Some(timeouts.stall))
-        .tls_config(
-            TlsConfig::builder()
-                .root_certs(roots.unwrap_or(RootCerts::WebPki))
-                .build(),
-        );
-    let config = if proxied { config } else { config.proxy(None) };
-    config.build().new_agent()
-}
-
-fn load_ca(host: &str, path: &Path) -> Result<RootCerts, ConfigError> {
-    let pem = fs::read(path).map_err(|source| ConfigError::CaFile {
-        host: host.to_owned(),
-        path: path.to_owned(),
-        source,
-    })?;
-    let certificates: Vec<Certificate<'static>> = ureq::tls::parse_pem(&pem)
-        .filter_map(|item| match item {
-            Ok(PemItem::Certificate(certificate)) => Some(certificate),
-            _ => None,
-        })
-        .collect();
-    if certificates.is_empty() {
-        return Err(ConfigError::CaContent {
-            host: host.to_owned(),
-            path: path.to_owned(),
-        });
-    }
-    Ok(RootCerts::new_with_certs(&certificates))
-}
-
-impl Ask<'_> {
-    /// One request, one answer, whatever it says.
-    fn call(
-        &self,
-        agent: &Agent,
-        url: &str,
-        accept: &str,
-        authorization: Option<&str>,
-    ) -> Result<Response<Body>, FetchError> {
-        let left = self.until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(self.timed_out());
-        }
-        let mut request = agent
-            .get(url)
-            .header(header::ACCEPT, accept)
-            // The digest is of the bytes as stored, so nobody may compress them on the way.
-            .header(header::ACCEPT_ENCODING, "identity");
-        if let Some(authorization) = authorization {
-            request = request.header(header::AUTHORIZATION, authorization);
-        }
-        request
-            .config()
-            .timeout_global(Some(left))
-            .build()
-            .call()
-            .map_err(|error| {
-                if is_timeout(&error) {
-                    self.timed_out()
-                } else {
-                    self.unreachable(error.into())
-                }
-            })
-    }
-
-    fn checked(&self, response: Response<Body>) -> Result<Response<Body>, FetchError> {
-        match response.status().as_u16() {
-            200 => Ok(response),
-            404 => Err(FetchError::NotFound {
-                host: self.host(),
-                what: self.what(),
-            }),
-            status @ (401 | 403) => Err(self.denied(status)),
-            status => Err(FetchError::Status {
-                host: self.host(),
-                what: self.what(),
-                status,
-            }),
-        }
-    }
-
-    fn host(&self) -> String {
-        self.host.to_owned()
-    }
-
-    fn what(&self) -> String {
-        self.what.to_owned()
-    }
-
-    fn denied(&self, status: u16) -> FetchError {
-        FetchError::Denied {
-            host: self.host(),
-            what: self.what(),
-            status,
-        }
-    }
-
-    fn unreachable(&self, source: Box<dyn std::error::Error + Send + Sync>) -> FetchError {
-        FetchError::Unreachable {
-            host: self.host(),
-            what: self.what(),
-            source,
-        }
-    }
-
-    fn timed_out(&self) -> FetchError {
-        FetchError::TimedOut {
-            host: self.host(),
-            what: self.what(),
-        }
-    }
-
-    fn body(&self, error: io::Error) -> FetchError {
-        if is_timeout(&error) {
-            return self.timed_out();
-        }
-        self.unreachable(error.into())
-    }
-
-    fn not_a_registry(&self, media_type: String) -> FetchError {
-        FetchError::NotARegistry {
-            host: self.host(),
-            what: self.what(),
-            media_type,
-        }
-    }
-
-    fn too_large(&self, max: u64) -> FetchError {
-        FetchError::TooLarge {
-            host: self.host(),
-            what: self.what(),
-            max,
-        }
-    }
-
-    fn digest_mismatch(&self, found: Digest) -> FetchError {
-        FetchError::DigestMismatch {
-            host: self.host(),
-            what: self.what(),
-            found,
-        }
-    }
-
-    fn size_mismatch(&self, declared: u64, found: u64) -> FetchError {
-        FetchError::SizeMismatch {
-            host: self.host(),
-            what: self.what(),
-            declared,
-            found,
-        }
-    }
-
-    fn redirect(&self, problem: String) -> FetchError {
-        FetchError::Redirect {
-            host: self.host(),
-            what: self.what(),
-            problem,
-        }
-    }
-
-    fn document(&self, source: crate::manifest::DocumentError) -> FetchError {
-        FetchError::Document {
-            host: self.host(),
-            what: self.what(),
-            source,
-        }
-    }
-
-    fn token(&self, realm: &str, problem: String, transient: bool) -> FetchError {
-        let realm = realm
-            .split('?')
-            .next()
-            .unwrap_or_default()
-            .chars()
-            .take(256)
-            .collect();
-        FetchError::Token {
-            host: self.host(),
-            what: self.what(),
-            realm,
-            problem,
-            transient,
-        }
-    }
-}
-
-/// Whether an error, however it was wrapped on its way up, says that nothing came in time.
-fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
-    if let Some(error) = error.downcast_ref::<ureq::Error>() {
-        return match error {
-            ureq::Error::Timeout(_) | ureq::Error::BodyStalled => true,
-            ureq::Error::Io(inner) => is_timeout(inner),
-            _ => false,
-        };
-    }
-    if let Some(error) = error.downcast_ref::<io::Error>() {
-        return matches!(
-            error.kind(),
-            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
-        ) || error.get_ref().is_some_and(|inner| is_timeout(inner));
-    }
-    error.source().is_some_and(is_timeout)
-}
-
-fn header_text(headers: &HeaderMap, name: &header::HeaderName) -> Option<String> {
-    headers
-        .get(name)
-        .and_then(|value| value.to_str().ok())
-        .map(str::to_owned)
-}
-
-fn content_length(headers: &HeaderMap) -> Option<u64> {
-    header_text(headers, &header::CONTENT_LENGTH)?
-        .trim()
-        .parse()
-        .ok()
-}
-
-/// Lower-case, without parameters.
-fn media_type(headers: &HeaderMap) -> Option<String> {
-    let text = header_text(headers, &header::CONTENT_TYPE)?;
-    let media_type: String = text
-        .split(';')
-        .next()
-        .unwrap_or_default()
-        .trim()
-        .chars()
-        .take(128)
-        .collect();
-    (!media_type.is_empty()).then(|| media_type.to_ascii_lowercase())
-}
-
-fn is_web_page(media_type: &str) -> bool {
-    matches!(media_type, "text/html" | "application/xhtml+xml")
-}
-
-fn is_vague(media_type: &str) -> bool {
-    matches!(
-        media_type,
-        "application/json" | "application/octet-stream" | "text/plain"
-    )
-}
-
-impl Credentials {
-    /// Credentials for HTTP basic authentication or a token server.
-    #[must_use]
-    pub fn new(username: impl Into<String>, password: impl Into<String>) -> Self {
-        Self {
-            username: username.into(),
-            password: password.into(),
-        }
-    }
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials")
-            .field("username", &self.username)
-            .finish_non_exhaustive()
-    }
-}
-
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client")
             .field("registries", &self.registries.keys())
             .finish_non_exhaustive()
-    }
-}
-
-impl Default for Timeouts {
-    fn default() -> Self {
-        Self {
-            connect: Duration::from_secs(15),
-            stall: Duration::from_secs(30),
-            exchange: Duration::from_mins(1),
-            pace_bytes: 4 << 10,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn with(host: &str, registry: RegistryConfig) -> Result<Client, ConfigError> {
-        Client::new(ClientConfig {
-            registries: [(host.to_owned(), registry)].into(),
-            ..ClientConfig::default()
-        })
-    }
-
-    #[test]
-    fn bad_configurations_are_told_apart() {
-        for url in [
-            "registry.lan",
-            "ftp://x",
-            "http://",
-            "http://u:p@h",
-            "http://h/path",
-            "http://h/?q",
-        ] {
-            let registry = RegistryConfig {
-                url: Some(url.to_owned()),
-                ..RegistryConfig::default()
-            };
-            assert!(
-                matches!(with("x", registry), Err(ConfigError::Url { .. })),
-                "{url}"
-            );
-        }
-        let missing = RegistryConfig {
-            ca_file: Some("/nonexistent/ca.pem".into()),
-            ..RegistryConfig::default()
-        };
-        assert!(matches!(
-            with("x", missing),
-            Err(ConfigError::CaFile { .. })
-        ));
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let empty = RegistryConfig {
-            ca_file: Some(file.path().to_owned()),
-            ..RegistryConfig::default()
-        };
-        assert!(matches!(
-            with("x", empty),
-            Err(ConfigError::CaContent { .. })
-        ));
-        let good = RegistryConfig {
-            url: Some("http://127.0.0.1:8480/".to_owned()),
-            ..RegistryConfig::default()
-        };
-        assert!(with("hub.internal", good).is_ok());
-    }
-
-    #[test]
-    fn debug_shows_no_password() {
-        let credentials = Credentials::new("user", "secret-password");
-        let registry = RegistryConfig {
-            credentials: Some(credentials),
-            ..RegistryConfig::default()
-        };
-        let config = ClientConfig {
-            registries: [("h".to_owned(), registry)].into(),
-            ..ClientConfig::default()
-        };
-        assert!(!format!("{config:?}").contains("secret"));
-        assert!(!format!("{:?}", Client::new(config).unwrap()).contains("secret"));
     }
 }

@@ -19,11 +19,12 @@
 mod error;
 mod record;
 mod select;
+mod staging;
 mod stream;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -31,18 +32,14 @@ use rustix::fs::FlockOperation;
 
 pub use self::error::StageError;
 use self::record::{ImageRecord, LayerRecord, PlacedLayer};
-use self::select::{Selected, select};
+use self::select::select;
+use self::staging::Staging;
 use crate::blobs::{BlobDir, sync_dir};
 use crate::manifest::{
-    CONFIG_BYTES_MAX, ConfigDocument, Descriptor, Document, ImageConfig, MANIFEST_BYTES_MAX,
-    Manifest,
+    CONFIG_BYTES_MAX, ConfigDocument, Document, ImageConfig, MANIFEST_BYTES_MAX, Manifest,
 };
 use crate::registry::Client;
-use crate::unpack::{Budget, UnpackError, unpack_layer};
 use crate::{Digest, Platform, Reference};
-
-/// The most entries one image may have: ten times what a full distribution with a desktop has.
-const ENTRIES_MAX: u64 = 500_000;
 
 /// Limits of a [`Store`]. `Default` suits a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -485,296 +482,6 @@ impl Store {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
-}
-
-/// One call of [`Store::stage`] that has work to do; the lock is held.
-struct Staging<'a> {
-    store: &'a Store,
-    client: &'a Client,
-    reference: &'a Reference,
-    selected: &'a Selected,
-    budget: Budget,
-    /// The budget's bytes come from the free disk, not from the configured limit.
-    bound_by_disk: bool,
-    placed: Vec<PlacedLayer>,
-}
-
-impl<'a> Staging<'a> {
-    fn new(
-        store: &'a Store,
-        client: &'a Client,
-        reference: &'a Reference,
-        selected: &'a Selected,
-    ) -> Result<Self, StageError> {
-        let half_free = free_bytes(&store.root)? / 2;
-        let max = store.config.unpacked_bytes_max;
-        let budget = Budget {
-            bytes: max.min(half_free),
-            entries: ENTRIES_MAX,
-        };
-        Ok(Self {
-            store,
-            client,
-            reference,
-            selected,
-            budget,
-            bound_by_disk: half_free < max,
-            placed: Vec::new(),
-        })
-    }
-
-    fn run(mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
-        let layers = &self.selected.manifest.layers;
-        let diff_ids = &self.selected.config.rootfs.diff_ids;
-        self.plan(progress)?;
-        for (layer, diff_id) in layers.iter().zip(diff_ids) {
-            let chain_id = chain_id(self.placed.last().map(|placed| placed.chain_id), diff_id);
-            if self.reuse(diff_id, &chain_id)? {
-                continue;
-            }
-            self.fetch(layer, progress)?;
-            let key = self.unpack(layer, diff_id, &chain_id)?;
-            self.placed.push(PlacedLayer {
-                diff_id: *diff_id,
-                chain_id,
-                key,
-            });
-            progress(Progress::Unpacked { diff_id: *diff_id });
-        }
-        self.record()
-    }
-
-    /// Says what is ahead and refuses what cannot fit before a byte is fetched.
-    fn plan(&self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
-        let missing = |digest: &Digest| self.store.layer(digest).is_none();
-        let layers = self
-            .selected
-            .manifest
-            .layers
-            .iter()
-            .zip(&self.selected.config.rootfs.diff_ids);
-        let ahead: Vec<&Descriptor> = layers
-            .filter(|(_, diff_id)| missing(diff_id))
-            .map(|(layer, _)| layer)
-            .collect();
-        let bytes = ahead
-            .iter()
-            .fold(0_u64, |sum, layer| sum.saturating_add(layer.size));
-        if bytes > free_bytes(&self.store.root)? {
-            return Err(self.disk_full());
-        }
-        progress(Progress::Planned {
-            bytes,
-            layers: ahead.len(),
-        });
-        Ok(())
-    }
-
-    /// Takes a layer that is already unpacked, if it would come out the same above these layers.
-    fn reuse(&mut self, diff_id: &Digest, chain_id: &Digest) -> Result<bool, StageError> {
-        let Some((key, record)) = self
-            .store
-            .fitting_layer(diff_id, chain_id, &self.lowers())?
-        else {
-            return Ok(false);
-        };
-        self.budget.entries = self.budget.entries.saturating_sub(record.unpacked.entries);
-        // What is on disk already takes no more of it.
-        if !self.bound_by_disk {
-            self.budget.bytes = self.budget.bytes.saturating_sub(record.unpacked.bytes);
-        }
-        self.placed.push(PlacedLayer {
-            diff_id: *diff_id,
-            chain_id: *chain_id,
-            key,
-        });
-        Ok(true)
-    }
-
-    /// The layers below the next one, topmost first.
-    fn lowers(&self) -> Vec<PathBuf> {
-        self.placed
-            .iter()
-            .rev()
-            .map(|placed| self.store.layer_path(&placed.key))
-            .collect()
-    }
-
-    fn fetch(
-        &self,
-        layer: &Descriptor,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(), StageError> {
-        let blobs = &self.store.blobs;
-        let path = blobs.path(&layer.digest);
-        // Left by a stage that was interrupted between fetching and unpacking.
-        if blobs
-            .verify(&layer.digest, layer.size)
-            .map_err(|source| io_error("read", &path, source))?
-        {
-            progress(Progress::Fetched { bytes: layer.size });
-            return Ok(());
-        }
-        let mut writer = blobs
-            .writer()
-            .map_err(|source| io_error("create", &path, source))?;
-        let mut fetched = |bytes| progress(Progress::Fetched { bytes });
-        self.client
-            .blob(self.reference, layer, &mut writer, &mut fetched)?;
-        writer
-            .flush()
-            .and_then(|()| writer.commit())
-            .map_err(|source| io_error("write", &path, source))?;
-        Ok(())
-    }
-
-    /// Unpacks a fetched layer and returns the key it stands under. On any error nothing of it is left.
-    fn unpack(
-        &mut self,
-        layer: &Descriptor,
-        diff_id: &Digest,
-        chain_id: &Digest,
-    ) -> Result<Digest, StageError> {
-        let store = self.store;
-        let blob_path = store.blobs.path(&layer.digest);
-        let open = || File::open(&blob_path).map_err(|source| io_error("open", &blob_path, source));
-        let staging = tempfile::Builder::new()
-            .prefix("layer-")
-            .tempdir_in(store.blobs.tmp())
-            .map_err(|source| io_error("create a directory in", store.blobs.tmp(), source))?;
-        let tree = staging.path().join("tree");
-        fs::create_dir(&tree).map_err(|source| io_error("create", &tree, source))?;
-        let lowers = self.lowers();
-        let budget = self.budget;
-        // Headers and padding come on top of the content: two blocks an entry, and a few for long names.
-        let stream_bytes_max = budget.bytes.saturating_add(budget.entries * 4096);
-        let unpacked = stream::with_layer(
-            open()?,
-            stream_bytes_max,
-            |stream| unpack_layer(stream, &tree, &lowers, budget),
-            |source| match source.raw_os_error() {
-                Some(_) => UnpackError::Io {
-                    act: "read",
-                    path: blob_path.display().to_string(),
-                    source,
-                },
-                None => UnpackError::Archive(Box::new(source)),
-            },
-        );
-        let (unpacked, found) = unpacked.map_err(|source| self.layer_error(layer, source))?;
-        // A wrong diff id is a wrong blob or a wrong config: fetching it again is the only way on.
-        store
-            .blobs
-            .remove(&layer.digest)
-            .map_err(|source| io_error("remove", &blob_path, source))?;
-        if found != *diff_id {
-            return Err(StageError::DiffId {
-                image: self.reference.to_string(),
-                layer: layer.digest,
-                expected: *diff_id,
-                found,
-            });
-        }
-        let record = LayerRecord {
-            diff_id: *diff_id,
-            chain_id: *chain_id,
-            unpacked,
-        };
-        self.budget.entries = self.budget.entries.saturating_sub(record.unpacked.entries);
-        self.budget.bytes = self.budget.bytes.saturating_sub(record.unpacked.bytes);
-        // Under the diff id, where every image finds it, unless another variant of it stands there.
-        let key = if store.layer(diff_id).is_none() {
-            *diff_id
-        } else {
-            *chain_id
-        };
-        self.publish(&tree, &key, &record)?;
-        Ok(key)
-    }
-
-    /// Flushes the tree and gives it its name, the record first: a record alone is swept.
-    fn publish(&self, tree: &Path, key: &Digest, record: &LayerRecord) -> Result<(), StageError> {
-        let store = self.store;
-        store.quarantine_layer(key)?;
-        File::open(tree)
-            .and_then(|dir| rustix::fs::syncfs(&dir).map_err(io::Error::from))
-            .map_err(|source| io_error("flush", tree, source))?;
-        let (record_path, path) = (store.layer_record_path(key), store.layer_path(key));
-        record
-            .write(&record_path, store.blobs.tmp())
-            .map_err(|source| io_error("write", &record_path, source))?;
-        fs::rename(tree, &path).map_err(|source| io_error("move into place", &path, source))?;
-        store.sync("layers")
-    }
-
-    /// Writes manifest, config and record: from here on the image is there.
-    fn record(&self) -> Result<(), StageError> {
-        let (store, selected) = (self.store, self.selected);
-        for bytes in [
-            &selected.root.bytes,
-            &selected.raw.bytes,
-            &selected.config_bytes,
-        ] {
-            store
-                .blobs
-                .put(bytes)
-                .map_err(|source| io_error("write a blob in", &store.root, source))?;
-        }
-        let record = ImageRecord {
-            digest: selected.root.digest,
-            manifest: selected.raw.digest,
-            config: selected.manifest.config.digest,
-            reference: self.reference.to_string(),
-            layers: self.placed.clone(),
-        };
-        let path = store.image_path(&selected.root.digest);
-        record
-            .write(&path, store.blobs.tmp())
-            .map_err(|source| io_error("write", &path, source))
-    }
-
-    fn layer_error(&self, layer: &Descriptor, source: UnpackError) -> StageError {
-        let over_budget = match &source {
-            UnpackError::TooLarge(_) => true,
-            UnpackError::Archive(source) => {
-                matches!(bomb(source.as_ref()), Some(stream::Bomb::Length(_)))
-            }
-            _ => false,
-        };
-        if over_budget && self.bound_by_disk {
-            return self.disk_full();
-        }
-        StageError::Layer {
-            image: self.reference.to_string(),
-            layer: layer.digest,
-            source,
-        }
-    }
-
-    fn disk_full(&self) -> StageError {
-        StageError::DiskFull {
-            image: self.reference.to_string(),
-            path: self.store.root.clone(),
-        }
-    }
-}
-
-/// Finds what stopped a stream, however it was wrapped on its way up.
-fn bomb<'e>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e stream::Bomb> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(bomb) = error.downcast_ref::<stream::Bomb>() {
-            return Some(bomb);
-        }
-        let inside = error
-            .downcast_ref::<io::Error>()
-            .and_then(io::Error::get_ref);
-        next = match inside {
-            Some(inside) => Some(inside as &(dyn std::error::Error + 'static)),
-            None => error.source(),
-        };
-    }
-    None
 }
 
 /// OCI image specification, "Layer ChainID".

@@ -26,7 +26,7 @@ pub enum StageError {
         /// The reference.
         image: String,
         /// What was asked for.
-        platform: Platform,
+        platform: Box<Platform>,
         /// What there is.
         offered: String,
     },
@@ -80,11 +80,11 @@ pub enum StageError {
         layer: Digest,
         /// What is wrong with it.
         #[source]
-        source: UnpackError,
+        source: Box<UnpackError>,
     },
     /// A layer is not what the config says.
     #[error(
-        "image {image}: layer {layer} unpacks to {found} where the config says {expected}; build the image again"
+        "image {image}: layer {layer} does not unpack to {expected}, as the config says; build the image again"
     )]
     DiffId {
         /// The reference.
@@ -93,8 +93,6 @@ pub enum StageError {
         layer: Digest,
         /// The diff id in the config.
         expected: Digest,
-        /// Of what the layer unpacks to.
-        found: Digest,
     },
     /// There is not enough room, seen beforehand or while writing.
     #[error("image {image} needs more room than the disk of {} has: free some, or remove unused images", path.display())]
@@ -135,16 +133,12 @@ impl StageError {
             Self::Document { .. } | Self::IndexTooDeep { .. } | Self::ConfigTooLarge { .. } => {
                 Fault::BadImage
             }
-            Self::Layer {
-                source: UnpackError::DiskFull { .. },
-                ..
-            }
-            | Self::DiskFull { .. } => Fault::DiskFull,
-            Self::Layer {
-                source: UnpackError::Io { .. },
-                ..
-            } => Fault::Internal,
-            Self::Layer { .. } => Fault::BadImage,
+            Self::Layer { source, .. } => match **source {
+                UnpackError::DiskFull { .. } => Fault::DiskFull,
+                UnpackError::Io { .. } => Fault::Internal,
+                _ => Fault::BadImage,
+            },
+            Self::DiskFull { .. } => Fault::DiskFull,
             Self::Busy { .. } => Fault::Busy,
             Self::Io { source, .. } if is_disk_full(source) => Fault::DiskFull,
             Self::Io { .. } => Fault::Internal,

@@ -59,7 +59,7 @@ pub(super) fn select(
             };
             Err(StageError::NoPlatform {
                 image: reference.to_string(),
-                platform: platform.clone(),
+                platform: Box::new(platform.clone()),
                 offered,
             })
         }

@@ -205,7 +205,7 @@ pub(super) fn attributes(stat: &Stat) -> Attributes {
 
 pub(super) fn mtime(stat: &Stat) -> Mtime {
     Mtime {
-        seconds: stat.st_mtime.into(),
+        seconds: stat.st_mtime,
         nanos: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
     }
 }

@@ -37,7 +37,16 @@ pub(super) struct Tree {
     hidden: BTreeSet<Vec<Vec<u8>>>,
     /// The directory of the last place: archives list a directory's entries one after the other. Forgotten
     /// whenever something is removed.
-    last: Option<(Vec<u8>, Rc<OwnedFd>, Vec<Vec<u8>>)>,
+    last: Option<Last>,
+}
+
+/// Where the last entry went.
+struct Last {
+    /// The parents as the archive writes them.
+    parents: Vec<u8>,
+    dir: Rc<OwnedFd>,
+    /// The parents as they are.
+    resolved: Vec<Vec<u8>>,
 }
 
 /// A name in a directory, both known to be inside.
@@ -117,18 +126,22 @@ impl Tree {
     /// below have them.
     pub(super) fn place(&mut self, parents: &[&[u8]], name: &[u8]) -> Result<Place, PlaceFault> {
         let key = parents.join(&b'/');
-        if let Some((last, dir, resolved)) = &self.last
-            && *last == key
+        if let Some(last) = &self.last
+            && last.parents == key
         {
             return Ok(Place {
-                dir: Rc::clone(dir),
-                parents: resolved.clone(),
+                dir: Rc::clone(&last.dir),
+                parents: last.resolved.clone(),
                 name: name.to_vec(),
             });
         }
         let (dir, resolved) = self.walk(parents)?;
         let dir = Rc::new(dir);
-        self.last = Some((key, Rc::clone(&dir), resolved.clone()));
+        self.last = Some(Last {
+            parents: key,
+            dir: Rc::clone(&dir),
+            resolved: resolved.clone(),
+        });
         Ok(Place {
             dir,
             parents: resolved,
@@ -401,7 +414,8 @@ impl Tree {
             rustix::fs::openat(place.dir(), place.name(), flags, Mode::from_raw_mode(0o600))?;
         let mut source = File::from(source);
         let mut target = File::from(target);
-        io::copy(&mut Read::by_ref(&mut source).take(size), &mut target).map_err(errno)?;
+        io::copy(&mut Read::by_ref(&mut source).take(size), &mut target)
+            .map_err(|error| errno(&error))?;
         let (source, target) = (OwnedFd::from(source), OwnedFd::from(target));
         set(&target, lower::attributes(&stat))?;
         copy_xattrs(&source, &target)?;
@@ -551,6 +565,6 @@ fn remove(dir: BorrowedFd<'_>, name: &[u8], depth: usize) -> Result<bool, Errno>
     Ok(true)
 }
 
-fn errno(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
 }

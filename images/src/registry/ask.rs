@@ -1,0 +1,235 @@
+//! One question to a registry: sent, timed, and turned into an answer or an error that names it.
+
+use std::io;
+use std::time::Instant;
+
+use ureq::http::{HeaderMap, Response, header};
+use ureq::{Agent, Body};
+
+use super::FetchError;
+use crate::Digest;
+
+/// One thing that is asked for: what errors are about.
+#[derive(Clone, Copy)]
+pub(super) struct Ask<'a> {
+    pub(super) host: &'a str,
+    pub(super) repository: &'a str,
+    pub(super) what: &'a str,
+    pub(super) until: Instant,
+}
+
+impl Ask<'_> {
+    /// One request, one answer, whatever it says.
+    pub(super) fn call(
+        &self,
+        agent: &Agent,
+        url: &str,
+        accept: &str,
+        authorization: Option<&str>,
+    ) -> Result<Response<Body>, FetchError> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(self.timed_out());
+        }
+        let mut request = agent
+            .get(url)
+            .header(header::ACCEPT, accept)
+            // The digest is of the bytes as stored, so nobody may compress them on the way.
+            .header(header::ACCEPT_ENCODING, "identity");
+        if let Some(authorization) = authorization {
+            request = request.header(header::AUTHORIZATION, authorization);
+        }
+        request
+            .config()
+            .timeout_global(Some(left))
+            .build()
+            .call()
+            .map_err(|error| {
+                if is_timeout(&error) {
+                    self.timed_out()
+                } else {
+                    self.unreachable(error.into())
+                }
+            })
+    }
+
+    pub(super) fn checked(&self, response: Response<Body>) -> Result<Response<Body>, FetchError> {
+        match response.status().as_u16() {
+            200 => Ok(response),
+            404 => Err(FetchError::NotFound {
+                host: self.host(),
+                what: self.what(),
+            }),
+            status @ (401 | 403) => Err(self.denied(status)),
+            status => Err(FetchError::Status {
+                host: self.host(),
+                what: self.what(),
+                status,
+            }),
+        }
+    }
+
+    fn host(&self) -> String {
+        self.host.to_owned()
+    }
+
+    fn what(&self) -> String {
+        self.what.to_owned()
+    }
+
+    pub(super) fn denied(&self, status: u16) -> FetchError {
+        FetchError::Denied {
+            host: self.host(),
+            what: self.what(),
+            status,
+        }
+    }
+
+    pub(super) fn unreachable(
+        &self,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    ) -> FetchError {
+        FetchError::Unreachable {
+            host: self.host(),
+            what: self.what(),
+            source,
+        }
+    }
+
+    pub(super) fn timed_out(&self) -> FetchError {
+        FetchError::TimedOut {
+            host: self.host(),
+            what: self.what(),
+        }
+    }
+
+    pub(super) fn body(&self, error: io::Error) -> FetchError {
+        if is_timeout(&error) {
+            return self.timed_out();
+        }
+        self.unreachable(error.into())
+    }
+
+    pub(super) fn not_a_registry(&self, media_type: String) -> FetchError {
+        FetchError::NotARegistry {
+            host: self.host(),
+            what: self.what(),
+            media_type,
+        }
+    }
+
+    pub(super) fn too_large(&self, max: u64) -> FetchError {
+        FetchError::TooLarge {
+            host: self.host(),
+            what: self.what(),
+            max,
+        }
+    }
+
+    pub(super) fn digest_mismatch(&self, found: Digest) -> FetchError {
+        FetchError::DigestMismatch {
+            host: self.host(),
+            what: self.what(),
+            found,
+        }
+    }
+
+    pub(super) fn size_mismatch(&self, declared: u64, found: u64) -> FetchError {
+        FetchError::SizeMismatch {
+            host: self.host(),
+            what: self.what(),
+            declared,
+            found,
+        }
+    }
+
+    pub(super) fn redirect(&self, problem: String) -> FetchError {
+        FetchError::Redirect {
+            host: self.host(),
+            what: self.what(),
+            problem,
+        }
+    }
+
+    pub(super) fn document(&self, source: crate::manifest::DocumentError) -> FetchError {
+        FetchError::Document {
+            host: self.host(),
+            what: self.what(),
+            source,
+        }
+    }
+
+    pub(super) fn token(&self, realm: &str, problem: String, transient: bool) -> FetchError {
+        let realm = realm
+            .split('?')
+            .next()
+            .unwrap_or_default()
+            .chars()
+            .take(256)
+            .collect();
+        FetchError::Token {
+            host: self.host(),
+            what: self.what(),
+            realm,
+            problem,
+            transient,
+        }
+    }
+}
+
+/// Whether an error, however it was wrapped on its way up, says that nothing came in time.
+fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
+    if let Some(error) = error.downcast_ref::<ureq::Error>() {
+        return match error {
+            ureq::Error::Timeout(_) | ureq::Error::BodyStalled => true,
+            ureq::Error::Io(inner) => is_timeout(inner),
+            _ => false,
+        };
+    }
+    if let Some(error) = error.downcast_ref::<io::Error>() {
+        return matches!(
+            error.kind(),
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
+        ) || error.get_ref().is_some_and(|inner| is_timeout(inner));
+    }
+    error.source().is_some_and(is_timeout)
+}
+
+pub(super) fn header_text(headers: &HeaderMap, name: &header::HeaderName) -> Option<String> {
+    headers
+        .get(name)
+        .and_then(|value| value.to_str().ok())
+        .map(str::to_owned)
+}
+
+pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
+    header_text(headers, &header::CONTENT_LENGTH)?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// Lower-case, without parameters.
+pub(super) fn media_type(headers: &HeaderMap) -> Option<String> {
+    let text = header_text(headers, &header::CONTENT_TYPE)?;
+    let media_type: String = text
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .chars()
+        .take(128)
+        .collect();
+    (!media_type.is_empty()).then(|| media_type.to_ascii_lowercase())
+}
+
+pub(super) fn is_web_page(media_type: &str) -> bool {
+    matches!(media_type, "text/html" | "application/xhtml+xml")
+}
+
+pub(super) fn is_vague(media_type: &str) -> bool {
+    matches!(
+        media_type,
+        "application/json" | "application/octet-stream" | "text/plain"
+    )
+}
