@@ -1,6 +1,36 @@
-//! The Foreshore agent.
+//! The Foreshore agent: runs containers on one device as the hub wants them, and heals them by itself.
 //!
+//! ```text
+//!          hub's broker                        containers
+//!               │                                  │
+//!   link ── one MQTT session            runtime ── start, stop, list, remove
+//!               │                                  │
+//!               └───────> reconcile <──────────────┘
+//!                          │  ▲   │
+//!         state (files) <──┘  │   └──> execute ──> stage (a child process that pulls and unpacks)
+//!                            plan
+//! ```
+//!
+//! | module | what it owns |
+//! |---|---|
+//! | [`plan`] | **pure**: what to do next |
+//! | [`reconcile`] | the one loop: event, plan, execute |
+//! | [`execute`] | doing one step |
+//! | [`probe`] | asking containers whether they are ready |
+//! | [`link`] | the MQTT session |
+//! | [`state`] | files that survive a power cut |
+//! | [`stage`] | pulling and unpacking images in a child process |
+//! | [`runtime`] | containers, behind a trait; libcontainer and a fake |
+//! | [`shim`], [`exec`] | the programs that start a container, and a command in one |
+//! | [`status`], [`removal`] | what an operator on the device asks for |
+//! | [`config`], [`inventory`], [`clock`] | the configuration, the device, its clocks |
 
+pub mod clock;
+pub mod config;
+pub mod exec;
+pub mod execute;
+pub mod inventory;
+pub mod link;
 #[deny(
     clippy::disallowed_methods,
     clippy::disallowed_types,
@@ -8,4 +38,11 @@
     clippy::wildcard_enum_match_arm
 )]
 pub mod plan;
+pub mod probe;
+pub mod reconcile;
+pub mod removal;
 pub mod runtime;
+pub mod shim;
+pub mod stage;
+pub mod state;
+pub mod status;

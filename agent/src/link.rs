@@ -265,7 +265,7 @@ async fn idle(ends: &mut Ends, wait: Duration) -> bool {
 /// One connection, from its first attempt to its end.
 async fn session(
     device: &DeviceId,
-    (options, birth): (MqttOptions, Vec<u8>),
+    (options, greetings): (MqttOptions, Greetings),
     ends: &mut Ends,
     pause: &mut Pause,
     spread: &mut Duration,
@@ -280,7 +280,7 @@ async fn session(
                 Ok(Polled::Incoming(Packet::ConnAck(_))) => {
                     pause.reset();
                     connected = true;
-                    match greet(&client, device, &birth) {
+                    match greet(&client, device, greetings.birth.clone()) {
                         Ok(()) => Some(Incoming::Connected),
                         Err(why) => return End::Lost { why, refused: false },
                     }
@@ -300,7 +300,9 @@ async fn session(
                 Some(_) if !connected => None,
                 Some(Outgoing::Close) => {
                     closing = true;
-                    if client.try_disconnect().is_err() {
+                    // A disconnect on purpose discards the Will, so we say it ourselves.
+                    let said = say(&client, device, greetings.goodbye.clone());
+                    if said.is_err() || client.try_disconnect().is_err() {
                         return End::Closed;
                     }
                     None
@@ -321,7 +323,13 @@ async fn session(
     }
 }
 
-fn options(settings: &Settings, transport: Transport, birth: Birth) -> (MqttOptions, Vec<u8>) {
+/// What is said of our presence, framed.
+struct Greetings {
+    birth: Vec<u8>,
+    goodbye: Vec<u8>,
+}
+
+fn options(settings: &Settings, transport: Transport, birth: Birth) -> (MqttOptions, Greetings) {
     let broker = &settings.hub.broker;
     let presence = |online| {
         frame::encode(&Presence {
@@ -373,12 +381,16 @@ fn options(settings: &Settings, transport: Transport, birth: Birth) -> (MqttOpti
         .set_max_packet_size(Some(MAX_PACKET_BYTES))
         .set_ack_mode(AckMode::Manual)
         .set_last_will(will);
-    (options, presence(true))
+    let greetings = Greetings {
+        birth: presence(true),
+        goodbye: presence(false),
+    };
+    (options, greetings)
 }
 
 /// Subscribes and says that we are here. The session may have been resumed; subscribing again is harmless
 /// and brings the retained head.
-fn greet(client: &AsyncClient, device: &DeviceId, birth: &[u8]) -> Result<(), String> {
+fn greet(client: &AsyncClient, device: &DeviceId, birth: Vec<u8>) -> Result<(), String> {
     let down = [
         topic::device(device, Leaf::Head),
         topic::device(device, Leaf::Command),
@@ -389,13 +401,13 @@ fn greet(client: &AsyncClient, device: &DeviceId, birth: &[u8]) -> Result<(), St
             .try_subscribe(topic, QoS::AtLeastOnce)
             .map_err(|error| error.to_string())?;
     }
+    say(client, device, birth)
+}
+
+fn say(client: &AsyncClient, device: &DeviceId, presence: Vec<u8>) -> Result<(), String> {
     let retained = PublishOptions::new(QoS::AtLeastOnce).retain(true);
     client
-        .try_publish(
-            topic::device(device, Leaf::Presence),
-            birth.to_vec(),
-            retained,
-        )
+        .try_publish(topic::device(device, Leaf::Presence), presence, retained)
         .map_err(|error| error.to_string())
 }
 

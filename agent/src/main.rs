@@ -1,2 +1,457 @@
-//! foreshore-agent: runs on each device.
-fn main() {}
+//! foreshore-agent: runs on each device. Arguments, logging and signals; the rest is in the library.
+
+use std::collections::BTreeSet;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use foreshore_agent::config::{Config, DEFAULT_PATH};
+use foreshore_agent::execute::Tools;
+use foreshore_agent::plan::{Busy, Desired, Observed, ObservedContainer, ProbeState};
+use foreshore_agent::reconcile::{Agent, Memory, Parts};
+use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
+use foreshore_agent::runtime::{Container, ContainerState, Runtime as _};
+use foreshore_agent::state::{OpenError, State};
+use foreshore_agent::status::Published;
+use foreshore_agent::{clock, exec, link, plan, removal, shim, stage, state, status};
+use foreshore_images::store::Store;
+use foreshore_protocol::message::{AppStatus, ServiceState};
+
+/// Runs containers on this device as the hub wants them, and keeps them running without it.
+///
+/// The agent needs to be root. It joins the hub that its configuration names, pulls what the hub assigns,
+/// starts it, and goes back to the last-known-good release by itself when a new one is not well. Containers
+/// outlive the agent: it may be restarted and updated at any time.
+#[derive(Debug, Parser)]
+#[command(name = "foreshore-agent", version, after_help = AFTER_HELP)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Try it:
+  foreshore-agent check-config --config /etc/foreshore/agent.toml
+  foreshore-agent run
+  foreshore-agent status -o json
+
+A configuration needs three lines at least:
+  device = \"gateway-1\"
+  [hub]
+  broker = \"mqtt://hub.lan:1883\"
+  join_token_file = \"/etc/foreshore/join-token\"
+
+RUST_LOG sets what is logged to standard error, for example RUST_LOG=debug.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Join the hub and run what it assigns, until SIGTERM or SIGINT; containers keep running then.
+    Run(At),
+    /// Read the configuration, say what is wrong with it, and end. Exit status 2 when something is.
+    CheckConfig(At),
+    /// Show what runs here; needs no hub and no running agent.
+    Status {
+        #[command(flatten)]
+        at: At,
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Stop every container of this agent, which must not be running. The next `run` starts them again.
+    StopAll(At),
+    /// Stop and remove every container of this agent, with its mounts, cgroups and run directory. State,
+    /// images, volumes and logs stay. The agent must not be running.
+    RemoveAll {
+        #[command(flatten)]
+        at: At,
+        /// Delete the state directory too: images, volumes, logs, everything.
+        #[arg(long)]
+        purge: bool,
+    },
+    /// Pull and unpack images. The agent starts this by itself.
+    #[command(hide = true)]
+    Stage {
+        #[command(flatten)]
+        at: At,
+        images: Vec<String>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct At {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+fn main() -> ExitCode {
+    // These two must run before any thread exists, and are for the agent only.
+    let mut arguments = std::env::args_os().skip(1);
+    match arguments.next().as_deref().and_then(|first| first.to_str()) {
+        Some("shim") => return shim::run(arguments),
+        Some("exec") => return exec::run(arguments),
+        _ => {}
+    }
+    let arguments = Arguments::parse();
+    match run(arguments.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("foreshore-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Stage { at, images } => Ok(stage::run(&Config::load(&at.config)?, &images)),
+        Command::CheckConfig(at) => Ok(check_config(&at.config)),
+        Command::Run(at) => run_agent(&at.config).map(|()| ExitCode::SUCCESS),
+        Command::Status { at, output } => {
+            show_status(&at.config, output).map(|()| ExitCode::SUCCESS)
+        }
+        Command::StopAll(at) => stop_all(&at.config).map(|()| ExitCode::SUCCESS),
+        Command::RemoveAll { at, purge } => {
+            remove_all(&at.config, purge).map(|()| ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn check_config(path: &Path) -> ExitCode {
+    let checked = Config::load(path).and_then(|config| {
+        config.join_token()?;
+        config.registry_client()?;
+        Ok(config)
+    });
+    match checked {
+        Ok(config) => {
+            println!("{} is fine: device {}", path.display(), config.device);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("foreshore-agent: {:#}", anyhow::Error::from(error));
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn one_thread() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        // Garbage collection and name lookups; seldom, and gone soon after.
+        .max_blocking_threads(2)
+        .thread_keep_alive(std::time::Duration::from_secs(1))
+        .build()
+        .context("failed to start the event loop")
+}
+
+fn log_to_stderr() {
+    use std::io::IsTerminal as _;
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+fn need_root() -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("needs root to start containers; run it as root or with sudo");
+    }
+    Ok(())
+}
+
+fn open_runtime(config: &Config) -> anyhow::Result<OciRuntime> {
+    let agent_exe = std::env::current_exe().context("failed to find the agent's own program")?;
+    Ok(OciRuntime::new(OciConfig {
+        run_dir: config.paths.run.clone(),
+        state_dir: config.paths.state.clone(),
+        cgroup_parent: config.cgroup.parent.clone(),
+        agent_exe,
+    })?)
+}
+
+fn run_agent(path: &Path) -> anyhow::Result<()> {
+    log_to_stderr();
+    let config = Config::load(path)?;
+    let token = config.join_token()?;
+    config.registry_client()?;
+    need_root()?;
+    let boot = clock::boot_id().context("failed to read the boot id")?;
+    let (state, loaded) = State::open(&config.paths.state, clock::unix_ms() / 1000)?;
+    let images = Store::open(&stage::store_path(&config))?;
+    let tokio = one_thread()?;
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&tokio, async {
+        // The runtime watches containers through the event loop, so it is made inside.
+        let runtime = open_runtime(&config)?;
+        let stop = stop_signal()?;
+        let ((to_link, from_link), ends) = link::channels();
+        let memory = Memory::new(state);
+        let settings = link::Settings {
+            device: config.device.clone(),
+            token,
+            hub: config.hub.clone(),
+            seed: u64::from_le_bytes(*boot.0.first_chunk().expect("a boot id has 16 bytes")),
+        };
+        let birth = memory.clone();
+        let session = tokio::task::spawn_local(link::run(settings, ends, move || birth.birth()));
+        tracing::info!(device = %config.device, "foreshore-agent {}", env!("CARGO_PKG_VERSION"));
+        let agent = Agent::new(Parts {
+            tools: Tools {
+                runtime: Rc::new(runtime),
+                images: Arc::new(images),
+                program: std::env::current_exe()
+                    .context("failed to find the agent's own program")?,
+                config: path.to_owned(),
+            },
+            config,
+            memory,
+            loaded,
+            link: to_link,
+            boot,
+        });
+        agent.run(from_link, stop).await;
+        if session.is_finished() {
+            session
+                .await
+                .context("the session with the broker broke off")??;
+        }
+        Ok(())
+    })
+}
+
+/// Ready when the agent is asked to end.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).context("failed to watch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("failed to watch SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+fn stop_all(path: &Path) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    need_root()?;
+    let _lock = state::lock(&config.paths.state)?;
+    let releases = state::peek(&config.paths.state)?.releases;
+    let tokio = one_thread()?;
+    tokio::task::LocalSet::new().block_on(&tokio, async {
+        let runtime = open_runtime(&config)?;
+        let stopped = removal::stop_all(&runtime, &releases).await?;
+        println!("stopped {stopped} containers");
+        Ok(())
+    })
+}
+
+fn remove_all(path: &Path, purge: bool) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    need_root()?;
+    let lock = state::lock(&config.paths.state)?;
+    // Whatever the state is like, what runs can be removed.
+    let releases = state::peek(&config.paths.state)
+        .unwrap_or_default()
+        .releases;
+    let tokio = one_thread()?;
+    tokio::task::LocalSet::new().block_on(&tokio, async {
+        let runtime = open_runtime(&config)?;
+        let removed = removal::remove_all(&runtime, &releases).await?;
+        runtime.remove_empty_cgroups();
+        println!("removed {removed} containers");
+        anyhow::Ok(())
+    })?;
+    remove_dir(&config.paths.run)?;
+    if purge {
+        remove_dir(&config.paths.state)?;
+    }
+    drop(lock);
+    Ok(())
+}
+
+fn remove_dir(path: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("failed to remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What `status` prints.
+#[derive(Debug, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Status {
+    device: String,
+    agent_running: bool,
+    version: Option<foreshore_protocol::Version>,
+    apps: Vec<AppStatus>,
+    containers: Vec<ContainerLine>,
+}
+
+#[derive(Debug, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerLine {
+    id: String,
+    state: &'static str,
+    pid: Option<i32>,
+    exit_code: Option<i32>,
+}
+
+fn show_status(path: &Path, output: Output) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    let agent_running = match state::lock(&config.paths.state) {
+        Ok(_) => false,
+        Err(OpenError::InUse(_)) => true,
+        Err(error) => return Err(error.into()),
+    };
+    let tokio = one_thread()?;
+    let containers = tokio::task::LocalSet::new().block_on(&tokio, async {
+        anyhow::Ok(open_runtime(&config)?.list().await?)
+    })?;
+    let said = status::published(&config.paths.run).filter(|_| agent_running);
+    let Published { version, apps } = match said {
+        Some(published) => published,
+        None => work_out(&config, &containers)?,
+    };
+    let status = Status {
+        device: config.device.to_string(),
+        agent_running,
+        version,
+        apps,
+        containers: containers.iter().map(ContainerLine::new).collect(),
+    };
+    let mut out = std::io::stdout().lock();
+    match output {
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut out, &status)?;
+            writeln!(out)?;
+        }
+        Output::Text => print_status(&mut out, &status)?,
+    }
+    Ok(())
+}
+
+/// What the agent would say if it ran, from what is on disk.
+fn work_out(config: &Config, containers: &[Container]) -> anyhow::Result<Published> {
+    let state::Peeked {
+        head,
+        history,
+        releases,
+    } = state::peek(&config.paths.state)?;
+    let images: BTreeSet<_> = Store::open(&stage::store_path(config))?
+        .list()?
+        .into_iter()
+        .map(|image| image.digest)
+        .collect();
+    let now = clock::now(clock::boot_id()?);
+    let observed = Observed {
+        watching_since: now.ms,
+        containers: containers
+            .iter()
+            .map(|container| ObservedContainer {
+                container: container.clone(),
+                probe: ProbeState::Unknown,
+            })
+            .collect(),
+        releases,
+        images,
+        busy: Busy::default(),
+    };
+    let desired = head.as_ref().map(Desired::from).unwrap_or_default();
+    Ok(Published {
+        version: desired.version,
+        apps: plan::plan(&desired, &observed, &history, now).status,
+    })
+}
+
+impl ContainerLine {
+    fn new(container: &Container) -> Self {
+        let (state, pid, exit_code) = match container.state {
+            ContainerState::Running { pid, .. } => ("running", Some(pid), None),
+            ContainerState::Exited(exit) => ("exited", None, Some(exit.code)),
+            ContainerState::Broken => ("broken", None, None),
+        };
+        Self {
+            id: container.id.to_string(),
+            state,
+            pid,
+            exit_code,
+        }
+    }
+}
+
+fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Result<()> {
+    let agent = if status.agent_running {
+        "runs"
+    } else {
+        "does not run"
+    };
+    let version = status
+        .version
+        .map_or_else(|| "none yet".to_owned(), |version| version.to_string());
+    writeln!(
+        out,
+        "device {}: agent {agent}, desired state {version}",
+        status.device
+    )?;
+    for app in &status.apps {
+        let phase = format!("{:?}", app.phase).to_lowercase();
+        writeln!(
+            out,
+            "\napp {}: {phase}, release {}",
+            app.app,
+            app.release.short()
+        )?;
+        if let Some(reason) = &app.reason {
+            writeln!(out, "  why: {}", reason.message)?;
+        }
+        for service in &app.services {
+            let state = match service.state {
+                ServiceState::Waiting => "waiting".to_owned(),
+                ServiceState::Running => "running".to_owned(),
+                ServiceState::BackOff { exit_code } => {
+                    format!("ended with {exit_code}, will be started again")
+                }
+                ServiceState::Exited { exit_code } => format!("ended with {exit_code}"),
+            };
+            let ready = if service.ready { "ready" } else { "not ready" };
+            writeln!(
+                out,
+                "  {:<20} {state}, {ready}, {} restarts",
+                service.service, service.restarts
+            )?;
+        }
+    }
+    if !status.containers.is_empty() {
+        writeln!(out)?;
+    }
+    for container in &status.containers {
+        let pid = container
+            .pid
+            .map_or_else(String::new, |pid| format!(" pid {pid}"));
+        writeln!(
+            out,
+            "container {:<30} {}{pid}",
+            container.id, container.state
+        )?;
+    }
+    Ok(())
+}

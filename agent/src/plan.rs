@@ -41,6 +41,10 @@ mod history;
 mod service;
 mod status;
 mod step;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod world;
 
 pub use history::{
     AppHistory, Assignment, History, LastKnownGood, Poison, Resume, ServiceHistory, StagingHistory,

@@ -117,29 +117,7 @@ impl State {
     ///
     /// When another agent has the directory, or it cannot be read or written. Damaged files are no error.
     pub fn open(dir: &Path, unix_secs: u64) -> Result<(Self, Loaded), OpenError> {
-        use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-        for path in [dir.to_owned(), dir.join("releases")] {
-            std::fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&path)
-                .map_err(|source| FileError::new("create", &path, source))?;
-        }
-        let path = dir.join("lock");
-        let lock = std::fs::File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|source| FileError::new("open", &path, source))?;
-        let lock =
-            Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(
-                |(_, errno)| match errno {
-                    nix::errno::Errno::EWOULDBLOCK => OpenError::InUse(dir.to_owned()),
-                    errno => OpenError::File(FileError::new("lock", &path, errno.into())),
-                },
-            )?;
+        let lock = lock(dir)?.0;
         Self::load(dir, lock, unix_secs).map_err(OpenError::File)
     }
 
@@ -165,7 +143,14 @@ impl State {
         counters.boot = counters.boot.saturating_add(1);
         counters.floor = counters.floor.max(head.as_ref().map(|head| head.version));
         write_framed(&dir.join("counters"), &counters)?;
-        let history = history.unwrap_or_default();
+        let history = history.unwrap_or_else(|| {
+            if damage.0.is_empty() {
+                History::default()
+            } else {
+                // No instance number may be used twice, and the ones used are not known.
+                History::rebuilt(unix_secs)
+            }
+        });
         let state = Self {
             dir: dir.to_owned(),
             _lock: lock,
@@ -276,30 +261,83 @@ impl State {
     }
 }
 
+/// The right to be the one agent of a state directory, until dropped.
+#[derive(Debug)]
+pub struct Lock(Flock<std::fs::File>);
+
+/// Takes the lock of a state directory, and makes the directory if needed.
+///
+/// # Errors
+///
+/// When an agent has it, or it cannot be made.
+pub fn lock(dir: &Path) -> Result<Lock, OpenError> {
+    use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+    for path in [dir.to_owned(), dir.join("releases")] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)
+            .map_err(|source| FileError::new("create", &path, source))?;
+    }
+    let path = dir.join("lock");
+    let lock = std::fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|source| FileError::new("open", &path, source))?;
+    let lock =
+        Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            nix::errno::Errno::EWOULDBLOCK => OpenError::InUse(dir.to_owned()),
+            errno => OpenError::File(FileError::new("lock", &path, errno.into())),
+        })?;
+    Ok(Lock(lock))
+}
+
 /// Reads what a stopped or running agent has stored, without taking part: for `status`.
 ///
 /// # Errors
 ///
 /// When a file cannot be read. Damaged ones count as missing.
-pub fn peek(dir: &Path) -> Result<(Option<Head>, History), FileError> {
+pub fn peek(dir: &Path) -> Result<Peeked, FileError> {
     let mut damage = Damage::default();
     let head = file::peek_framed(&dir.join("head"), &mut damage)?;
     let history: Option<History> = file::peek_framed(&dir.join("history"), &mut damage)?;
-    Ok((head, history.unwrap_or_default()))
+    let releases = peek_releases(&dir.join("releases"))?;
+    Ok(Peeked {
+        head,
+        history: history.unwrap_or_default(),
+        releases,
+    })
+}
+
+/// What [`peek`] finds.
+#[derive(Debug, Default)]
+pub struct Peeked {
+    /// The newest accepted head.
+    pub head: Option<Head>,
+    /// What the planner remembers.
+    pub history: History,
+    /// Release manifests whose digest was right.
+    pub releases: BTreeMap<Digest, Release>,
+}
+
+/// As [`read_releases`], leaving damaged files where they are.
+fn peek_releases(dir: &Path) -> Result<BTreeMap<Digest, Release>, FileError> {
+    let mut releases = BTreeMap::new();
+    for (digest, path) in release_files(dir)? {
+        let bytes = file::read_bounded(&path, foreshore_protocol::release::MAX_RELEASE_BYTES)?;
+        if let Ok(release) = Release::from_bytes(&bytes.unwrap_or_default(), &digest) {
+            releases.insert(digest, release);
+        }
+    }
+    Ok(releases)
 }
 
 fn read_releases(dir: &Path, damage: &mut Damage) -> Result<BTreeMap<Digest, Release>, FileError> {
     let mut releases = BTreeMap::new();
-    let entries = std::fs::read_dir(dir).map_err(|source| FileError::new("read", dir, source))?;
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let Some(hex) = name.to_str().and_then(|name| name.strip_suffix(".json")) else {
-            continue;
-        };
-        let Ok(digest) = format!("sha256:{hex}").parse::<Digest>() else {
-            continue;
-        };
-        let path = entry.path();
+    for (digest, path) in release_files(dir)? {
         let bytes = file::read_bounded(&path, foreshore_protocol::release::MAX_RELEASE_BYTES)?;
         match Release::from_bytes(&bytes.unwrap_or_default(), &digest) {
             Ok(release) => {
@@ -309,6 +347,23 @@ fn read_releases(dir: &Path, damage: &mut Damage) -> Result<BTreeMap<Digest, Rel
         }
     }
     Ok(releases)
+}
+
+/// The files of a directory that are named like release manifests; a missing directory has none.
+fn release_files(dir: &Path) -> Result<Vec<(Digest, PathBuf)>, FileError> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(FileError::new("read", dir, error)),
+    };
+    Ok(entries
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let hex = name.to_str()?.strip_suffix(".json")?;
+            Some((format!("sha256:{hex}").parse().ok()?, entry.path()))
+        })
+        .collect())
 }
 
 #[cfg(test)]

@@ -113,9 +113,16 @@ fn adopt(
     let covers = |release: &Digest| {
         target(draft, Some(*release)).is_some_and(|target| !service::has_stale(containers, &target))
     };
-    let candidates = desired.map(|desired| desired.release).into_iter();
-    let running = candidates
+    let on_disk = draft.observed.releases.iter();
+    let running = desired
+        .map(|desired| desired.release)
+        .into_iter()
         .chain([newest.container.release])
+        .chain(
+            on_disk
+                .filter(|(_, release)| release.app == newest.container.id.app)
+                .map(|(digest, _)| *digest),
+        )
         .find(covers)
         .unwrap_or(newest.container.release);
     history.current = Some(running);
@@ -161,6 +168,7 @@ fn assign(draft: &mut Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
         {
             trial.since = desired.since;
             trial.started = draft.now.ms;
+            trial.boots = 0;
         }
     }
     if let Some(trial) = &mut history.trial

@@ -9,7 +9,7 @@ use foreshore_protocol::message::Phase;
 use foreshore_protocol::release::service_digest;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
-use super::service::image_digest;
+use super::service::{image_digest, service_of};
 use super::{AppHistory, History, Observed, Plan, Step};
 use crate::runtime::{ContainerId, ContainerState};
 
@@ -190,15 +190,17 @@ fn check_collect(
     keep_releases: &BTreeSet<Digest>,
     found: &mut Vec<Violation>,
 ) {
-    let mut live: BTreeSet<Digest> = observed
-        .containers
-        .iter()
-        .map(|seen| seen.container.release)
-        .filter(|release| observed.releases.contains_key(release))
-        .collect();
+    let mut live = BTreeSet::new();
     for app in plan.history.apps.values() {
         let good = app.last_known_good.as_ref().map(|good| good.release);
         live.extend([app.current, good].into_iter().flatten());
+    }
+    for seen in &observed.containers {
+        let image = service_of(observed, &seen.container, &live)
+            .and_then(|(_, service)| image_digest(service));
+        if image.is_none_or(|image| !keep_images.contains(&image)) {
+            found.push(Violation::LiveCollected(seen.container.release));
+        }
     }
     for release in live {
         if !keep_releases.contains(&release) {

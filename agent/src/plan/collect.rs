@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use foreshore_protocol::{Digest, Version};
 
-use super::service::image_digest;
+use super::service::{image_digest, service_of};
 use super::{Draft, History, Step};
 
 /// How long after a collection the next may come, unless a release succeeded meanwhile.
@@ -98,19 +98,10 @@ pub(super) fn live(draft: &Draft<'_>, history: &History) -> Option<Live> {
         }
     }
     for seen in &observed.containers {
-        let container = &seen.container;
-        let service = observed
-            .releases
-            .values()
-            .filter(|release| release.app == container.id.app)
-            .filter_map(|release| release.services.get(&container.id.service))
-            .find(|service| {
-                foreshore_protocol::release::service_digest(service) == container.service_digest
-            })?;
+        // Mostly found in a release that is live anyway, as unchanged services outlive their release.
+        let (release, service) = service_of(observed, &seen.container, &live.releases)?;
         live.images.insert(image_digest(service)?);
-        if observed.releases.contains_key(&container.release) {
-            live.releases.insert(container.release);
-        }
+        live.releases.insert(release);
     }
     Some(live)
 }

@@ -152,6 +152,16 @@ pub enum Resume {
 }
 
 impl History {
+    /// A history for a device whose own was lost. `instance_floor` must be above every instance number that
+    /// was ever used, as far as that can be known: seconds since 1970 are.
+    #[must_use]
+    pub fn rebuilt(instance_floor: u64) -> Self {
+        Self {
+            instance_floor,
+            ..Self::default()
+        }
+    }
+
     /// Takes what came of a step into account. Call it once for every step that ended, before the next plan,
     /// and store the result together with that plan's history.
     pub fn record(&mut self, outcome: &Outcome, now: Now) {

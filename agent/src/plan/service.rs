@@ -12,9 +12,10 @@ use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::history::reason;
 use super::{
-    AppHistory, Draft, Notice, ObservedContainer, ProbeState, Resume, ServiceHistory, Step, backoff,
+    AppHistory, Draft, Notice, Observed, ObservedContainer, ProbeState, Resume, ServiceHistory,
+    Step, backoff,
 };
-use crate::runtime::{ContainerId, ContainerState, Exit};
+use crate::runtime::{Container, ContainerId, ContainerState, Exit};
 
 /// How a container is stopped when the release that it was started from is not known any more.
 const UNKNOWN_STOP: (i32, u64) = (15, 10_000);
@@ -116,7 +117,12 @@ pub(super) fn observe(
         });
         match seen.container.state {
             ContainerState::Running { started_ms, .. } => {
-                if id.instance == service.last_instance {
+                let newest = containers
+                    .iter()
+                    .map(|other| &other.container.id)
+                    .filter(|other| other.service == id.service)
+                    .all(|other| other.instance <= id.instance);
+                if newest {
                     service.present = id.instance;
                     service.started = super::BootMs(started_ms);
                 }
@@ -388,7 +394,7 @@ fn stays(draft: &mut Draft<'_>, history: &ServiceHistory, seen: &ObservedContain
         ContainerState::Running { .. } => true,
         ContainerState::Broken => false,
         ContainerState::Exited(_) => match history.resume {
-            Resume::Never => seen.container.id.instance == history.last_instance,
+            Resume::Never => seen.container.id.instance == history.ended_instance,
             Resume::At(at) => draft.is_later(at),
             Resume::Now => false,
         },
@@ -439,15 +445,32 @@ fn start(
 }
 
 fn stop_of(draft: &Draft<'_>, seen: &ObservedContainer) -> (i32, u64) {
-    draft
-        .observed
-        .releases
-        .get(&seen.container.release)
-        .and_then(|release| release.services.get(&seen.container.id.service))
-        .map_or(UNKNOWN_STOP, |service| {
+    service_of(draft.observed, &seen.container, &BTreeSet::new()).map_or(
+        UNKNOWN_STOP,
+        |(_, service)| {
             (
                 service.stop_signal.number(),
                 service.stop_grace_period.millis(),
             )
+        },
+    )
+}
+
+/// What a container was started as, from a release on disk that has a service of its spec; one of `first`
+/// if there is one.
+pub(super) fn service_of<'a>(
+    observed: &'a Observed,
+    container: &Container,
+    first: &BTreeSet<Digest>,
+) -> Option<(Digest, &'a Service)> {
+    first
+        .iter()
+        .chain(observed.releases.keys())
+        .find_map(|digest| {
+            let release = observed.releases.get(digest)?;
+            let service = release.services.get(&container.id.service)?;
+            let same = release.app == container.id.app
+                && service_digest(service) == container.service_digest;
+            same.then_some((*digest, service))
         })
 }

@@ -1,0 +1,196 @@
+//! Does one step of a plan, and says what came of it. Decides nothing.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use foreshore_images::store::Store;
+use foreshore_protocol::Digest;
+use foreshore_protocol::manifest::Service;
+use foreshore_protocol::message::{Reason, ReasonCode};
+use foreshore_protocol::release::service_digest;
+
+use crate::plan::Outcome;
+use crate::runtime::{ContainerId, ContainerSpec, ImageConfig, Runtime, StartError};
+use crate::stage::Staging;
+
+/// What steps are done with.
+#[derive(Debug)]
+pub struct Tools<R> {
+    /// Containers.
+    pub runtime: Rc<R>,
+    /// Images.
+    pub images: Arc<Store>,
+    /// The agent's own program, which stages in a child process.
+    pub program: PathBuf,
+    /// The configuration file that the child reads.
+    pub config: PathBuf,
+}
+
+impl<R> Clone for Tools<R> {
+    fn clone(&self) -> Self {
+        Self {
+            runtime: Rc::clone(&self.runtime),
+            images: Arc::clone(&self.images),
+            program: self.program.clone(),
+            config: self.config.clone(),
+        }
+    }
+}
+
+/// A step with all that it needs. [`crate::reconcile`] looks these up, so that a step under way rests on
+/// nothing that may change.
+#[derive(Debug)]
+pub enum Task {
+    /// [`crate::plan::Step::Stage`].
+    Stage {
+        /// Which release.
+        release: Digest,
+        /// As in the step.
+        images: Vec<String>,
+    },
+    /// [`crate::plan::Step::Stop`].
+    Stop {
+        /// Which container.
+        id: ContainerId,
+        /// As in the step.
+        signal: i32,
+        /// As in the step.
+        grace: Duration,
+    },
+    /// [`crate::plan::Step::Remove`].
+    Remove {
+        /// Which container.
+        id: ContainerId,
+    },
+    /// [`crate::plan::Step::Start`].
+    Start {
+        /// The new container.
+        id: ContainerId,
+        /// Its release.
+        release: Digest,
+        /// Its service in that release.
+        service: Box<Service>,
+    },
+    /// [`crate::plan::Step::Collect`], for images.
+    Collect {
+        /// As in the step.
+        keep: BTreeSet<Digest>,
+    },
+}
+
+/// Does a task. Dropping the future cuts it as a crash would; the next plan takes it from there.
+pub async fn execute<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
+    match task {
+        Task::Stage { release, images } => match stage(tools, &images).await {
+            Ok(()) => Outcome::Staged { release },
+            Err(reason) => Outcome::StagingFailed { release, reason },
+        },
+        Task::Stop { id, signal, grace } => match tools.runtime.stop(&id, signal, grace).await {
+            Ok(()) => Outcome::Stopped { id },
+            Err(error) => Outcome::Stuck {
+                message: chain(&error),
+                id,
+            },
+        },
+        Task::Remove { id } => match tools.runtime.remove(&id).await {
+            Ok(()) => Outcome::Removed { id },
+            Err(error) => Outcome::Stuck {
+                message: chain(&error),
+                id,
+            },
+        },
+        Task::Start {
+            id,
+            release,
+            service,
+        } => match start(tools, &id, release, *service).await {
+            Ok(()) => Outcome::Started { id },
+            Err(error) => Outcome::StartFailed {
+                refused: matches!(error, StartError::Refused(_)),
+                message: chain(&error),
+                id,
+            },
+        },
+        Task::Collect { keep } => {
+            collect(tools, keep).await;
+            Outcome::Collected
+        }
+    }
+}
+
+async fn stage<R>(tools: &Tools<R>, images: &[String]) -> Result<(), Reason> {
+    let staging =
+        Staging::start(&tools.program, &tools.config, images).map_err(|error| Reason {
+            code: ReasonCode::Internal,
+            service: None,
+            message: format!("failed to start {}: {error}", tools.program.display()),
+        })?;
+    staging
+        .finish(|fetched, total| tracing::debug!(fetched, total, "staging"))
+        .await
+}
+
+async fn start<R: Runtime>(
+    tools: &Tools<R>,
+    id: &ContainerId,
+    release: Digest,
+    service: Service,
+) -> Result<(), StartError> {
+    let image = service
+        .image
+        .rsplit_once('@')
+        .and_then(|(_, digest)| tools.images.staged(&digest.parse().ok()?))
+        .ok_or_else(|| StartError::Failed {
+            id: id.to_string(),
+            message: format!("image {} is not on this disk any more", service.image),
+        })?;
+    let spec = ContainerSpec {
+        id: id.clone(),
+        release,
+        service_digest: service_digest(&service),
+        service,
+        image: ImageConfig {
+            entrypoint: image.config.entrypoint,
+            cmd: image.config.cmd,
+            env: image.config.env,
+            user: image.config.user,
+            working_dir: image.config.working_dir,
+        },
+        layers: image.layers,
+    };
+    tools.runtime.start(&spec).await
+}
+
+/// Removing a large image takes seconds; the thread ends soon after.
+async fn collect<R>(tools: &Tools<R>, keep: BTreeSet<Digest>) {
+    let images = Arc::clone(&tools.images);
+    let removed = tokio::task::spawn_blocking(move || images.remove_unused(&keep));
+    match removed.await {
+        Ok(Ok(removed)) => {
+            tracing::info!(
+                images = removed.images.len(),
+                bytes = removed.bytes,
+                "garbage collected"
+            );
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(error = chain(&error), "garbage could not be collected");
+        }
+        Err(error) => tracing::error!(%error, "collecting garbage broke off"),
+    }
+}
+
+/// An error with its causes, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text.push_str(": ");
+        text.push_str(&next.to_string());
+        cause = next.source();
+    }
+    text
+}

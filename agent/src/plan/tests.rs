@@ -1,0 +1,737 @@
+//! The planner against a model device: examples first, then properties.
+
+use foreshore_protocol::manifest::RestartPolicy;
+use foreshore_protocol::message::{Phase, ReasonCode, ServiceState};
+use foreshore_protocol::release::Release;
+
+use super::world::{DEADLINE_MS, SOAK_MS, World, release, service};
+use super::*;
+
+const HOUR: u64 = 3_600_000;
+
+fn always(behaviour: &str, seed: u32) -> foreshore_protocol::manifest::Service {
+    service(behaviour, seed, RestartPolicy::Always)
+}
+
+fn web(behaviour: &str, seed: u32) -> Release {
+    release("shop", &[("web", always(behaviour, seed))])
+}
+
+/// A world in which `release` is the last-known-good.
+fn settled(release: &Release) -> World {
+    let mut world = World::new();
+    world.assign(release);
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    world
+}
+
+#[test]
+fn a_first_release_is_fetched_staged_started_soaked_and_then_good() {
+    let mut world = World::new();
+    let v1 = web("good", 1);
+    let digest = world.assign(&v1);
+    assert_eq!(world.turn(0).fetch, [digest].into());
+    assert_eq!(world.phase("shop"), Phase::Accepted);
+    world.turn(usize::MAX);
+    let staging = world.turn(usize::MAX);
+    assert!(
+        matches!(&staging.steps[..], [Step::Stage { .. }]),
+        "{staging:?}"
+    );
+    assert_eq!(staging.status[0].phase, Phase::Staging);
+    world.turn(usize::MAX);
+    assert_eq!(world.phase("shop"), Phase::Activating);
+    world.run(100);
+    assert_eq!(world.phase("shop"), Phase::Soaking);
+    world.run(SOAK_MS - 1);
+    assert_eq!(world.phase("shop"), Phase::Soaking);
+    world.run(1);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Succeeded);
+    assert_eq!(
+        (status.running, status.last_known_good),
+        (Some(digest), Some(digest))
+    );
+}
+
+#[test]
+fn at_the_desired_state_a_plan_is_empty_and_nobody_is_woken() {
+    let mut world = settled(&web("good", 1));
+    let plan = world.turn(usize::MAX);
+    assert_eq!((plan.steps, plan.wake_at), (vec![], None));
+    assert_eq!(plan.history, world.history);
+    assert!(plan.fetch.is_empty() && plan.notices.is_empty());
+}
+
+#[test]
+fn unchanged_services_run_on_untouched() {
+    let db = always("good", 7);
+    let first = release("shop", &[("db", db.clone()), ("web", always("good", 1))]);
+    let second = release("shop", &[("db", db), ("web", always("good", 2))]);
+    let mut world = settled(&first);
+    let digest = world.assign(&second);
+    world.run(HOUR);
+    assert_eq!(world.status("shop").running, Some(digest));
+    let touched: Vec<_> = world.stopped.iter().map(|id| id.service.as_str()).collect();
+    assert_eq!(touched, ["web"]);
+    assert_eq!(world.running("shop")["db"], first.digest());
+}
+
+#[test]
+fn a_release_that_is_never_ready_is_given_up_once_and_for_all() {
+    let good = web("good", 1);
+    let mut world = settled(&good);
+    let bad = world.assign(&web("never-ready", 2));
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::RolledBack);
+    let reason = status.reason.unwrap();
+    assert_eq!(reason.code, ReasonCode::DeadlineExceeded);
+    assert!(
+        reason.message.contains("connection refused") && reason.message.contains("30s"),
+        "{reason:?}"
+    );
+    assert_eq!(status.running, Some(good.digest()));
+    assert_eq!(world.running("shop")["web"], good.digest());
+    // Another generation without a new assignment, a crash and a reboot: it is not tried again.
+    world.desired.version = Version::from_numbers(1, 99).ok();
+    world.crash();
+    world.run(HOUR);
+    world.reboot();
+    world.run(HOUR);
+    let tried = world.started.iter().filter(|(_, release)| *release == bad);
+    assert_eq!(tried.count(), 1);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+}
+
+#[test]
+fn a_service_that_dies_or_sickens_during_the_soak_fails_the_release() {
+    for (behaviour, code) in [
+        ("exit 7 2000", ReasonCode::Exited),
+        ("unready 2000", ReasonCode::NotReady),
+    ] {
+        let mut world = settled(&web("good", 1));
+        world.assign(&web(behaviour, 2));
+        world.run(2_200);
+        let status = world.status("shop");
+        assert_eq!(status.phase, Phase::RolledBack, "{behaviour}");
+        assert_eq!(status.reason.unwrap().code, code, "{behaviour}");
+    }
+}
+
+#[test]
+fn with_nothing_to_go_back_to_a_failed_release_is_started_again_and_again_more_slowly() {
+    let mut world = World::new();
+    world.assign(&web("exit 1 10", 1));
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Failed);
+    assert!(matches!(
+        status.services[0].state,
+        ServiceState::BackOff { exit_code: 1 } | ServiceState::Running
+    ));
+    let starts = world.started.len();
+    assert!((15..30).contains(&starts), "{starts} starts in an hour");
+    assert_eq!(usize::try_from(status.services[0].restarts), Ok(starts - 1));
+}
+
+#[test]
+fn a_refused_start_fails_the_release_without_waiting_for_the_deadline() {
+    let mut world = settled(&web("good", 1));
+    world.assign(&web("refuse", 2));
+    world.run(1);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::RolledBack);
+    assert_eq!(status.reason.unwrap().code, ReasonCode::StartFailed);
+}
+
+#[test]
+fn a_newer_release_that_cannot_be_staged_does_not_keep_a_bad_one_on() {
+    let good = web("good", 1);
+    let mut world = settled(&good);
+    world.assign(&web("never-ready", 2));
+    world.run(1_000);
+    assert_eq!(world.phase("shop"), Phase::Activating);
+    world.registry = Some(ReasonCode::RegistryUnreachable);
+    let third = web("good", 3);
+    world.assign(&third);
+    world.run(DEADLINE_MS);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Blocked);
+    assert_eq!(status.reason.unwrap().code, ReasonCode::RegistryUnreachable);
+    assert_eq!(status.running, Some(good.digest()));
+    world.registry = None;
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(
+        (status.phase, status.running),
+        (Phase::Succeeded, Some(third.digest()))
+    );
+}
+
+#[test]
+fn while_staging_is_blocked_the_old_release_heals_itself() {
+    let mut world = settled(&web("good", 1));
+    world.registry = Some(ReasonCode::DiskFull);
+    world.assign(&web("good", 2));
+    world.run(60_000);
+    world.containers.clear();
+    world.run(60_000);
+    assert_eq!(world.phase("shop"), Phase::Blocked);
+    assert_eq!(world.running("shop").len(), 1);
+    assert_eq!(world.started.len(), 2);
+}
+
+#[test]
+fn an_image_that_cannot_run_here_is_rejected_and_not_asked_for_again() {
+    let mut world = settled(&web("good", 1));
+    world.registry = Some(ReasonCode::NoMatchingPlatform);
+    world.assign(&web("good", 2));
+    world.run(1_000);
+    assert_eq!(world.phase("shop"), Phase::Rejected);
+    world.registry = None;
+    let plan = world.run(HOUR);
+    assert_eq!((plan.steps, plan.wake_at), (vec![], None));
+    assert_eq!(world.phase("shop"), Phase::Rejected);
+    // A new assignment of the same release is tried.
+    world.assign(&web("good", 2));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+}
+
+#[test]
+fn a_manifest_of_another_app_or_from_a_newer_hub_is_rejected() {
+    let mut world = settled(&web("good", 1));
+    let other = release("other", &[("web", always("good", 2))]);
+    let digest = world.assign(&other);
+    let mut head = world.desired.apps.remove(&other.app).unwrap();
+    head.app = "shop".parse().unwrap();
+    world.desired.apps.insert(head.app.clone(), head);
+    world.run(1_000);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Rejected);
+    assert!(status.reason.unwrap().message.contains("other"));
+
+    let mut world = settled(&web("good", 1));
+    let newer = world.assign(&web("good", 3));
+    world.hub_reachable = false;
+    world.run(1);
+    world.history.record(
+        &Outcome::BadRelease {
+            release: newer,
+            message: "schema 2".to_owned(),
+            schema_unknown: true,
+        },
+        world.now,
+    );
+    let plan = world.run(1);
+    assert!(plan.fetch.is_empty());
+    assert_eq!(world.phase("shop"), Phase::Rejected);
+    assert_ne!(newer, digest);
+}
+
+#[test]
+fn wrong_bytes_for_a_manifest_block_and_are_asked_for_again_later() {
+    let mut world = World::new();
+    let digest = world.assign(&web("good", 1));
+    world.hub_reachable = false;
+    world.run(1);
+    world.history.record(
+        &Outcome::BadRelease {
+            release: digest,
+            message: "wrong digest".to_owned(),
+            schema_unknown: false,
+        },
+        world.now,
+    );
+    let plan = world.turn(0);
+    assert!(plan.fetch.is_empty());
+    assert_eq!(plan.status[0].phase, Phase::Blocked);
+    world.now.ms = plan.wake_at.unwrap();
+    assert_eq!(world.turn(0).fetch, [digest].into());
+}
+
+#[test]
+fn the_same_release_assigned_again_restarts_nothing_and_succeeds_at_once() {
+    let v1 = web("good", 1);
+    let mut world = settled(&v1);
+    world.assign(&v1);
+    let plan = world.run(0);
+    assert_eq!(plan.status[0].phase, Phase::Succeeded);
+    assert_eq!(plan.status[0].since, world.version());
+    assert_eq!((world.started.len(), world.stopped.len()), (1, 0));
+}
+
+#[test]
+fn the_hub_s_rollback_after_our_own_succeeds_at_once() {
+    let v1 = web("good", 1);
+    let mut world = settled(&v1);
+    world.assign(&web("never-ready", 2));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    let starts = world.started.len();
+    world.assign(&v1);
+    world.run(0);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    assert_eq!(world.started.len(), starts);
+}
+
+#[test]
+fn a_failed_release_may_be_assigned_and_tried_again() {
+    let mut world = settled(&web("good", 1));
+    let bad = web("never-ready", 2);
+    let digest = world.assign(&bad);
+    world.run(HOUR);
+    world.assign(&bad);
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    let tried = world
+        .started
+        .iter()
+        .filter(|(_, release)| *release == digest);
+    assert_eq!(tried.count(), 2);
+}
+
+#[test]
+fn the_hub_may_take_a_release_back_in_the_middle_of_its_activation() {
+    let v1 = web("good", 1);
+    let mut world = settled(&v1);
+    world.assign(&web("good", 2));
+    world.run(1_000);
+    assert_eq!(world.phase("shop"), Phase::Soaking);
+    world.assign(&v1);
+    world.run(0);
+    assert_eq!(world.running("shop")["web"], v1.digest());
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+}
+
+#[test]
+fn a_job_runs_once_and_not_again_after_a_reboot_or_an_unrelated_change() {
+    let job = service("exit 0 500", 3, RestartPolicy::No);
+    let first = release("shop", &[("job", job.clone()), ("web", always("good", 1))]);
+    let mut world = settled(&first);
+    let job_runs = |world: &World| {
+        let mut starts = world.started.iter();
+        starts
+            .by_ref()
+            .filter(|(id, _)| id.service.as_str() == "job")
+            .count()
+    };
+    assert!(
+        world
+            .status("shop")
+            .services
+            .iter()
+            .all(|service| service.ready)
+    );
+    world.reboot();
+    world.run(HOUR);
+    world.assign(&release(
+        "shop",
+        &[("job", job), ("web", always("good", 2))],
+    ));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    assert_eq!(job_runs(&world), 1);
+}
+
+#[test]
+fn a_job_that_fails_fails_the_release_and_retries_are_counted() {
+    let mut world = settled(&web("good", 1));
+    world.assign(&release(
+        "shop",
+        &[("web", service("exit 3 100", 2, RestartPolicy::No))],
+    ));
+    world.run(1_000);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+
+    let mut world = World::new();
+    let policy = RestartPolicy::OnFailure {
+        max_retries: Some(2),
+    };
+    world.assign(&release(
+        "shop",
+        &[("web", service("exit 3 100", 2, policy))],
+    ));
+    world.run(HOUR);
+    assert_eq!(world.started.len(), 3);
+    let status = world.status("shop");
+    assert_eq!(
+        status.services[0].state,
+        ServiceState::Exited { exit_code: 3 }
+    );
+    assert_eq!(status.phase, Phase::Failed);
+}
+
+#[test]
+fn after_a_reboot_without_hub_and_network_what_is_on_disk_starts() {
+    let v1 = web("good", 1);
+    let mut world = settled(&v1);
+    world.hub_reachable = false;
+    world.registry = Some(ReasonCode::RegistryUnreachable);
+    world.reboot();
+    world.run(0);
+    assert_eq!(world.running("shop")["web"], v1.digest());
+    // The same with a newer release that was accepted and never fetched.
+    world.assign(&web("good", 2));
+    world.reboot();
+    world.run(HOUR);
+    assert_eq!(world.running("shop")["web"], v1.digest());
+    assert_eq!(world.phase("shop"), Phase::Accepted);
+}
+
+#[test]
+fn a_reboot_or_an_agent_crash_begins_the_soak_again() {
+    for reboot in [false, true] {
+        let mut world = settled(&web("good", 1));
+        world.assign(&web("good", 2));
+        world.run(SOAK_MS - 500);
+        assert_eq!(world.phase("shop"), Phase::Soaking);
+        if reboot {
+            world.reboot();
+        } else {
+            world.crash();
+        }
+        world.run(SOAK_MS);
+        assert_eq!(world.phase("shop"), Phase::Soaking, "reboot: {reboot}");
+        world.run(200);
+        assert_eq!(world.phase("shop"), Phase::Succeeded, "reboot: {reboot}");
+    }
+}
+
+#[test]
+fn a_release_that_takes_the_device_down_is_given_up() {
+    let v1 = web("good", 1);
+    let mut world = settled(&v1);
+    world.assign(&web("good", 2));
+    for _ in 0..3 {
+        world.run(1_000);
+        assert_eq!(world.phase("shop"), Phase::Soaking);
+        world.reboot();
+    }
+    world.run(1_000);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    assert_eq!(world.running("shop")["web"], v1.digest());
+}
+
+#[test]
+fn an_agent_crash_touches_no_container() {
+    let mut world = settled(&web("good", 1));
+    world.crash();
+    world.run(HOUR);
+    assert_eq!((world.started.len(), world.stopped.len()), (1, 0));
+}
+
+#[test]
+fn lost_history_and_head_leave_containers_alone_until_the_hub_speaks() {
+    let v1 = web("good", 1);
+    let mut world = settled(&v1);
+    let desired = std::mem::take(&mut world.desired);
+    world.lose_history();
+    let plan = world.run(HOUR);
+    assert!(plan.status.is_empty());
+    assert_eq!((world.started.len(), world.stopped.len()), (1, 0));
+    // Nor is it lost when it dies: its manifest and image are still there.
+    world.containers.clear();
+    world.run(HOUR);
+    assert_eq!(world.running("shop")["web"], v1.digest());
+    world.desired = desired;
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(
+        (status.phase, status.running),
+        (Phase::Succeeded, Some(v1.digest()))
+    );
+    assert_eq!((world.started.len(), world.stopped.len()), (2, 0));
+}
+
+#[test]
+fn with_history_lost_after_a_rollback_what_runs_counts_as_good() {
+    let v1 = web("good", 1);
+    let mut world = settled(&v1);
+    world.assign(&web("never-ready", 2));
+    world.run(HOUR);
+    world.lose_history();
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(
+        (status.phase, status.running),
+        (Phase::RolledBack, Some(v1.digest()))
+    );
+}
+
+#[test]
+fn an_app_that_is_not_wanted_is_removed_and_comes_back_with_new_instances() {
+    let mut world = settled(&web("good", 1));
+    world.unassign(&"shop".parse().unwrap());
+    let plan = world.turn(0);
+    assert_eq!(plan.status[0].phase, Phase::Removing);
+    let plan = world.run(1_000);
+    assert!(plan.status.is_empty() && world.containers.is_empty());
+    assert!(world.images.is_empty() && world.releases.is_empty());
+    world.assign(&web("good", 1));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+}
+
+#[test]
+fn garbage_is_collected_after_a_success_and_the_live_kept() {
+    let mut world = settled(&web("good", 1));
+    let second = web("good", 2);
+    world.assign(&second);
+    world.run(HOUR);
+    assert_eq!(
+        world.releases.keys().collect::<Vec<_>>(),
+        [&second.digest()]
+    );
+    assert_eq!(world.images.len(), 1);
+    let third = web("never-ready", 3);
+    world.assign(&third);
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    assert_eq!(world.images.len(), 2);
+    assert_eq!(world.status("shop").last_known_good, Some(second.digest()));
+}
+
+#[test]
+fn one_app_s_change_does_not_touch_another() {
+    let mut world = settled(&web("good", 1));
+    let other = release("other", &[("web", always("good", 9))]);
+    world.assign(&other);
+    world.run(HOUR);
+    world.unassign(&other.app);
+    world.run(HOUR);
+    assert!(world.stopped.iter().all(|id| id.app == other.app));
+    assert_eq!(world.running("shop").len(), 1);
+}
+
+mod properties {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        Assign(u8, u8, u32),
+        Unassign(u8),
+        Run(u64),
+        Cut(usize),
+        Crash,
+        Reboot,
+        Registry(Option<ReasonCode>),
+        HubReachable(bool),
+        Kill(usize),
+        LoseHistory,
+    }
+
+    const APPS: [&str; 2] = ["shop", "till"];
+    const BEHAVIOURS: [&str; 6] = [
+        "good",
+        "good",
+        "never-ready",
+        "exit 1 700",
+        "unready 2500",
+        "refuse",
+    ];
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            6 => (0..2_u8, 0..6_u8, 0..6_u32).prop_map(|(app, what, seed)| Op::Assign(app, what, seed)),
+            1 => (0..2_u8).prop_map(Op::Unassign),
+            6 => (0..40_000_u64).prop_map(Op::Run),
+            6 => (0..4_usize).prop_map(Op::Cut),
+            3 => Just(Op::Crash),
+            2 => Just(Op::Reboot),
+            2 => prop_oneof![
+                Just(None),
+                Just(Some(ReasonCode::RegistryUnreachable)),
+                Just(Some(ReasonCode::DiskFull)),
+                Just(Some(ReasonCode::BadImage)),
+            ].prop_map(Op::Registry),
+            2 => any::<bool>().prop_map(Op::HubReachable),
+            2 => (0..4_usize).prop_map(Op::Kill),
+            1 => Just(Op::LoseHistory),
+        ]
+    }
+
+    fn of(app: u8, behaviour: u8, seed: u32) -> Release {
+        release(
+            APPS[usize::from(app)],
+            &[
+                ("steady", always("good", 100 + seed % 2)),
+                ("web", always(BEHAVIOURS[usize::from(behaviour)], seed)),
+            ],
+        )
+    }
+
+    fn apply(world: &mut World, op: &Op) {
+        match op {
+            Op::Assign(app, behaviour, seed) => {
+                world.assign(&of(*app, *behaviour, *seed));
+            }
+            Op::Unassign(app) => {
+                let app = APPS[usize::from(*app)].parse().unwrap();
+                if world.desired.apps.contains_key(&app) {
+                    world.unassign(&app);
+                }
+            }
+            Op::Run(ms) => {
+                world.run(*ms);
+            }
+            Op::Cut(steps) => {
+                world.turn(*steps);
+            }
+            Op::Crash => world.crash(),
+            Op::Reboot => world.reboot(),
+            Op::Registry(state) => world.registry = *state,
+            Op::HubReachable(state) => world.hub_reachable = *state,
+            Op::Kill(which) => {
+                if *which < world.containers.len() {
+                    world.containers.remove(*which);
+                }
+            }
+            Op::LoseHistory => world.lose_history(),
+        }
+    }
+
+    /// Everything heals, and what is wanted is assigned once more, so that no trial was spoiled by it.
+    fn heal(world: &mut World) {
+        world.registry = None;
+        world.hub_reachable = true;
+        world.run(HOUR);
+        let wanted: Vec<Release> = world
+            .desired
+            .apps
+            .values()
+            .map(|app| world.hub[&app.release].clone())
+            .collect();
+        for release in wanted {
+            world.assign(&release);
+        }
+        world.run(HOUR);
+    }
+
+    fn is_good(release: &Release) -> bool {
+        release
+            .services
+            .values()
+            .all(|service| service.command.as_ref().unwrap()[0] == "good")
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+        /// Whatever was cut, crashed, rebooted or lost: in the end every good release runs and every bad one
+        /// is given up. Each plan on the way passes `check` (no poisoned start, no live image collected, one
+        /// instance at a time, the last-known-good kept).
+        #[test]
+        fn settles_from_anywhere(ops in prop::collection::vec(op(), 0..40)) {
+            let mut world = World::new();
+            for op in &ops {
+                apply(&mut world, op);
+            }
+            heal(&mut world);
+            for app in world.desired.apps.clone().into_values() {
+                let release = world.hub[&app.release].clone();
+                let status = world.status(app.app.as_str());
+                prop_assert_eq!(status.since, app.since);
+                prop_assert!(status.phase.is_final(), "{:?}", status);
+                if is_good(&release) {
+                    prop_assert_eq!(status.phase, Phase::Succeeded, "{:?}", status);
+                    prop_assert_eq!(status.running, Some(app.release));
+                    prop_assert!(status.services.iter().all(|service| service.ready));
+                } else {
+                    prop_assert!(matches!(status.phase, Phase::RolledBack | Phase::Failed), "{:?}", status);
+                }
+                if status.phase == Phase::RolledBack {
+                    prop_assert_eq!(status.running, status.last_known_good);
+                }
+            }
+            let known: Vec<_> = world.desired.apps.keys().collect();
+            prop_assert!(world.containers.iter().all(|(container, ..)| known.contains(&&container.id.app)));
+        }
+
+        /// At the desired state planning changes nothing, and neither does an agent crash.
+        #[test]
+        fn quiet_when_settled(ops in prop::collection::vec(op(), 0..30)) {
+            let mut world = World::new();
+            for op in &ops {
+                apply(&mut world, op);
+            }
+            for app in 0..2 {
+                world.assign(&of(app, 0, u32::from(app)));
+            }
+            heal(&mut world);
+            world.run(HOUR);
+            let (starts, stops) = (world.started.len(), world.stopped.len());
+            let plan = world.turn(usize::MAX);
+            prop_assert_eq!(plan.steps, vec![]);
+            prop_assert_eq!(plan.wake_at, None);
+            world.crash();
+            world.run(24 * HOUR);
+            prop_assert_eq!((world.started.len(), world.stopped.len()), (starts, stops));
+        }
+
+        /// Stopping after any number of steps of each plan, with an agent crash or a reboot there, settles
+        /// just the same.
+        #[test]
+        fn prefix_safe(cuts in prop::collection::vec((0..3_usize, 0..3_u8), 1..25), behaviour in 0..6_u8) {
+            let mut world = settled(&release("shop", &[("steady", always("good", 100)), ("web", always("good", 1))]));
+            world.assign(&of(0, behaviour, 2));
+            for (cut, then) in &cuts {
+                world.turn(*cut);
+                match then {
+                    0 => {}
+                    1 => world.crash(),
+                    _ => world.reboot(),
+                }
+            }
+            heal(&mut world);
+            let expected = if behaviour < 2 { Phase::Succeeded } else { Phase::RolledBack };
+            prop_assert_eq!(world.phase("shop"), expected);
+        }
+
+        /// A release that failed in an assignment is never started again in it.
+        #[test]
+        fn poisoned_is_never_tried_again(events in prop::collection::vec(0..4_u8, 0..20), behaviour in 2..6_u8) {
+            let mut world = settled(&web("good", 1));
+            let bad = world.assign(&web(BEHAVIOURS[usize::from(behaviour)], 2));
+            world.run(HOUR);
+            prop_assert_eq!(world.phase("shop"), Phase::RolledBack);
+            let tried = |world: &World| world.started.iter().filter(|(_, release)| *release == bad).count();
+            let before = tried(&world);
+            for event in events {
+                match event {
+                    0 => world.crash(),
+                    1 => world.reboot(),
+                    2 => { world.assign(&release("till", &[("web", always("good", 5))])); }
+                    _ => world.containers.clear(),
+                }
+                world.run(HOUR);
+            }
+            prop_assert_eq!(tried(&world), before);
+            prop_assert_eq!(world.phase("shop"), Phase::RolledBack);
+        }
+
+        /// A device whose hub is gone keeps a release running over any number of crashes and reboots.
+        #[test]
+        fn something_always_runs_offline(events in prop::collection::vec(0..3_u8, 1..20), behaviour in 0..6_u8) {
+            let mut world = settled(&web("good", 1));
+            world.assign(&web(BEHAVIOURS[usize::from(behaviour)], 2));
+            world.run(2_000);
+            world.hub_reachable = false;
+            world.registry = Some(ReasonCode::RegistryUnreachable);
+            for event in events {
+                match event {
+                    0 => world.crash(),
+                    1 => world.reboot(),
+                    _ => world.containers.clear(),
+                }
+                world.run(HOUR);
+                let status = world.status("shop");
+                prop_assert!(status.services.iter().all(|service| service.ready), "{:?}", status);
+            }
+        }
+    }
+}

@@ -1,0 +1,360 @@
+//! A model of a device: does the steps of plans on virtual time. For tests.
+//!
+//! How a container behaves is written in its service's command: `good`, `never-ready`, `refuse`,
+//! `exit CODE AFTER_MS`, `unready AFTER_MS`. `good` with a probe is ready 100 ms after its start.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use foreshore_protocol::manifest::{RestartPolicy, Service};
+use foreshore_protocol::message::{AppStatus, HeadApp, Phase, ReasonCode};
+use foreshore_protocol::release::{Release, service_digest};
+use foreshore_protocol::{AppName, Digest, Version};
+
+use super::history::reason;
+use super::*;
+use crate::runtime::{Container, ContainerId, ContainerState, Exit};
+
+pub(super) const SOAK_MS: u64 = 5_000;
+pub(super) const DEADLINE_MS: u64 = 30_000;
+
+/// A service with a behaviour; `seed` makes specs differ.
+pub(super) fn service(behaviour: &str, seed: u32, restart: RestartPolicy) -> Service {
+    let probe = if behaviour.starts_with("exit") || behaviour == "refuse" {
+        ""
+    } else {
+        ", \"probes\": {\"readiness\": {\"tcp\": {\"port\": 80}}}"
+    };
+    let image = Digest::of(&[u8::try_from(seed % 5).unwrap()]);
+    let text = format!(
+        "{{\"image\": \"hub.internal/x@{image}\", \"environment\": {{\"SEED\": \"{seed}\"}}, \"command\": [\"{behaviour}\"]{probe}}}"
+    );
+    let mut service: Service = serde_json::from_str(&text).unwrap();
+    service.restart = restart;
+    service
+}
+
+pub(super) fn release(app: &str, services: &[(&str, Service)]) -> Release {
+    Release {
+        schema: 1,
+        app: app.parse().unwrap(),
+        services: services
+            .iter()
+            .map(|(name, service)| (name.parse().unwrap(), service.clone()))
+            .collect(),
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct World {
+    pub(super) now: Now,
+    watching_since: BootMs,
+    pub(super) history: History,
+    pub(super) desired: Desired,
+    pub(super) hub: BTreeMap<Digest, Release>,
+    pub(super) releases: BTreeMap<Digest, Release>,
+    pub(super) images: BTreeSet<Digest>,
+    pub(super) containers: Vec<(Container, BootMs, Service)>,
+    /// While set, staging fails with this.
+    pub(super) registry: Option<ReasonCode>,
+    pub(super) hub_reachable: bool,
+    /// Every container that was ever started, in order.
+    pub(super) started: Vec<(ContainerId, Digest)>,
+    /// Every container that was ever told to stop.
+    pub(super) stopped: Vec<ContainerId>,
+    generation: u64,
+}
+
+impl World {
+    pub(super) fn new() -> Self {
+        Self {
+            now: Now {
+                boot: BootId([1; 16]),
+                ms: BootMs(10_000),
+            },
+            watching_since: BootMs(9_000),
+            history: History::default(),
+            desired: Desired::default(),
+            hub: BTreeMap::new(),
+            releases: BTreeMap::new(),
+            images: BTreeSet::new(),
+            containers: Vec::new(),
+            registry: None,
+            hub_reachable: true,
+            started: Vec::new(),
+            stopped: Vec::new(),
+            generation: 0,
+        }
+    }
+
+    pub(super) fn version(&self) -> Version {
+        Version::from_numbers(1, self.generation).unwrap()
+    }
+
+    /// The hub assigns a release to this device.
+    pub(super) fn assign(&mut self, release: &Release) -> Digest {
+        let digest = release.digest();
+        self.hub.insert(digest, release.clone());
+        self.generation += 1;
+        self.desired.version = Some(self.version());
+        self.desired.apps.insert(
+            release.app.clone(),
+            HeadApp {
+                app: release.app.clone(),
+                release: digest,
+                since: self.version(),
+                soak_ms: SOAK_MS,
+                progress_deadline_ms: DEADLINE_MS,
+            },
+        );
+        digest
+    }
+
+    pub(super) fn unassign(&mut self, app: &AppName) {
+        self.generation += 1;
+        self.desired.version = Some(self.version());
+        self.desired.apps.remove(app);
+    }
+
+    /// The agent is killed and started again.
+    pub(super) fn crash(&mut self) {
+        self.watching_since = self.now.ms;
+    }
+
+    /// The history on disk is damaged and the agent starts with none.
+    pub(super) fn lose_history(&mut self) {
+        let used = self.started.iter().map(|(id, _)| id.instance).max();
+        self.history = History::rebuilt(used.unwrap_or(0) + 1000);
+        self.crash();
+    }
+
+    /// The device loses power.
+    pub(super) fn reboot(&mut self) {
+        self.now.boot.0[0] = self.now.boot.0[0].wrapping_add(1);
+        self.now.ms = BootMs(1_000);
+        self.watching_since = self.now.ms;
+        self.containers.clear();
+    }
+
+    pub(super) fn observed(&mut self) -> Observed {
+        let now = self.now.ms;
+        for (container, started, service) in &mut self.containers {
+            if let (ContainerState::Running { .. }, Some(["exit", code, after])) = (
+                container.state,
+                words(service).get(..3).map(|w| [w[0], w[1], w[2]]),
+            ) && now.since(*started) >= after.parse().unwrap()
+            {
+                container.state = ContainerState::Exited(Exit {
+                    code: code.parse().unwrap(),
+                    oom: false,
+                });
+            }
+        }
+        let containers = self
+            .containers
+            .iter()
+            .map(|(container, started, service)| ObservedContainer {
+                container: container.clone(),
+                probe: probe(service, now.since((*started).max(self.watching_since))),
+            })
+            .collect();
+        Observed {
+            watching_since: self.watching_since,
+            containers,
+            releases: self.releases.clone(),
+            images: self.images.clone(),
+            busy: Busy::default(),
+        }
+    }
+
+    /// Plans, checks the plan, stores its history and does its first `cut` steps.
+    pub(super) fn turn(&mut self, cut: usize) -> Plan {
+        let observed = self.observed();
+        let plan = plan(&self.desired, &observed, &self.history, self.now);
+        let violations = check::check(&observed, &self.history, &plan);
+        assert!(violations.is_empty(), "{violations:?}\n{plan:#?}");
+        self.history = plan.history.clone();
+        if cut > 0 && self.hub_reachable {
+            for digest in &plan.fetch {
+                if let Some(release) = self.hub.get(digest) {
+                    self.releases.insert(*digest, release.clone());
+                }
+            }
+        }
+        for step in plan.steps.iter().take(cut) {
+            if let Some(outcome) = self.execute(step) {
+                self.history.record(&outcome, self.now);
+            }
+        }
+        plan
+    }
+
+    fn execute(&mut self, step: &Step) -> Option<Outcome> {
+        Some(match step {
+            Step::Stage {
+                release, images, ..
+            } => match self.registry {
+                Some(code) => Outcome::StagingFailed {
+                    release: *release,
+                    reason: reason(code, None, "the registry says no"),
+                },
+                None => {
+                    let digest = |image: &String| {
+                        image.rsplit_once('@').unwrap().1.parse::<Digest>().unwrap()
+                    };
+                    self.images.extend(images.iter().map(digest));
+                    Outcome::Staged { release: *release }
+                }
+            },
+            Step::AbandonStaging { .. } => return None,
+            Step::Stop { id, .. } => {
+                self.stopped.push(id.clone());
+                for (container, ..) in &mut self.containers {
+                    if container.id == *id {
+                        container.state = ContainerState::Exited(Exit {
+                            code: 143,
+                            oom: false,
+                        });
+                    }
+                }
+                Outcome::Stopped { id: id.clone() }
+            }
+            Step::Remove { id } => {
+                self.containers
+                    .retain(|(container, ..)| container.id != *id);
+                Outcome::Removed { id: id.clone() }
+            }
+            Step::Start { id, release } => {
+                let service = self.releases[release].services[&id.service].clone();
+                assert!(
+                    !self.started.iter().any(|(other, _)| other == id),
+                    "{id} twice"
+                );
+                if words(&service) == ["refuse"] {
+                    return Some(Outcome::StartFailed {
+                        id: id.clone(),
+                        message: "no such command".to_owned(),
+                        refused: true,
+                    });
+                }
+                self.started.push((id.clone(), *release));
+                let container = Container {
+                    id: id.clone(),
+                    release: *release,
+                    service_digest: service_digest(&service),
+                    state: ContainerState::Running {
+                        pid: 1,
+                        started_ms: self.now.ms.0,
+                    },
+                };
+                self.containers.push((container, self.now.ms, service));
+                Outcome::Started { id: id.clone() }
+            }
+            Step::Collect {
+                keep_images,
+                keep_releases,
+            } => {
+                self.images.retain(|image| keep_images.contains(image));
+                self.releases
+                    .retain(|release, _| keep_releases.contains(release));
+                Outcome::Collected
+            }
+        })
+    }
+
+    /// When a container changes by itself next.
+    fn next_change(&self) -> Option<BootMs> {
+        self.containers
+            .iter()
+            .filter(|(container, ..)| matches!(container.state, ContainerState::Running { .. }))
+            .filter_map(|(_, started, service)| {
+                let watched = (*started).max(self.watching_since);
+                match words(service)[..] {
+                    ["exit", _, after] => Some(started.plus(after.parse().unwrap())),
+                    ["unready", after] => {
+                        let (ready, unready) =
+                            (watched.plus(100), started.plus(after.parse().unwrap()));
+                        Some(if ready > self.now.ms { ready } else { unready })
+                    }
+                    ["good"] => Some(watched.plus(100)),
+                    _ => None,
+                }
+            })
+            .filter(|at| *at > self.now.ms)
+            .min()
+    }
+
+    /// Lets everything happen for `ms`; the last plan.
+    pub(super) fn run(&mut self, ms: u64) -> Plan {
+        let end = self.now.ms.plus(ms);
+        let mut turns = 0;
+        loop {
+            let plan = self.turn(usize::MAX);
+            turns += 1;
+            assert!(turns < 20_000, "does not settle: {plan:#?}");
+            let fetched = plan
+                .fetch
+                .iter()
+                .any(|digest| self.hub.contains_key(digest));
+            if !plan.steps.is_empty() || (fetched && self.hub_reachable) {
+                continue;
+            }
+            let next = [plan.wake_at, self.next_change()]
+                .into_iter()
+                .flatten()
+                .min();
+            match next {
+                Some(at) if at <= end => self.now.ms = at,
+                _ => {
+                    self.now.ms = end;
+                    return plan;
+                }
+            }
+        }
+    }
+
+    pub(super) fn status(&mut self, app: &str) -> AppStatus {
+        let observed = self.observed();
+        plan(&self.desired, &observed, &self.history, self.now)
+            .status
+            .into_iter()
+            .find(|status| status.app.as_str() == app)
+            .unwrap()
+    }
+
+    pub(super) fn phase(&mut self, app: &str) -> Phase {
+        self.status(app).phase
+    }
+
+    /// The running containers of an app, `service: release it was started for`.
+    pub(super) fn running(&self, app: &str) -> BTreeMap<String, Digest> {
+        self.containers
+            .iter()
+            .filter(|(container, ..)| {
+                container.id.app.as_str() == app
+                    && matches!(container.state, ContainerState::Running { .. })
+            })
+            .map(|(container, ..)| (container.id.service.to_string(), container.release))
+            .collect()
+    }
+}
+
+fn words(service: &Service) -> Vec<&str> {
+    service
+        .command
+        .as_ref()
+        .map_or_else(Vec::new, |command| command[0].split(' ').collect())
+}
+
+fn probe(service: &Service, watched_ms: u64) -> ProbeState {
+    let words = words(service);
+    if watched_ms < 100 {
+        return ProbeState::Unknown;
+    }
+    match words[..] {
+        ["never-ready"] => ProbeState::NotReady("connection refused".to_owned()),
+        ["unready", after] if watched_ms >= after.parse().unwrap() => {
+            ProbeState::NotReady("status 500".to_owned())
+        }
+        _ => ProbeState::Ready,
+    }
+}

@@ -1,0 +1,273 @@
+//! What goes up to the hub and when: reports, events, beacons, and sending again what the hub did not
+//! acknowledge.
+//!
+//! Owns the pace, not the content. Everything waits while there is no connection; nothing here is needed for
+//! what runs on the device.
+
+use std::time::Duration;
+
+use foreshore_protocol::Version;
+use foreshore_protocol::message::{AppStatus, Beacon, Event, Inventory, Reported};
+use tokio::time::Instant;
+
+use crate::link::{Link, Outgoing};
+use crate::state::Outbox;
+
+/// How many events may be on their way without the hub's acknowledgement.
+const EVENT_WINDOW: usize = 16;
+
+/// How long the hub has to acknowledge before everything is sent again; doubles each time.
+const RESEND_FIRST: Duration = Duration::from_secs(30);
+
+/// The longest such pause.
+const RESEND_LAST: Duration = Duration::from_mins(15);
+
+/// When the link's queue is full.
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a beacon says besides its numbers.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Gauges {
+    pub(super) memory_mib: u32,
+    pub(super) load_centi: u32,
+}
+
+#[derive(Debug)]
+pub(super) struct Uplink {
+    link: Link,
+    boot: u64,
+    report_interval: Duration,
+    connected: bool,
+    version: Option<Version>,
+    apps: Vec<AppStatus>,
+    /// The newest report; its `apps` may be behind.
+    seq: u64,
+    report: Option<Reported>,
+    reported_at: Option<Instant>,
+    acknowledged: u64,
+    /// The newest report has to be handed to the link.
+    unsent: bool,
+    urgent: bool,
+    /// The newest event that was handed to the link in this connection.
+    sent_event: u64,
+    resend_at: Option<Instant>,
+    resend_pause: Duration,
+    busy_until: Option<Instant>,
+    beacon_interval: Duration,
+    beacon_at: Option<Instant>,
+    beacon_seq: u64,
+}
+
+impl Uplink {
+    pub(super) const fn new(
+        link: Link,
+        boot: u64,
+        report_interval: Duration,
+        beacon_interval: Duration,
+    ) -> Self {
+        Self {
+            link,
+            boot,
+            report_interval,
+            connected: false,
+            version: None,
+            apps: Vec::new(),
+            seq: 0,
+            report: None,
+            reported_at: None,
+            acknowledged: 0,
+            unsent: false,
+            urgent: false,
+            sent_event: 0,
+            resend_at: None,
+            resend_pause: RESEND_FIRST,
+            busy_until: None,
+            beacon_interval,
+            beacon_at: None,
+            beacon_seq: 0,
+        }
+    }
+
+    /// Hands a message over that is not a report, event or beacon.
+    pub(super) fn send(&self, message: Outgoing) -> bool {
+        self.link.send(message)
+    }
+
+    /// The newest report's number, for the birth.
+    pub(super) const fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// Takes what is to be reported from now on.
+    pub(super) fn set_status(&mut self, version: Option<Version>, apps: Vec<AppStatus>) {
+        let ended = |app: &AppStatus| {
+            app.phase.is_final()
+                && !self
+                    .apps
+                    .iter()
+                    .any(|old| (&old.app, old.since, old.phase) == (&app.app, app.since, app.phase))
+        };
+        self.urgent |= apps.iter().any(ended);
+        self.version = version;
+        self.apps = apps;
+    }
+
+    pub(super) fn connected(&mut self) {
+        self.connected = true;
+        self.resync();
+        self.beacon_at = Some(Instant::now() + self.beacon_interval);
+    }
+
+    pub(super) const fn disconnected(&mut self) {
+        self.connected = false;
+        self.beacon_at = None;
+        self.resend_at = None;
+        self.busy_until = None;
+    }
+
+    /// The hub asks for everything again.
+    pub(super) const fn resync(&mut self) {
+        self.unsent = true;
+        self.urgent = true;
+        self.sent_event = 0;
+        self.resend_pause = RESEND_FIRST;
+    }
+
+    pub(super) fn acknowledged(&mut self, reported: u64) {
+        self.acknowledged = self.acknowledged.max(reported.min(self.seq));
+        self.resend_pause = RESEND_FIRST;
+        self.resend_at = None;
+    }
+
+    pub(super) fn set_beacon_interval(&mut self, interval: Duration) {
+        if interval != self.beacon_interval {
+            self.beacon_interval = interval;
+            self.beacon_at = self.connected.then(|| Instant::now() + interval);
+        }
+    }
+
+    /// Sends what is due.
+    pub(super) fn flush(
+        &mut self,
+        outbox: &Outbox,
+        inventory: impl FnOnce() -> Inventory,
+        gauges: impl FnOnce() -> Gauges,
+    ) {
+        let now = Instant::now();
+        if !self.connected || self.busy_until.is_some_and(|until| now < until) {
+            return;
+        }
+        self.busy_until = None;
+        if self.resend_at.is_some_and(|at| now >= at) {
+            self.unsent |= self.acknowledged < self.seq;
+            self.sent_event = 0;
+            self.resend_pause = (self.resend_pause * 2).min(RESEND_LAST);
+            self.resend_at = None;
+        }
+        let sent = self.flush_report(now, inventory)
+            && self.flush_events(outbox)
+            && self.flush_beacon(now, outbox, gauges);
+        if !sent {
+            self.busy_until = Some(now + BUSY_PAUSE);
+        }
+        let waiting = self.acknowledged < self.seq || outbox.events().next().is_some();
+        if waiting && self.resend_at.is_none() {
+            self.resend_at = Some(now + self.resend_pause);
+        } else if !waiting {
+            self.resend_at = None;
+        }
+    }
+
+    fn flush_report(&mut self, now: Instant, inventory: impl FnOnce() -> Inventory) -> bool {
+        if self.is_changed() && self.report_due(now) {
+            self.seq += 1;
+            self.report = Some(Reported {
+                boot: self.boot,
+                seq: self.seq,
+                version: self.version,
+                inventory: inventory(),
+                apps: self.apps.clone(),
+            });
+            self.unsent = true;
+            self.urgent = false;
+            self.reported_at = Some(now);
+        }
+        if let Some(report) = &self.report
+            && self.unsent
+        {
+            if !self.link.send(Outgoing::Reported(report.clone())) {
+                return false;
+            }
+            self.unsent = false;
+        }
+        true
+    }
+
+    fn is_changed(&self) -> bool {
+        self.report
+            .as_ref()
+            .is_none_or(|report| report.version != self.version || report.apps != self.apps)
+    }
+
+    fn report_due(&self, now: Instant) -> bool {
+        self.urgent
+            || self
+                .reported_at
+                .is_none_or(|at| now >= at + self.report_interval)
+    }
+
+    fn flush_events(&mut self, outbox: &Outbox) -> bool {
+        let window: Vec<&Event> = outbox.events().take(EVENT_WINDOW).collect();
+        for event in window {
+            if event.seq <= self.sent_event {
+                continue;
+            }
+            if !self.link.send(Outgoing::Event(event.clone())) {
+                return false;
+            }
+            self.sent_event = event.seq;
+        }
+        true
+    }
+
+    fn flush_beacon(
+        &mut self,
+        now: Instant,
+        outbox: &Outbox,
+        gauges: impl FnOnce() -> Gauges,
+    ) -> bool {
+        if self.beacon_at.is_none_or(|at| now < at) {
+            return true;
+        }
+        self.beacon_seq += 1;
+        self.beacon_at = Some(now + self.beacon_interval);
+        let gauges = gauges();
+        self.link.send(Outgoing::Beacon(Beacon {
+            boot: self.boot,
+            seq: self.beacon_seq,
+            version: self.version,
+            reported_seq: self.seq,
+            event_seq: outbox.newest(),
+            memory_mib: gauges.memory_mib,
+            load_centi: gauges.load_centi,
+        }))
+    }
+
+    /// When [`Self::flush`] has something to do next; `None` is never.
+    pub(super) fn wake_at(&self) -> Option<Instant> {
+        if !self.connected {
+            return None;
+        }
+        if self.busy_until.is_some() {
+            return self.busy_until;
+        }
+        let report = self.is_changed().then(|| {
+            self.reported_at
+                .map_or_else(Instant::now, |at| at + self.report_interval)
+        });
+        [report, self.resend_at, self.beacon_at]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+}
