@@ -1,7 +1,8 @@
 //! What the types of a manifest cannot say: ranges, combinations and the syntax of strings.
 //!
 //! The service checks also guard a [`crate::release::Release`] that comes from the network: a device runs
-//! nothing that did not pass them.
+//! nothing that did not pass them. Devices check again what they have on disk, so a later version may loosen
+//! these rules but never tighten them: it would take a running release away.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
