@@ -208,8 +208,12 @@ impl Client {
     }
 
     fn ask<'a>(&self, reference: &'a Reference, what: &'a str, bytes: u64) -> Ask<'a> {
-        let time =
-            self.timeouts.exchange + Duration::from_secs(bytes / self.timeouts.pace_bytes.max(1));
+        // What declares more than is fetched at all gets no more time for it either.
+        let seconds = bytes.min(self.blob_bytes_max) / self.timeouts.pace_bytes.max(1);
+        let time = self
+            .timeouts
+            .exchange
+            .saturating_add(Duration::from_secs(seconds));
         Ask {
             host: reference.host(),
             repository: reference.repository(),

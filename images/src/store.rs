@@ -7,7 +7,7 @@
 //!   layers/HEX/             one unpacked layer, by diff id or chain id (see below)
 //!   layers/HEX.json         what came of unpacking it
 //!   images/HEX.json         an image by the digest it was asked for: manifest and layers
-//!   quarantine/             records that could not be read, for people
+//!   quarantine/             what was damaged, for people to look at and remove
 //!   tmp/                    what is on its way; swept when nobody holds the lock
 //! ```
 //!
@@ -255,7 +255,10 @@ impl Store {
                     blobs.extend([digest, record.manifest, record.config]);
                 }
                 // Nobody knows which layers it needs, so nothing of a kept image may go until it is staged again.
-                None if keep.contains(&digest) => return Ok(removed),
+                None if keep.contains(&digest) => {
+                    tracing::warn!(%digest, "a kept image is damaged; nothing is collected until it is staged again");
+                    return Ok(removed);
+                }
                 _ => {
                     let path = self.image_path(&digest);
                     fs::remove_file(&path).map_err(|source| io_error("remove", &path, source))?;

@@ -189,13 +189,23 @@ impl<'a> Staging<'a> {
                 None => UnpackError::Archive(Box::new(source)),
             },
         );
-        let (unpacked, found) = unpacked.map_err(|source| self.layer_error(layer, source))?;
-        // A wrong diff id is a wrong blob or a wrong config: fetching it again is the only way on.
-        store
-            .blobs
-            .remove(&layer.digest)
-            .map_err(|source| io_error("remove", &blob_path, source))?;
+        let remove_blob = || {
+            store
+                .blobs
+                .remove(&layer.digest)
+                .map_err(|source| io_error("remove", &blob_path, source))
+        };
+        let (unpacked, found) = match unpacked {
+            Ok(unpacked) => unpacked,
+            // The blob is right, this disk is not well: it need not be fetched again.
+            Err(source @ UnpackError::Io { .. }) => return Err(self.layer_error(layer, source)),
+            Err(source) => {
+                remove_blob()?;
+                return Err(self.layer_error(layer, source));
+            }
+        };
         if found != *diff_id {
+            remove_blob()?;
             return Err(StageError::DiffId {
                 image: self.reference.to_string(),
                 layer: layer.digest,
@@ -216,6 +226,8 @@ impl<'a> Staging<'a> {
             *chain_id
         };
         self.publish(&tree, &key, &record)?;
+        // Only now: after a power loss before this it need not be fetched again.
+        remove_blob()?;
         Ok(key)
     }
 

@@ -77,8 +77,16 @@ pub(crate) struct Registry {
 pub(crate) const USER: &str = "tester";
 pub(crate) const PASSWORD: &str = "secret-password";
 
+/// How a registry is protected.
+pub(crate) enum Protection<'a> {
+    None,
+    Password,
+    /// With the certificate `cert.pem` and its key `key.pem` in a directory.
+    Tls(&'a Path),
+}
+
 impl Registry {
-    pub(crate) fn start(with_password: bool) -> Self {
+    pub(crate) fn start(protection: &Protection<'_>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0")
             .unwrap()
@@ -86,11 +94,18 @@ impl Registry {
             .unwrap()
             .port();
         let host = format!("127.0.0.1:{port}");
+        let tls = match protection {
+            Protection::Tls(dir) => format!(
+                ", tls: {{certificate: {0}/cert.pem, key: {0}/key.pem}}",
+                dir.display()
+            ),
+            _ => String::new(),
+        };
         let mut config = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp: {{addr: \"{host}\"}}\n",
+            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp: {{addr: \"{host}\"{tls}}}\n",
             dir.path().join("data").display()
         );
-        if with_password {
+        if matches!(protection, Protection::Password) {
             // "tester:secret-password", bcrypt with the lowest cost.
             let line = "tester:$2b$04$oStqJXGQXMh.zuO1ZUcv6e/X31ZvM6mUSC9gyy272b8yxvjuauMJi\n";
             let path = dir.path().join("htpasswd");

@@ -4,13 +4,15 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
-use foreshore_images::registry::Credentials;
+use foreshore_images::registry::{Client, ClientConfig, Credentials, RegistryConfig};
 use foreshore_images::store::Store;
 use foreshore_images::{Digest, Fault, Platform, Reference};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::bed::{Mount, PASSWORD, Registry, USER, client, run, text};
+use crate::bed::{
+    Mount, PASSWORD, Protection, Registry, TIMEOUTS, USER, client, run, text, wait_for,
+};
 use crate::compose::{Blobs, LAYER, Layer, digest};
 use crate::tree::assert_same;
 
@@ -182,7 +184,7 @@ fn mounted(registry: &Registry, name: &str, dir: &Path) -> Mount {
 
 #[test]
 fn the_tree_is_the_one_umoci_makes() {
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Protection::None);
     let umoci = rich();
     let expected = umoci.unpack();
     registry.push(&umoci.layout(), "v1", "rich:gzip");
@@ -193,7 +195,7 @@ fn the_tree_is_the_one_umoci_makes() {
 
 #[test]
 fn zstd_and_plain_layers_give_the_same_tree() {
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Protection::None);
     let umoci = rich();
     let expected = umoci.unpack();
     let zstd = format!("{LAYER}+zstd");
@@ -264,7 +266,7 @@ fn layers_that_lean_on_others_give_umoci_s_tree() {
         .concat(),
     );
     let expected = umoci.unpack();
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Protection::None);
     registry.push(&umoci.layout(), "v1", "lean:v1");
     let dir = tempfile::tempdir().unwrap();
     let merged = mounted(&registry, "lean:v1", dir.path());
@@ -273,7 +275,7 @@ fn layers_that_lean_on_others_give_umoci_s_tree() {
 
 #[test]
 fn an_index_gives_each_platform_its_own() {
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Protection::None);
     let dir = tempfile::tempdir().unwrap();
     let mut blobs = Blobs::default();
     let variants: Vec<Value> = [("amd64", ""), ("arm64", "v8"), ("arm", "v6"), ("arm", "v7")]
@@ -327,7 +329,7 @@ fn an_index_gives_each_platform_its_own() {
 
 #[test]
 fn a_registry_with_passwords() {
-    let registry = Registry::start(true);
+    let registry = Registry::start(&Protection::Password);
     let dir = tempfile::tempdir().unwrap();
     let mut blobs = Blobs::default();
     let image = blobs.image(("amd64", ""), &[Layer::gzip(&[("private", b"yes")])]);
@@ -360,7 +362,7 @@ fn a_registry_with_passwords() {
 
 #[test]
 fn what_the_registry_does_not_have() {
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Protection::None);
     let client = client(&registry.host, None);
     let tag: Reference = format!("{}/nobody/here:v9", registry.host).parse().unwrap();
     for reference in [tag.clone(), tag.with_digest(Digest::of(b"nothing"))] {
@@ -373,7 +375,7 @@ fn what_the_registry_does_not_have() {
 
 #[test]
 fn docker_s_own_media_types() {
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Protection::None);
     let dir = tempfile::tempdir().unwrap();
     let mut blobs = Blobs::default();
     let layer = Layer::gzip(&[("docker", b"schema 2")]);
@@ -419,4 +421,166 @@ fn docker_s_own_media_types() {
         )
         .unwrap();
     assert_eq!(staged.config.cmd, ["/x"]);
+}
+
+/// A certificate authority and a certificate for 127.0.0.1, as files.
+fn certificates(dir: &Path) {
+    let at = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+    let key = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+    ];
+    let (ca, ca_key, cert, cert_key) = (at("ca.pem"), at("ca.key"), at("cert.pem"), at("key.pem"));
+    let (request, extensions) = (at("request"), at("extensions"));
+    fs::write(
+        &extensions,
+        "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n",
+    )
+    .unwrap();
+    run(
+        "openssl",
+        &[
+            &["req", "-x509"][..],
+            &key,
+            &["-subj", "/CN=test CA", "-keyout", &ca_key, "-out", &ca],
+        ]
+        .concat(),
+    );
+    run(
+        "openssl",
+        &[
+            &["req"][..],
+            &key[..5],
+            &[
+                "-subj",
+                "/CN=registry",
+                "-keyout",
+                &cert_key,
+                "-out",
+                &request,
+            ],
+        ]
+        .concat(),
+    );
+    run(
+        "openssl",
+        &[
+            "x509",
+            "-req",
+            "-in",
+            &request,
+            "-CA",
+            &ca,
+            "-CAkey",
+            &ca_key,
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            &extensions,
+            "-out",
+            &cert,
+        ],
+    );
+}
+
+#[test]
+fn a_registry_with_a_certificate_of_our_own() {
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path());
+    let registry = Registry::start(&Protection::Tls(dir.path()));
+    let mut blobs = Blobs::default();
+    let image = blobs.image(("amd64", ""), &[Layer::gzip(&[("tls", b"yes")])]);
+    blobs.write_layout(&dir.path().join("layout"), &image, "v1");
+    registry.push(&dir.path().join("layout"), "v1", "app:v1");
+    let reference: Reference = format!("{}/app:v1", registry.host).parse().unwrap();
+    let with = |config: RegistryConfig| {
+        let registries = [(registry.host.clone(), config)].into();
+        Client::new(ClientConfig {
+            registries,
+            timeouts: TIMEOUTS,
+            blob_bytes_max: None,
+        })
+        .unwrap()
+    };
+    let trusting = RegistryConfig {
+        ca_file: Some(dir.path().join("ca.pem")),
+        ..RegistryConfig::default()
+    };
+    let client = with(trusting);
+    let pinned = reference.with_digest(client.resolve(&reference).unwrap());
+    let store = Store::open(&dir.path().join("store")).unwrap();
+    store
+        .stage(&client, &pinned, &Platform::linux("amd64", ""), &mut |_| {})
+        .unwrap();
+
+    let error = with(RegistryConfig::default())
+        .resolve(&reference)
+        .unwrap_err();
+    assert_eq!(error.fault(), Fault::Unreachable);
+    assert!(error.to_string().contains("certificate"), "{error}");
+    let plain = with(RegistryConfig {
+        plain_http: true,
+        ..RegistryConfig::default()
+    });
+    assert!(plain.resolve(&reference).is_err(), "HTTP to an HTTPS port");
+}
+
+/// Kills a staging at many moments; the store is always whole, and the next staging finishes the job.
+#[test]
+fn a_staging_may_be_killed_at_any_moment() {
+    let registry = Registry::start(&Protection::None);
+    let umoci = rich();
+    let expected = umoci.unpack();
+    registry.push(&umoci.layout(), "v1", "rich:v1");
+    let tagged: Reference = format!("{}/rich:v1", registry.host).parse().unwrap();
+    let client = client(&registry.host, None);
+    let pinned = tagged.with_digest(client.resolve(&tagged).unwrap());
+    // Next to the test's own program: cargo builds the examples with the tests.
+    let program = std::env::current_exe().unwrap();
+    let program = program
+        .parent()
+        .and_then(Path::parent)
+        .unwrap()
+        .join("examples/stage");
+    let dir = tempfile::tempdir().unwrap();
+    let mut killed = 0;
+    for milliseconds in (2..60).step_by(2) {
+        let root = dir.path().join(format!("store-{milliseconds}"));
+        let start = || {
+            std::process::Command::new(&program)
+                .args([text(&root), &pinned.to_string()])
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .unwrap()
+        };
+        let mut child = start();
+        // Not a wait for a condition: it is the moment that is tried.
+        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+        child.kill().unwrap();
+        let finished = child.wait().unwrap().success();
+        killed += usize::from(!finished);
+        let store = Store::open(&root).unwrap();
+        assert_eq!(fs::read_dir(root.join("tmp")).unwrap().count(), 0, "swept");
+        let staged = match store.staged(&pinned.digest().unwrap()) {
+            Some(staged) => staged,
+            None => {
+                let mut child = start();
+                wait_for("the second staging", || child.try_wait().unwrap().is_some());
+                store.staged(&pinned.digest().unwrap()).unwrap()
+            }
+        };
+        let merged = Mount::overlay(
+            &staged.layers,
+            &dir.path().join(format!("merged-{milliseconds}")),
+        );
+        assert_same(&merged.0, &expected);
+    }
+    assert!(killed > 0, "no kill came in time; the moments are wrong");
 }

@@ -1,0 +1,34 @@
+//! Stages one image, as a device does, and prints the directories to mount: `stage ROOT HTTP_REGISTRY/NAME@DIGEST`.
+//!
+//! Speaks plain HTTP to the registry. The tests kill it at every moment.
+
+use std::path::Path;
+
+use foreshore_images::registry::{Client, ClientConfig, RegistryConfig};
+use foreshore_images::store::Store;
+use foreshore_images::{Platform, Reference};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [root, image] = arguments.as_slice() else {
+        return Err("usage: stage ROOT HTTP_REGISTRY/NAME@DIGEST".into());
+    };
+    let reference = Reference::parse(image)?;
+    let registry = RegistryConfig {
+        plain_http: true,
+        ..RegistryConfig::default()
+    };
+    let registries = [(reference.host().to_owned(), registry)].into();
+    let client = Client::new(ClientConfig {
+        registries,
+        ..ClientConfig::default()
+    })?;
+    let store = Store::open(Path::new(root))?;
+    let staged = store.stage(&client, &reference, &Platform::host(), &mut |progress| {
+        eprintln!("{progress:?}")
+    })?;
+    for layer in &staged.layers {
+        println!("{}", layer.display());
+    }
+    Ok(())
+}
