@@ -6,11 +6,23 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use foreshore_protocol::manifest::Service;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 use serde::{Deserialize, Serialize};
+
+mod cgroup;
+pub mod fake;
+pub mod oci;
+pub(crate) mod process;
+pub(crate) mod request;
+pub(crate) mod rootfs;
+pub(crate) mod seccomp;
+pub mod spec;
+pub mod user;
+pub(crate) mod workload;
 
 /// One container instance: `{app}.{service}.{instance}`. Names hold no dots, so it parses back. Instances
 /// count up per service and are never used twice, so an id never means two containers.
@@ -27,6 +39,35 @@ pub struct ContainerId {
 impl fmt::Display for ContainerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}.{}", self.app, self.service, self.instance)
+    }
+}
+
+/// A text that is not `{app}.{service}.{instance}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a container id: expected APP.SERVICE.INSTANCE")]
+pub struct ParseIdError;
+
+impl FromStr for ContainerId {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut parts = text.split('.');
+        let (Some(app), Some(service), Some(instance), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return Err(ParseIdError);
+        };
+        let id = Self {
+            app: app.parse().map_err(|_| ParseIdError)?,
+            service: service.parse().map_err(|_| ParseIdError)?,
+            instance: instance.parse().map_err(|_| ParseIdError)?,
+        };
+        // "+1" and "01" are numbers too, but not what Display writes.
+        if id.to_string() == text {
+            Ok(id)
+        } else {
+            Err(ParseIdError)
+        }
     }
 }
 
@@ -111,7 +152,12 @@ pub trait Runtime {
 
     /// Sends `signal`, waits up to `grace`, then kills every process of it. Returns when it has ended.
     /// A container that has ended or is unknown is fine.
-    fn stop(&self, id: &ContainerId, signal: i32, grace: Duration) -> impl Future<Output = Result<(), StopError>>;
+    fn stop(
+        &self,
+        id: &ContainerId,
+        signal: i32,
+        grace: Duration,
+    ) -> impl Future<Output = Result<(), StopError>>;
 
     /// Kills whatever is left of it and removes its processes, mounts, cgroups and records. Logs stay.
     /// An unknown container is fine.
@@ -121,11 +167,21 @@ pub trait Runtime {
     fn list(&self) -> impl Future<Output = Result<Vec<Container>, ListError>>;
 
     /// Runs a command inside the container, with its limits, user and environment; its exit code.
-    fn exec(&self, id: &ContainerId, command: &[String], timeout: Duration) -> impl Future<Output = Result<i32, ExecError>>;
+    fn exec(
+        &self,
+        id: &ContainerId,
+        command: &[String],
+        timeout: Duration,
+    ) -> impl Future<Output = Result<i32, ExecError>>;
 
     /// Opens a TCP connection to a port on the container's own loopback, from inside its network
     /// namespace.
-    fn connect(&self, id: &ContainerId, port: u16, timeout: Duration) -> impl Future<Output = std::io::Result<tokio::net::TcpStream>>;
+    fn connect(
+        &self,
+        id: &ContainerId,
+        port: u16,
+        timeout: Duration,
+    ) -> impl Future<Output = std::io::Result<tokio::net::TcpStream>>;
 
     /// Waits until some container changes by itself (ends). Cancel safe; may report spuriously; the
     /// caller lists again.

@@ -1,0 +1,178 @@
+//! `foreshore-agent exec DIR TIMEOUT_MS COMMAND…`: runs one command inside the container of run directory `DIR`, as
+//! the container's user, with its environment, working directory, capabilities, limits and seccomp filter.
+//!
+//! How it went is one line of JSON on standard output. The command's own output is read and dropped. After the
+//! timeout its whole process group is killed. Like `shim`, this must be a process without threads.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{Pid, pipe2};
+
+use crate::runtime::process::PidFd;
+use crate::runtime::request::{CONFIG, ExecReport, LIBRARY, read_json};
+use crate::runtime::workload::{REFUSED, Workload};
+
+/// Runs the subcommand with the arguments after its name. Must be called before any thread exists.
+#[must_use]
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let report = match parse(arguments) {
+        Some((dir, timeout, command)) => {
+            exec(&dir, timeout, &command).unwrap_or_else(ExecReport::Failed)
+        }
+        None => {
+            ExecReport::Failed("usage: foreshore-agent exec DIR TIMEOUT_MS COMMAND...".to_owned())
+        }
+    };
+    let mut out = io::stdout().lock();
+    let written = serde_json::to_vec(&report)
+        .map_err(io::Error::other)
+        .and_then(|mut line| {
+            line.push(b'\n');
+            out.write_all(&line)?;
+            out.flush()
+        });
+    if written.is_ok() && matches!(report, ExecReport::Exited(_)) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn parse(
+    arguments: impl IntoIterator<Item = OsString>,
+) -> Option<(PathBuf, Duration, Vec<String>)> {
+    let mut arguments = arguments.into_iter();
+    let dir = PathBuf::from(arguments.next()?);
+    let timeout = Duration::from_millis(arguments.next()?.to_str()?.parse().ok()?);
+    let command = arguments
+        .map(OsString::into_string)
+        .collect::<Result<Vec<_>, _>>()
+        .ok()?;
+    (!command.is_empty()).then_some((dir, timeout, command))
+}
+
+fn exec(dir: &Path, timeout: Duration, command: &[String]) -> Result<ExecReport, String> {
+    let deadline = Instant::now() + timeout;
+    let id = dir
+        .file_name()
+        .and_then(|name| name.to_str())
+        .ok_or("not a container directory")?;
+    let process = process_file(dir, command)
+        .map_err(|error| format!("{}: {error}", dir.join(CONFIG).display()))?;
+    // The library takes a path. Exists for as long as this process does, and nowhere else.
+    let process_path = format!("/proc/self/fd/{}", process.as_raw_fd());
+    let system = |error: nix::Error| error.to_string();
+    // Not the device's /dev/null: its inode could be changed through the descriptor.
+    let (stdin, _) = pipe2(OFlag::O_CLOEXEC).map_err(system)?;
+    let (output, output_end) = pipe2(OFlag::O_CLOEXEC).map_err(system)?;
+    let error_end = output_end.try_clone().map_err(|error| error.to_string())?;
+    let pid = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_root_path(dir.join(LIBRARY))
+        .map(|builder| {
+            builder
+                .with_executor(Workload::new())
+                .with_stdin(stdin)
+                .with_stdout(output_end)
+                .with_stderr(error_end)
+                .as_tenant()
+                .with_detach(true)
+                .with_process(Some(process_path))
+        })
+        .and_then(|builder| builder.build())
+        .map_err(|error| explain(&error))?;
+    wait(pid, &output, deadline).map_err(|error| format!("failed to wait for the command: {error}"))
+}
+
+/// The container's own process configuration with other arguments, in a file without a name.
+fn process_file(dir: &Path, command: &[String]) -> io::Result<File> {
+    let mut configuration: serde_json::Value = read_json(&dir.join(CONFIG))?;
+    let mut process = configuration["process"].take();
+    process["args"] = serde_json::json!(command);
+    let fd =
+        nix::sys::memfd::memfd_create(c"process", nix::sys::memfd::MemFdCreateFlag::MFD_CLOEXEC)?;
+    let mut file = File::from(fd);
+    file.write_all(&serde_json::to_vec(&process).map_err(io::Error::other)?)?;
+    Ok(file)
+}
+
+/// The innermost cause, without the layers it was passed through as text.
+fn explain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    match text.split_once(REFUSED) {
+        Some((_, refusal)) => refusal
+            .split_once(": refused: ")
+            .map_or(refusal, |(first, _)| first)
+            .to_owned(),
+        None => text,
+    }
+}
+
+fn wait(pid: Pid, output: &OwnedFd, deadline: Instant) -> io::Result<ExecReport> {
+    let ended = PidFd::open(pid.as_raw())?;
+    let mut open = true;
+    let mut expired = false;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() && !expired {
+            expired = true;
+            // It leads its own session and group; what it started dies with it.
+            let _ = killpg(pid, Signal::SIGKILL);
+            let _ = ended.signal(libc::SIGKILL);
+        }
+        let timeout = if expired {
+            PollTimeout::NONE
+        } else {
+            timeout(left)
+        };
+        let mut fds = vec![PollFd::new(ended.fd().as_fd(), PollFlags::POLLIN)];
+        if open {
+            fds.push(PollFd::new(output.as_fd(), PollFlags::POLLIN));
+        }
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let happened = |index: usize| fds.get(index).is_some_and(|fd| fd.any().unwrap_or(true));
+        let (done, readable) = (happened(0), happened(1));
+        if readable && !done {
+            let mut buffer = [0; 4096];
+            open = (&File::from(output.try_clone()?)).read(&mut buffer)? > 0;
+        }
+        if done {
+            let code = match waitpid(pid, None)? {
+                WaitStatus::Exited(_, code) => code,
+                WaitStatus::Signaled(_, signal, _) => 128 + signal as i32,
+                _ => continue,
+            };
+            return Ok(if expired {
+                ExecReport::Timeout
+            } else {
+                ExecReport::Exited(code)
+            });
+        }
+    }
+}
+
+/// Rounded up, so that the deadline has passed when it is over.
+fn timeout(left: Duration) -> PollTimeout {
+    i32::try_from(left.as_millis().saturating_add(1)).map_or(PollTimeout::MAX, |ms| {
+        PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
+    })
+}

@@ -1,0 +1,594 @@
+//! The real runtime: libcontainer in short-lived processes of their own, foreshore-shim as each container's parent.
+//!
+//! What is on disk, below the run directory (nothing of it means anything after a reboot):
+//!
+//! ```text
+//! containers/{id}/       one directory per container; see `request` for its files
+//! containers/{id}.new/   being written by `start`; not a container yet
+//! containers/{id}.gone/  being deleted by `remove`; no container any more
+//! ```
+//!
+//! and below the state directory:
+//!
+//! ```text
+//! volumes/{app}/{volume}/          named volumes; never deleted here
+//! logs/{app}/{service}.log[.N]     output of every instance of the service, oldest in the highest N
+//! containers/{id}/                 the writable layer of a container whose root is not read-only
+//! bin/foreshore-shim-{digest}      the shim program, one file for all so that its pages are shared
+//! ```
+//!
+//! Cgroups are `{parent}/{id}` in every hierarchy. Nothing is ever mounted in the device's own mount namespace.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use foreshore_protocol::Digest;
+use foreshore_protocol::manifest::NetworkMode;
+
+use super::cgroup::Cgroups;
+use super::process::{Identity, boot_id, half_made};
+use super::request::{EXIT, RECORD, REQUEST, Record, Request, read_json, write_json};
+use super::{
+    Container, ContainerId, ContainerSpec, ContainerState, ExecError, Exit, ListError, RemoveError,
+    Runtime, StartError, StopError,
+};
+use watch::Watch;
+
+mod children;
+mod connection;
+mod watch;
+
+/// How long a start may take. Far more than any start needs; a device under full load must not fail for it.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long SIGKILL may take. The kernel needs that long only when a process hangs in a driver.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The shim program for this architecture.
+#[cfg(foreshore_shim)]
+static SHIM: &[u8] = include_bytes!(env!("FORESHORE_SHIM"));
+#[cfg(not(foreshore_shim))]
+static SHIM: &[u8] = b"";
+
+/// Where an [`OciRuntime`] keeps its things.
+#[derive(Debug, Clone)]
+pub struct OciConfig {
+    /// What is void after a reboot; best on a tmpfs. Made if missing.
+    pub run_dir: PathBuf,
+    /// Volumes, logs, writable layers. Made if missing.
+    pub state_dir: PathBuf,
+    /// Below each cgroup hierarchy, for example `foreshore`; of this agent alone.
+    pub cgroup_parent: String,
+    /// The agent's own program, whose `shim` and `exec` subcommands are run.
+    pub agent_exe: PathBuf,
+}
+
+/// Why an [`OciRuntime`] cannot work on this device.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The operating system refused something.
+    #[error("failed to {act}")]
+    Io {
+        /// What was tried, naming the path.
+        act: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no foreshore-shim for this architecture.
+    #[error(
+        "this build cannot run containers: there is no foreshore-shim for {0}; use an agent for x86_64 or aarch64"
+    )]
+    NoShim(&'static str),
+}
+
+/// Names what was tried.
+trait Act<T> {
+    fn act(self, act: impl FnOnce() -> String) -> Result<T, SetupError>;
+}
+
+impl<T> Act<T> for io::Result<T> {
+    fn act(self, act: impl FnOnce() -> String) -> Result<T, SetupError> {
+        self.map_err(|source| SetupError::Io { act: act(), source })
+    }
+}
+
+/// Containers through libcontainer. Holds no state that matters: everything is found again from disk and kernel.
+#[derive(Debug)]
+pub struct OciRuntime {
+    config: OciConfig,
+    cgroups: Cgroups,
+    shim: PathBuf,
+    boot_id: String,
+    /// The agent's own network namespace, to come back to.
+    network: File,
+    /// Containers whose `start` is under way here: neither broken nor running yet.
+    starting: Mutex<BTreeSet<ContainerId>>,
+    watch: Watch,
+}
+
+impl OciRuntime {
+    /// Prepares directories, cgroups and the shim program, and sweeps what earlier runs left unfinished. Running
+    /// containers are left alone.
+    ///
+    /// # Errors
+    ///
+    /// See [`SetupError`].
+    pub fn new(config: OciConfig) -> Result<Self, SetupError> {
+        if SHIM.is_empty() {
+            return Err(SetupError::NoShim(std::env::consts::ARCH));
+        }
+        for (dir, mode) in [
+            (config.run_dir.join("containers"), 0o700),
+            (config.state_dir.join("containers"), 0o700),
+            (config.state_dir.join("volumes"), 0o711),
+            (config.state_dir.join("logs"), 0o750),
+        ] {
+            make_dir(&dir, mode).act(|| format!("create {}", dir.display()))?;
+        }
+        let cgroups = Cgroups::find(&config.cgroup_parent)
+            .act(|| "find the cgroup hierarchies".to_owned())?;
+        cgroups
+            .prepare()
+            .act(|| format!("prepare cgroup parent {}", config.cgroup_parent))?;
+        let runtime = Self {
+            shim: install_shim(&config.state_dir).act(|| {
+                format!(
+                    "install foreshore-shim below {}",
+                    config.state_dir.join("bin").display()
+                )
+            })?,
+            boot_id: boot_id().act(|| "read the boot id".to_owned())?,
+            network: File::open("/proc/thread-self/ns/net")
+                .act(|| "open the network namespace".to_owned())?,
+            starting: Mutex::default(),
+            watch: Watch::new().act(|| "make an epoll instance".to_owned())?,
+            cgroups,
+            config,
+        };
+        runtime.sweep();
+        Ok(runtime)
+    }
+
+    /// Removes this agent's cgroup parents if nothing is in them. For a clean end of the last agent on a device; they
+    /// are made again when needed.
+    pub fn remove_empty_cgroups(&self) {
+        self.cgroups.remove_parents();
+    }
+
+    fn containers(&self) -> PathBuf {
+        self.config.run_dir.join("containers")
+    }
+
+    fn dir(&self, id: &ContainerId) -> PathBuf {
+        self.containers().join(id.to_string())
+    }
+
+    fn writable(&self, id: &str) -> PathBuf {
+        self.config.state_dir.join("containers").join(id)
+    }
+
+    /// Deletes unfinished directories, writable layers without a container, and empty cgroups without a container.
+    fn sweep(&self) {
+        for name in names(&self.containers()) {
+            if name.ends_with(".new") || name.ends_with(".gone") {
+                let _ = fs::remove_dir_all(self.containers().join(name));
+            }
+        }
+        let known = |name: &str| self.containers().join(name).exists();
+        for name in names(&self.config.state_dir.join("containers")) {
+            if !known(&name) {
+                let _ = fs::remove_dir_all(self.writable(&name));
+            }
+        }
+        for name in self.cgroups.names() {
+            if name.parse::<ContainerId>().is_err() || known(&name) {
+                continue;
+            }
+            // Processes there were started by somebody else with the same parent, or their records were deleted by
+            // hand. Killing them unasked could hit a healthy container of another agent.
+            if self.cgroups.populated(&name) {
+                tracing::warn!(cgroup = %self.cgroups.path(&name), "a cgroup holds processes but no container of this agent");
+            } else {
+                let _ = self.cgroups.remove(&name);
+            }
+        }
+    }
+
+    fn record(&self, id: &ContainerId) -> Option<Record> {
+        read_json(&self.dir(id).join(RECORD)).ok()
+    }
+
+    /// The record, if it was made since the last boot; otherwise its pids mean nothing.
+    fn current_record(&self, id: &ContainerId) -> Option<Record> {
+        self.record(id)
+            .filter(|record| record.boot_id == self.boot_id)
+    }
+
+    fn exit(&self, id: &ContainerId) -> Option<Exit> {
+        let text = fs::read_to_string(self.dir(id).join(EXIT)).ok()?;
+        let code = text.trim().parse().ok()?;
+        Some(Exit {
+            code,
+            oom: code != 0 && self.cgroups.oom_kills(&id.to_string()) > 0,
+        })
+    }
+
+    fn observe(&self, id: ContainerId) -> Container {
+        // A record that cannot be read belongs to no release that anyone wants.
+        let nothing = Digest::from_bytes([0; 32]);
+        let Some(record) = self.record(&id) else {
+            return Container {
+                id,
+                release: nothing,
+                service_digest: nothing,
+                state: ContainerState::Broken,
+            };
+        };
+        let state = self.state(&id, &record);
+        Container {
+            id,
+            release: record.release,
+            service_digest: record.service_digest,
+            state,
+        }
+    }
+
+    fn state(&self, id: &ContainerId, record: &Record) -> ContainerState {
+        if record.boot_id != self.boot_id {
+            return ContainerState::Broken;
+        }
+        if let Some(exit) = self.exit(id) {
+            return ContainerState::Exited(exit);
+        }
+        if let (Some(shim), Some(container)) = (record.shim, record.container)
+            && shim.runs()
+            && self.watch.add(shim)
+        {
+            return ContainerState::Running {
+                pid: container.pid,
+                started_ms: container.started_ms(),
+            };
+        }
+        if let Some(shim) = record.shim {
+            shim.reap();
+        }
+        // It may have ended between the two looks.
+        self.exit(id)
+            .map_or(ContainerState::Broken, ContainerState::Exited)
+    }
+
+    /// Writes the container's directory, complete before it has its name.
+    fn create_dir(&self, spec: &ContainerSpec) -> io::Result<PathBuf> {
+        let id = spec.id.to_string();
+        let dir = self.dir(&spec.id);
+        let fresh = self.containers().join(format!("{id}.new"));
+        if fresh.exists() {
+            fs::remove_dir_all(&fresh)?;
+        }
+        make_dir(&fresh, 0o700)?;
+        let record = Record {
+            release: spec.release,
+            service_digest: spec.service_digest,
+            boot_id: self.boot_id.clone(),
+            shim: None,
+            container: None,
+        };
+        let app = spec.id.app.as_str();
+        let request = Request {
+            id: spec.id.clone(),
+            service: spec.service.clone(),
+            image: spec.image.clone(),
+            layers: spec.layers.clone(),
+            cgroup: self.cgroups.path(&id),
+            writable: (!spec.service.read_only).then(|| self.writable(&id)),
+            volumes: self.config.state_dir.join("volumes").join(app),
+            logs: self.config.state_dir.join("logs").join(app),
+            shim: self.shim.clone(),
+            swap_limit: self.cgroups.limits_swap(),
+            swap_file: self.cgroups.swap_file(&id),
+            shim_cgroup: self.cgroups.shims(),
+        };
+        write_json(&fresh, RECORD, &record)?;
+        write_json(&fresh, REQUEST, &request)?;
+        fs::rename(&fresh, &dir)?;
+        Ok(dir)
+    }
+
+    /// Kills everything of a container and waits until it is gone.
+    async fn kill(&self, id: &ContainerId) -> Result<(), StopError> {
+        let name = id.to_string();
+        let record = self.current_record(id);
+        let (shim, init) = record.map_or((None, None), |record| (record.shim, record.container));
+        let (unfinished, init) = (init.is_none(), init.and_then(|init| init.open()));
+        if let Some(init) = &init {
+            // The first process takes its whole PID namespace with it.
+            init.signal(libc::SIGKILL)
+                .map_err(|source| io_stop("kill", &name, source))?;
+        }
+        if let Some((identity, fd)) = shim.and_then(|shim| shim.open().map(|fd| (shim, fd))) {
+            // With a container to wait for, the shim ends by itself; without one it still is the starting process.
+            let patience = if init.is_some() {
+                KILL_TIMEOUT
+            } else {
+                Duration::ZERO
+            };
+            if !watch::ended(fd.fd(), patience)
+                .await
+                .map_err(|source| io_stop("wait for", &name, source))?
+            {
+                fd.signal(libc::SIGKILL)
+                    .map_err(|source| io_stop("kill the shim of", &name, source))?;
+                let _ = watch::ended(fd.fd(), KILL_TIMEOUT).await;
+            }
+            identity.reap();
+        }
+        if let Some(init) = init
+            && !watch::ended(init.fd(), KILL_TIMEOUT)
+                .await
+                .map_err(|source| io_stop("wait for", &name, source))?
+        {
+            return Err(StopError::Survived(name));
+        }
+        if let (Some(shim), true) = (shim, unfinished) {
+            for fork in half_made(shim) {
+                fork.signal(libc::SIGKILL)
+                    .map_err(|source| io_stop("kill", &name, source))?;
+                let _ = watch::ended(fork.fd(), KILL_TIMEOUT).await;
+            }
+        }
+        // What was in the middle of becoming a container, or of joining one.
+        self.empty_cgroup(&name).await
+    }
+
+    async fn empty_cgroup(&self, name: &str) -> Result<(), StopError> {
+        let mut pause = Duration::from_millis(1);
+        while self.cgroups.populated(name) {
+            self.cgroups.kill(name);
+            if pause > KILL_TIMEOUT / 2 {
+                return Err(StopError::Survived(name.to_owned()));
+            }
+            // The kernel has no event for this on cgroup v1.
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+        Ok(())
+    }
+
+    async fn remove_cgroup(&self, name: &str) -> io::Result<()> {
+        let mut pause = Duration::from_millis(1);
+        loop {
+            match self.cgroups.remove(name) {
+                // Killed processes leave it a moment after they have ended.
+                Err(error)
+                    if error.raw_os_error() == Some(libc::EBUSY) && pause < KILL_TIMEOUT / 2 =>
+                {
+                    self.cgroups.kill(name);
+                    tokio::time::sleep(pause).await;
+                    pause *= 2;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn starting(&self) -> std::sync::MutexGuard<'_, BTreeSet<ContainerId>> {
+        // The set is right whatever a panicking holder did: each change is one call.
+        self.starting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes a container off the list of those being started, however the start ends.
+struct Starting<'a>(&'a OciRuntime, &'a ContainerId);
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        self.0.starting().remove(self.1);
+    }
+}
+
+impl Runtime for OciRuntime {
+    async fn start(&self, spec: &ContainerSpec) -> Result<(), StartError> {
+        let id = spec.id.to_string();
+        let failed = |message: String| StartError::Failed {
+            id: id.clone(),
+            message,
+        };
+        if spec.layers.is_empty() {
+            return Err(StartError::Refused("the image has no layers".to_owned()));
+        }
+        if self.dir(&spec.id).exists() || !self.starting().insert(spec.id.clone()) {
+            return Err(failed("it exists already; remove it first".to_owned()));
+        }
+        let starting = Starting(self, &spec.id);
+        let dir = self.create_dir(spec).map_err(|source| StartError::Io {
+            act: format!("create {}", self.dir(&spec.id).display()),
+            source,
+        })?;
+        let outcome = children::start(&self.config.agent_exe, &dir, START_TIMEOUT).await;
+        drop(starting);
+        let error = match outcome {
+            children::Outcome::Started => {
+                if let Some(shim) = self.record(&spec.id).and_then(|record| record.shim) {
+                    self.watch.add(shim);
+                }
+                return Ok(());
+            }
+            children::Outcome::Refused(refusal) => StartError::Refused(refusal),
+            children::Outcome::Failed(message) => failed(message),
+        };
+        if let Err(left) = self.remove(&spec.id).await {
+            tracing::warn!(container = %spec.id, error = %left, "failed to clean up after a failed start");
+        }
+        Err(error)
+    }
+
+    async fn stop(&self, id: &ContainerId, signal: i32, grace: Duration) -> Result<(), StopError> {
+        let Some(record) = self.current_record(id) else {
+            return Ok(());
+        };
+        if self.exit(id).is_none()
+            && let (Some(shim), Some(init)) =
+                (record.shim.and_then(|shim| shim.open()), record.container)
+            && let Some(init) = init.open()
+        {
+            let name = id.to_string();
+            init.signal(signal)
+                .map_err(|source| io_stop("signal", &name, source))?;
+            if watch::ended(shim.fd(), grace)
+                .await
+                .map_err(|source| io_stop("wait for", &name, source))?
+            {
+                if let Some(shim) = record.shim {
+                    shim.reap();
+                }
+                return Ok(());
+            }
+        }
+        self.kill(id).await
+    }
+
+    async fn remove(&self, id: &ContainerId) -> Result<(), RemoveError> {
+        let (name, dir) = (id.to_string(), self.dir(id));
+        let io_error = |path: &Path| {
+            let act = format!("remove {}", path.display());
+            move |source| RemoveError::Io { act, source }
+        };
+        self.kill(id).await?;
+        self.remove_cgroup(&name)
+            .await
+            .map_err(io_error(Path::new(&self.cgroups.path(&name))))?;
+        let writable = self.writable(&name);
+        if writable.exists() {
+            // As large as the container made it; everything else must not wait for it.
+            let path = writable.clone();
+            tokio::task::spawn_blocking(move || remove_dir(&path))
+                .await
+                .unwrap_or_else(|error| Err(io::Error::other(error)))
+                .map_err(io_error(&writable))?;
+        }
+        // In one step: a directory is a container, or it is not.
+        let gone = self.containers().join(format!("{name}.gone"));
+        remove_dir(&gone).map_err(io_error(&gone))?;
+        match fs::rename(&dir, &gone) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(io_error(&dir)(error)),
+            Ok(()) => remove_dir(&gone).map_err(io_error(&gone))?,
+        }
+        if self.starting().is_empty() && names(&self.containers()).is_empty() {
+            self.cgroups.remove_parents();
+        }
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<Container>, ListError> {
+        let path = self.containers();
+        let entries = fs::read_dir(&path).map_err(|source| ListError {
+            path: path.clone(),
+            source,
+        })?;
+        let mut ids: Vec<ContainerId> = entries
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|id| !self.starting().contains(id))
+            .collect();
+        ids.sort();
+        Ok(ids.into_iter().map(|id| self.observe(id)).collect())
+    }
+
+    async fn exec(
+        &self,
+        id: &ContainerId,
+        command: &[String],
+        timeout: Duration,
+    ) -> Result<i32, ExecError> {
+        let runs = self.current_record(id).is_some_and(|record| {
+            self.exit(id).is_none() && record.container.is_some_and(|init| init.runs())
+        });
+        if !runs {
+            return Err(ExecError::NotRunning(id.to_string()));
+        }
+        children::exec(&self.config.agent_exe, &self.dir(id), command, timeout).await
+    }
+
+    async fn connect(
+        &self,
+        id: &ContainerId,
+        port: u16,
+        timeout: Duration,
+    ) -> io::Result<tokio::net::TcpStream> {
+        let absent = || {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("container {id} does not run"),
+            )
+        };
+        let init = self
+            .current_record(id)
+            .and_then(|record| record.container)
+            .filter(Identity::runs)
+            .and_then(|init| init.open())
+            .ok_or_else(absent)?;
+        let request: Request = read_json(&self.dir(id).join(REQUEST))?;
+        // With the device's network there is nowhere to go.
+        let network = (request.service.network_mode == NetworkMode::None).then_some(&init);
+        connection::connect(network, &self.network, port, timeout).await
+    }
+
+    async fn changed(&self) {
+        self.watch.changed().await;
+    }
+}
+
+fn io_stop(verb: &str, name: &str, source: io::Error) -> StopError {
+    StopError::Io {
+        act: format!("{verb} container {name}"),
+        source,
+    }
+}
+
+fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+}
+
+fn remove_dir(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// The names in a directory; none when it cannot be read.
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect()
+}
+
+/// Puts the shim program into `bin`, named by its content; a file that is there and right is kept.
+///
+/// In the state directory because systems mount the run directory's file system `noexec`.
+fn install_shim(state_dir: &Path) -> io::Result<PathBuf> {
+    let bin = state_dir.join("bin");
+    let hex = Digest::of(SHIM).hex();
+    let path = bin.join(format!("foreshore-shim-{}", hex.get(..16).unwrap_or(&hex)));
+    if fs::read(&path).is_ok_and(|present| present == SHIM) {
+        return Ok(path);
+    }
+    make_dir(&bin, 0o755)?;
+    let temporary = bin.join(format!("new.{}", std::process::id()));
+    let mut file = File::create(&temporary)?;
+    file.write_all(SHIM)?;
+    file.set_permissions(fs::Permissions::from_mode(0o555))?;
+    file.sync_all()?;
+    drop(file);
+    fs::rename(&temporary, &path)?;
+    Ok(path)
+}

@@ -1,0 +1,140 @@
+//! The agent's own program as a child: `shim` to start a container, `exec` to run a command in one.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe::Receiver;
+
+use super::watch;
+use crate::runtime::ExecError;
+use crate::runtime::process::PidFd;
+use crate::runtime::request::{ExecReport, StartReport};
+
+/// More than any report; a child that says more is not listened to.
+const MAX_REPORT: u64 = 64 << 10;
+
+/// How much longer than its timeout an `exec` child may take: starting, joining the container, killing.
+const EXEC_MARGIN: Duration = Duration::from_secs(10);
+
+/// How long a child that has said its word may take to end.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How a start went.
+pub(super) enum Outcome {
+    Started,
+    Refused(String),
+    Failed(String),
+}
+
+fn spawn(program: &Path, arguments: &[&std::ffi::OsStr]) -> io::Result<(Child, Receiver)> {
+    let mut child = Command::new(program)
+        .args(arguments)
+        // LISTEN_FDS and the like would be taken for the container's.
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let stdout = child
+        .stdout
+        .take()
+        .ok_or_else(|| io::Error::other("the child has no standard output"))?;
+    let receiver = Receiver::from_owned_fd(OwnedFd::from(stdout)).inspect_err(|_| {
+        let _ = child.kill();
+        let _ = child.wait();
+    })?;
+    Ok((child, receiver))
+}
+
+/// The last line a child says before it closes its output, within `limit`.
+async fn last_line<T: DeserializeOwned>(
+    receiver: Receiver,
+    limit: Duration,
+) -> Result<Option<T>, String> {
+    let mut bytes = Vec::new();
+    let mut bounded = receiver.take(MAX_REPORT);
+    match tokio::time::timeout(limit, bounded.read_to_end(&mut bytes)).await {
+        Err(_) => return Err(format!("it did not answer within {limit:?}")),
+        Ok(Err(error)) => return Err(format!("its answer could not be read: {error}")),
+        Ok(Ok(_)) => {}
+    }
+    let line = bytes
+        .split(|byte| *byte == b'\n')
+        .rfind(|line| !line.is_empty());
+    line.map(|line| {
+        serde_json::from_slice(line).map_err(|error| format!("its answer makes no sense: {error}"))
+    })
+    .transpose()
+}
+
+/// Waits for a child that is about to end; kills it if it does not.
+async fn finish(mut child: Child) -> Option<std::process::ExitStatus> {
+    let pid = i32::try_from(child.id()).ok()?;
+    if let Ok(fd) = PidFd::open(pid)
+        && !watch::ended(fd.fd(), END_TIMEOUT).await.unwrap_or(false)
+    {
+        let _ = child.kill();
+        let _ = watch::ended(fd.fd(), END_TIMEOUT).await;
+    }
+    child.try_wait().ok().flatten()
+}
+
+/// Starts the container of run directory `dir`. When this says `Started`, the child is foreshore-shim and goes on.
+pub(super) async fn start(program: &Path, dir: &Path, limit: Duration) -> Outcome {
+    let (mut child, receiver) = match spawn(program, &["shim".as_ref(), dir.as_os_str()]) {
+        Ok(spawned) => spawned,
+        Err(error) => {
+            return Outcome::Failed(format!("failed to run {}: {error}", program.display()));
+        }
+    };
+    let failure = match last_line(receiver, limit).await {
+        Ok(Some(StartReport::Started)) => return Outcome::Started,
+        Ok(Some(StartReport::Refused(refusal))) => {
+            finish(child).await;
+            return Outcome::Refused(refusal);
+        }
+        Ok(Some(StartReport::Failed(message))) => Some(message),
+        Ok(None) => None,
+        Err(message) => {
+            let _ = child.kill();
+            Some(message)
+        }
+    };
+    let status = finish(child).await;
+    Outcome::Failed(failure.unwrap_or_else(|| match status {
+        Some(status) => format!("the starting process ended early ({status})"),
+        None => "the starting process ended early".to_owned(),
+    }))
+}
+
+/// Runs a command in the container of run directory `dir`.
+pub(super) async fn exec(
+    program: &Path,
+    dir: &Path,
+    command: &[String],
+    timeout: Duration,
+) -> Result<i32, ExecError> {
+    let milliseconds = timeout.as_millis().to_string();
+    let mut arguments: Vec<&std::ffi::OsStr> =
+        vec!["exec".as_ref(), dir.as_os_str(), milliseconds.as_ref()];
+    arguments.extend(command.iter().map(AsRef::<std::ffi::OsStr>::as_ref));
+    let (mut child, receiver) = spawn(program, &arguments).map_err(|error| {
+        ExecError::Failed(format!("failed to run {}: {error}", program.display()))
+    })?;
+    let report = last_line(receiver, timeout.saturating_add(EXEC_MARGIN)).await;
+    if report.is_err() {
+        let _ = child.kill();
+    }
+    finish(child).await;
+    match report {
+        Ok(Some(ExecReport::Exited(code))) => Ok(code),
+        Ok(Some(ExecReport::Timeout)) => Err(ExecError::Timeout(timeout)),
+        Ok(Some(ExecReport::Failed(message))) | Err(message) => Err(ExecError::Failed(message)),
+        Ok(None) => Err(ExecError::Failed("its process ended early".to_owned())),
+    }
+}

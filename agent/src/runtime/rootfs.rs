@@ -1,0 +1,313 @@
+//! The container's root file system: an overlay of the image's layers in a mount namespace that only the
+//! starting process and the container ever see.
+//!
+//! Because the device's own mount namespace never has these mounts, nothing can be left mounted: they
+//! vanish with the container, however it ends.
+//!
+//! Paths inside an image are never followed with the device's root: every look-up goes through openat2(2)
+//! with `RESOLVE_IN_ROOT`, so a symbolic link in an image means what it means in the container.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Component, Path, PathBuf};
+
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::Mode;
+
+use super::spec::Refusal;
+use super::user::MAX_DATABASE;
+
+/// A failed step, saying what was tried.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to {act}")]
+pub(crate) struct StepError {
+    act: String,
+    #[source]
+    source: io::Error,
+}
+
+/// Names the step that failed.
+pub(crate) trait Step<T> {
+    /// Wraps an error with what was tried.
+    fn step(self, act: impl FnOnce() -> String) -> Result<T, StepError>;
+}
+
+impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
+    fn step(self, act: impl FnOnce() -> String) -> Result<T, StepError> {
+        self.map_err(|error| StepError {
+            act: act(),
+            source: error.into(),
+        })
+    }
+}
+
+/// A mount namespace of this process's own, and the way back.
+#[derive(Debug)]
+pub(crate) struct Seclusion {
+    device: File,
+}
+
+impl Seclusion {
+    /// Enters a new mount namespace in which nothing spreads in or out.
+    pub(crate) fn enter() -> Result<Self, StepError> {
+        let device =
+            File::open("/proc/self/ns/mnt").step(|| "open the mount namespace".to_owned())?;
+        unshare(CloneFlags::CLONE_NEWNS).step(|| "make a mount namespace".to_owned())?;
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+            None::<&str>,
+        )
+        .step(|| "make the mounts private".to_owned())?;
+        Ok(Self { device })
+    }
+
+    /// Goes back to the device's mount namespace. The other one lives on in the container, without the
+    /// device's file systems.
+    pub(crate) fn leave(self) -> Result<(), StepError> {
+        setns(self.device.as_fd(), CloneFlags::CLONE_NEWNS)
+            .step(|| "return to the device's mount namespace".to_owned())?;
+        std::env::set_current_dir("/").step(|| "change to /".to_owned())
+    }
+}
+
+/// Mounts an overlay of `layers` (lowest first) on `target`, with its writable layer in `writable`, which
+/// is made.
+///
+/// Layers are named by short symbolic links, because the options of mount(2) must fit into one page and paths
+/// may hold the characters that separate them. The writable layer is `volatile`: it never outlives the container,
+/// so nothing waits for it to reach the disk.
+pub(crate) fn mount_overlay(
+    layers: &[PathBuf],
+    writable: &Path,
+    target: &Path,
+) -> Result<(), StepError> {
+    let name = |path: &Path| path.display().to_string();
+    for part in ["upper", "work", "by"] {
+        let path = writable.join(part);
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&path)
+            .step(|| format!("create {}", name(&path)))?;
+    }
+    let links = writable.join("by");
+    let mut lower = String::new();
+    for (index, layer) in layers.iter().enumerate().rev() {
+        let link = links.join(index.to_string());
+        if !layer.is_dir() {
+            return Err(io::Error::from(io::ErrorKind::NotFound))
+                .step(|| format!("open layer {}", name(layer)));
+        }
+        std::os::unix::fs::symlink(layer, &link).step(|| format!("create {}", name(&link)))?;
+        if !lower.is_empty() {
+            lower.push(':');
+        }
+        lower.push_str(&index.to_string());
+    }
+    std::env::set_current_dir(&links).step(|| format!("change to {}", name(&links)))?;
+    let options =
+        |volatile: &str| format!("lowerdir={lower},upperdir=../upper,workdir=../work{volatile}");
+    let mounted = mount(
+        Some("overlay"),
+        target,
+        Some("overlay"),
+        MsFlags::MS_NODEV,
+        Some(&*options(",volatile")),
+    )
+    .or_else(|error| match error {
+        // Before Linux 5.10.
+        nix::Error::EINVAL => mount(
+            Some("overlay"),
+            target,
+            Some("overlay"),
+            MsFlags::MS_NODEV,
+            Some(&*options("")),
+        ),
+        other => Err(other),
+    });
+    std::env::set_current_dir("/").step(|| "change to /".to_owned())?;
+    mounted.step(|| {
+        format!(
+            "mount the overlay of {} layers on {}",
+            layers.len(),
+            name(target)
+        )
+    })
+}
+
+/// A mounted root file system.
+#[derive(Debug)]
+pub(crate) struct Root {
+    dir: OwnedFd,
+}
+
+impl Root {
+    pub(crate) fn open(path: &Path) -> Result<Self, StepError> {
+        let dir = File::open(path).step(|| format!("open {}", path.display()))?;
+        Ok(Self { dir: dir.into() })
+    }
+
+    fn open_inside(&self, path: &Path, flags: OFlag, mode: Mode) -> io::Result<File> {
+        let how = OpenHow::new()
+            .flags(flags | OFlag::O_CLOEXEC)
+            .mode(mode)
+            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        let fd: RawFd = openat2(self.dir.as_raw_fd(), path, how)?;
+        #[expect(unsafe_code, reason = "openat2 of this nix gives a raw descriptor")]
+        // SAFETY: the kernel just gave us this descriptor.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(File::from(fd))
+    }
+
+    /// The contents of a user database; empty when the image has none.
+    pub(crate) fn database(&self, path: &str) -> Result<String, StepError> {
+        // Non-blocking, so that a pipe planted there ends the read instead of holding it.
+        let file = match self.open_inside(
+            Path::new(path),
+            OFlag::O_RDONLY | OFlag::O_NONBLOCK,
+            Mode::empty(),
+        ) {
+            Ok(file) => file,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                return Ok(String::new());
+            }
+            Err(error) => return Err(error).step(|| format!("open the image's {path}")),
+        };
+        let mut bytes = Vec::new();
+        if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            file.take(MAX_DATABASE)
+                .read_to_end(&mut bytes)
+                .step(|| format!("read the image's {path}"))?;
+        }
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Checks that the kernel's file systems will land on plain directories: a link there would put them
+    /// somewhere else.
+    pub(crate) fn check_plain(&self) -> Result<(), Refusal> {
+        for path in ["dev", "proc", "sys"] {
+            let how = OpenHow::new()
+                .flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
+                .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS);
+            let plain = match openat2(self.dir.as_raw_fd(), path, how) {
+                Ok(fd) => {
+                    #[expect(unsafe_code, reason = "openat2 of this nix gives a raw descriptor")]
+                    // SAFETY: the kernel just gave us this descriptor.
+                    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+                    file.metadata().is_ok_and(|metadata| metadata.is_dir())
+                }
+                Err(error) => error == nix::Error::ENOENT,
+            };
+            if !plain {
+                return Err(Refusal::NotADirectory(format!("/{path}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens a directory inside, making it and its parents where they are missing.
+    fn make_dir(&self, path: &Path) -> io::Result<File> {
+        let mut at = self.open_inside(Path::new("."), OFlag::O_DIRECTORY, Mode::empty())?;
+        let mut sofar = PathBuf::new();
+        for component in path.components() {
+            let Component::Normal(part) = component else {
+                continue;
+            };
+            sofar.push(part);
+            at = match self.open_inside(&sofar, OFlag::O_DIRECTORY, Mode::empty()) {
+                Ok(dir) => dir,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    nix::sys::stat::mkdirat(
+                        Some(at.as_raw_fd()),
+                        part,
+                        Mode::from_bits_truncate(0o755),
+                    )?;
+                    self.open_inside(&sofar, OFlag::O_DIRECTORY, Mode::empty())?
+                }
+                Err(error) => return Err(error),
+            };
+        }
+        Ok(at)
+    }
+
+    /// Makes the working directory if the image lacks it, as Docker does.
+    pub(crate) fn make_working_dir(&self, path: &Path) -> Result<(), StepError> {
+        self.make_dir(path)
+            .map(drop)
+            .step(|| format!("create the working directory {}", path.display()))
+    }
+
+    /// Writes a small file into `/etc`, over what the image has there.
+    pub(crate) fn write_etc(&self, name: &str, contents: &str) -> Result<(), StepError> {
+        let write = || -> io::Result<()> {
+            let dir = self.make_dir(Path::new("etc"))?;
+            let inside = Self { dir: dir.into() };
+            // Not through a link: the image's own link may point into a mount that does not exist yet.
+            match nix::unistd::unlinkat(
+                Some(inside.dir.as_raw_fd()),
+                name,
+                nix::unistd::UnlinkatFlags::NoRemoveDir,
+            ) {
+                Ok(()) | Err(nix::Error::ENOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+            let mut file =
+                inside.open_inside(Path::new(name), flags, Mode::from_bits_truncate(0o644))?;
+            file.write_all(contents.as_bytes())
+        };
+        write().step(|| format!("write the container's /etc/{name}"))
+    }
+
+    /// Owner and mode of a directory in the image; `None` when there is none.
+    pub(crate) fn owner(&self, path: &str) -> Option<(u32, u32, u32)> {
+        let dir = self
+            .open_inside(Path::new(path), OFlag::O_DIRECTORY, Mode::empty())
+            .ok()?;
+        let metadata = dir.metadata().ok()?;
+        Some((metadata.uid(), metadata.gid(), metadata.mode() & 0o7777))
+    }
+}
+
+/// Makes the directory of a named volume if it is missing. A new one gets owner and mode of the directory it
+/// is mounted on, so that an image that runs as its own user can write there; else it is `fallback`'s, 0755.
+pub(crate) fn make_volume(
+    path: &Path,
+    model: Option<(u32, u32, u32)>,
+    fallback: (u32, u32),
+) -> Result<(), StepError> {
+    let act = || format!("create volume {}", path.display());
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(parent)
+            .step(act)?;
+    }
+    let (uid, gid, mode) = model.unwrap_or((fallback.0, fallback.1, 0o755));
+    // Whole or not at all: a volume with the wrong owner would stay wrong for ever.
+    let temporary = path.with_extension("new");
+    match fs::remove_dir(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error).step(act),
+        _ => {}
+    }
+    fs::create_dir(&temporary).step(act)?;
+    std::os::unix::fs::chown(&temporary, Some(uid), Some(gid)).step(act)?;
+    fs::set_permissions(&temporary, fs::Permissions::from_mode(mode)).step(act)?;
+    fs::rename(&temporary, path).step(act)
+}

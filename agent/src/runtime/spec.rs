@@ -1,0 +1,392 @@
+//! The OCI runtime configuration of a container, as a pure function of what was asked for.
+//!
+//! Defaults are safe: few capabilities, `no_new_privs`, own namespaces, device access denied but for the
+//! harmless ones, masked and read-only paths, limits always set. The seccomp filter is not in here: the
+//! library ignores it there, see `workload`.
+//!
+//! Device access is enforced by the `devices` hierarchy on cgroup v1. On cgroup v2 no device program is
+//! attached yet; there containers only lack CAP_MKNOD, and all their mounts are `nodev`.
+
+use std::path::{Component, Path, PathBuf};
+
+use foreshore_protocol::manifest::{NetworkMode, Service, VolumeSource};
+use serde_json::{Value, json};
+
+use super::user::User;
+use super::{ContainerId, ImageConfig};
+
+/// What docker(1) gives a container without a PATH of its own.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Kept even as root: changing owners, reading what one owns, becoming another user, signals, low ports.
+const CAPABILITIES: [&str; 7] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_KILL",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SETGID",
+    "CAP_SETUID",
+];
+
+/// moby `oci/defaults.go`, and what tells about the hardware's power use.
+const MASKED: [&str; 14] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/system/cpu/cpu0/thermal_throttle",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+    "/sys/fs/bpf",
+];
+
+/// moby `oci/defaults.go`.
+const READ_ONLY: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+
+/// Character devices every container has: null, zero, full, random, urandom, tty.
+const DEVICES: [(u32, u32); 6] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)];
+
+/// Descriptors a process may have open, at first and at most; programs that loop over all of them stay fast.
+const NOFILE: (u64, u64) = (1024, 65_536);
+
+/// Made likelier victims than anything of the system when the device as a whole runs out of memory.
+const OOM_SCORE_ADJ: i32 = 500;
+
+/// Length of a CPU period in microseconds; the kernel's own default.
+const CPU_PERIOD_US: u64 = 100_000;
+/// The kernel refuses less.
+const MIN_CPU_QUOTA_US: u64 = 1000;
+
+/// Size of `/dev/shm`, as Docker's, unless the container may have less memory than that.
+const SHM_BYTES: u64 = 64 << 20;
+
+/// Everything the configuration depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Input<'a> {
+    /// Of the container.
+    pub id: &'a ContainerId,
+    /// What the user asked for.
+    pub service: &'a Service,
+    /// What the image says.
+    pub image: &'a ImageConfig,
+    /// Who it runs as.
+    pub user: &'a User,
+    /// Below each hierarchy, beginning with `/`.
+    pub cgroup: &'a str,
+    /// The app's volumes.
+    pub volumes: &'a Path,
+    /// Whether the kernel can limit swap.
+    pub swap_limit: bool,
+    /// Whether the kernel has cgroup namespaces.
+    pub cgroup_namespace: bool,
+    /// The most descriptors that the starting process may allow; it may be unable to raise its own limit.
+    pub max_nofile: u64,
+    /// Files of the device that a container with the device's network sees, read-only.
+    pub host_files: &'a [&'a str],
+}
+
+/// What an image or manifest asks for that cannot be given; trying again will not help.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Neither manifest nor image name a command.
+    #[error(
+        "there is no command to run: neither the service nor its image names one; set command or entrypoint"
+    )]
+    NoCommand,
+    /// A user that the image does not have.
+    #[error("the image has no user {0:?}; use one that is in its /etc/passwd, or a number")]
+    UnknownUser(String),
+    /// A group that the image does not have.
+    #[error("the image has no group {0:?}; use one that is in its /etc/group, or a number")]
+    UnknownGroup(String),
+    /// A mount point that may not be.
+    #[error(
+        "{0} cannot be a mount point; use an absolute path other than /, /dev, and anything in /proc and /sys"
+    )]
+    MountPoint(String),
+    /// A bind mount without a source.
+    #[error("{0} does not exist on this device; create it or remove the bind mount")]
+    MissingSource(String),
+    /// A NUL byte.
+    #[error("{0} holds a NUL byte, which no program can be given")]
+    Nul(&'static str),
+    /// An image without the program.
+    #[error("the image has no command {0:?}; check command, entrypoint and PATH")]
+    NoSuchCommand(String),
+    /// A program that the user may not run.
+    #[error("the command {0:?} is not a file that uid {1} may execute")]
+    NotExecutable(String, u32),
+    /// An image that cannot be a root file system.
+    #[error("the image's {0} is not a directory")]
+    NotADirectory(String),
+}
+
+/// The process arguments: `entrypoint` given drops the image's `Cmd`, as Compose has it.
+///
+/// # Errors
+///
+/// When there are none.
+pub fn arguments(service: &Service, image: &ImageConfig) -> Result<Vec<String>, Refusal> {
+    let arguments: Vec<String> = match (&service.entrypoint, &service.command) {
+        (Some(entrypoint), command) => entrypoint
+            .iter()
+            .chain(command.iter().flatten())
+            .cloned()
+            .collect(),
+        (None, Some(command)) => image.entrypoint.iter().chain(command).cloned().collect(),
+        (None, None) => image.entrypoint.iter().chain(&image.cmd).cloned().collect(),
+    };
+    if arguments.first().is_none_or(String::is_empty) {
+        return Err(Refusal::NoCommand);
+    }
+    if arguments.iter().any(|argument| argument.contains('\0')) {
+        return Err(Refusal::Nul("an argument"));
+    }
+    Ok(arguments)
+}
+
+/// The working directory: the service's, else the image's, else `/`; always absolute.
+#[must_use]
+pub fn working_dir(service: &Service, image: &ImageConfig) -> PathBuf {
+    let wanted = service.working_dir.as_deref().unwrap_or(&image.working_dir);
+    Path::new("/").join(wanted)
+}
+
+/// Who the service runs as, as text to resolve.
+#[must_use]
+pub fn user_text<'a>(service: &'a Service, image: &'a ImageConfig) -> &'a str {
+    service.user.as_deref().unwrap_or(&image.user)
+}
+
+/// The environment: the image's, then the service's over it, and PATH, HOME and HOSTNAME where neither
+/// sets them.
+///
+/// # Errors
+///
+/// When a value holds a NUL byte.
+pub fn environment(input: &Input<'_>) -> Result<Vec<String>, Refusal> {
+    let Input {
+        service,
+        image,
+        user,
+        ..
+    } = input;
+    let key = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
+    let mut out: Vec<String> = Vec::new();
+    let mut set = |entry: String| {
+        let name = key(&entry);
+        out.retain(|earlier| key(earlier) != name);
+        out.push(entry);
+    };
+    set(format!("PATH={DEFAULT_PATH}"));
+    set(format!("HOME={}", user.home));
+    if let Some(hostname) = hostname(input) {
+        set(format!("HOSTNAME={hostname}"));
+    }
+    // An entry without "=" sets nothing.
+    for entry in image.env.iter().filter(|entry| entry.contains('=')) {
+        set(entry.clone());
+    }
+    for (name, value) in &service.environment {
+        set(format!("{name}={value}"));
+    }
+    if out.iter().any(|entry| entry.contains('\0')) {
+        return Err(Refusal::Nul("an environment variable"));
+    }
+    Ok(out)
+}
+
+/// The container's own host name: the service's name. With the device's network it has the device's.
+#[must_use]
+pub fn hostname<'a>(input: &Input<'a>) -> Option<&'a str> {
+    (input.service.network_mode == NetworkMode::None).then(|| input.id.service.as_str())
+}
+
+/// The directory of a named volume.
+#[must_use]
+pub fn volume_path(volumes: &Path, source: &VolumeSource) -> PathBuf {
+    match source {
+        VolumeSource::Named(name) => volumes.join(name.as_str()),
+        VolumeSource::Bind(path) => PathBuf::from(path),
+    }
+}
+
+/// The whole configuration (OCI runtime specification 1.0, `config.json`), with the root file system at
+/// `rootfs` beside it.
+///
+/// # Errors
+///
+/// See [`Refusal`].
+pub fn configuration(input: &Input<'_>) -> Result<Value, Refusal> {
+    let Input {
+        service,
+        image,
+        user,
+        ..
+    } = input;
+    let mut configuration = json!({
+        "ociVersion": "1.0.2",
+        "root": {"path": "rootfs", "readonly": service.read_only},
+        "process": {
+            "terminal": false,
+            "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups, "umask": 0o022},
+            "args": arguments(service, image)?,
+            "env": environment(input)?,
+            "cwd": working_dir(service, image),
+            "capabilities": {
+                "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES,
+                "inheritable": [], "ambient": [],
+            },
+            "rlimits": [
+                {"type": "RLIMIT_NOFILE", "soft": NOFILE.0.min(input.max_nofile),
+                 "hard": NOFILE.1.min(input.max_nofile)},
+                {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
+            ],
+            "noNewPrivileges": true,
+            "oomScoreAdj": OOM_SCORE_ADJ,
+        },
+        "mounts": mounts(input)?,
+        "linux": {
+            "cgroupsPath": input.cgroup,
+            "namespaces": namespaces(input),
+            "resources": resources(input),
+            "maskedPaths": MASKED,
+            "readonlyPaths": READ_ONLY,
+            "rootfsPropagation": "private",
+        },
+    });
+    if let Some(hostname) = hostname(input) {
+        configuration["hostname"] = json!(hostname);
+    }
+    Ok(configuration)
+}
+
+fn namespaces(input: &Input<'_>) -> Vec<Value> {
+    let mut types = vec!["pid", "ipc", "uts", "mount"];
+    if input.service.network_mode == NetworkMode::None {
+        types.push("network");
+    }
+    if input.cgroup_namespace {
+        types.push("cgroup");
+    }
+    types
+        .into_iter()
+        .map(|name| json!({"type": name}))
+        .collect()
+}
+
+fn resources(input: &Input<'_>) -> Value {
+    let service = input.service;
+    let memory = service.mem_limit.0;
+    let quota = (u64::from(service.cpus.0) * CPU_PERIOD_US / 1000).max(MIN_CPU_QUOTA_US);
+    let mut devices = vec![json!({"allow": false, "access": "rwm"})];
+    devices.extend(DEVICES.map(|(major, minor)| {
+        json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rw"})
+    }));
+    let mut resources = json!({
+        "memory": {"limit": memory},
+        "cpu": {"quota": quota, "period": CPU_PERIOD_US},
+        "pids": {"limit": service.pids_limit},
+        "devices": devices,
+    });
+    if input.swap_limit {
+        // Memory and swap together, as in cgroup v1: no swap.
+        resources["memory"]["swap"] = json!(memory);
+    }
+    resources
+}
+
+fn mounts(input: &Input<'_>) -> Result<Vec<Value>, Refusal> {
+    let shm = SHM_BYTES.min(input.service.mem_limit.0);
+    let mut mounts = vec![
+        json!({"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]}),
+        json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+               "options": ["nosuid", "noexec", "strictatime", "mode=755", "size=64k"]}),
+        json!({"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+               "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]}),
+        json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+               "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={shm}")]}),
+        json!({"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
+               "options": ["nosuid", "noexec", "nodev"]}),
+        json!({"destination": "/sys", "type": "sysfs", "source": "sysfs",
+               "options": ["nosuid", "noexec", "nodev", "ro"]}),
+    ];
+    if input.service.network_mode == NetworkMode::Host {
+        for path in input.host_files {
+            mounts.push(bind(Path::new(path), path, true));
+        }
+    }
+    let mut own = Vec::new();
+    for tmpfs in &input.service.tmpfs {
+        let target = mount_point(&tmpfs.target)?;
+        own.push((
+            target.clone(),
+            json!({"destination": target, "type": "tmpfs", "source": "tmpfs",
+                   "options": ["nosuid", "nodev", "mode=1777", format!("size={}", tmpfs.size.0)]}),
+        ));
+    }
+    for volume in &input.service.volumes {
+        let target = mount_point(&volume.target)?;
+        let source = volume_path(input.volumes, &volume.source);
+        let mount = match volume.source {
+            VolumeSource::Named(_) => bind(&source, &target, volume.read_only),
+            VolumeSource::Bind(_) => recursive_bind(&source, &target, volume.read_only),
+        };
+        own.push((target, mount));
+    }
+    // A mount inside another one must come after it.
+    own.sort_by(|a, b| a.0.cmp(&b.0));
+    mounts.extend(own.into_iter().map(|(_, mount)| mount));
+    Ok(mounts)
+}
+
+fn bind(source: &Path, target: &str, read_only: bool) -> Value {
+    let mut options = vec!["bind", "nosuid", "nodev"];
+    options.push(if read_only { "ro" } else { "rw" });
+    json!({"destination": target, "type": "bind", "source": source, "options": options})
+}
+
+/// With what is mounted below the source, and the same restrictions on all of it.
+fn recursive_bind(source: &Path, target: &str, read_only: bool) -> Value {
+    let mut options = vec!["rbind", "rnosuid", "rnodev"];
+    options.push(if read_only { "rro" } else { "rw" });
+    json!({"destination": target, "type": "bind", "source": source, "options": options})
+}
+
+/// Normalizes a mount point, refusing those that would undo the container's confinement.
+///
+/// # Errors
+///
+/// [`Refusal::MountPoint`].
+pub fn mount_point(text: &str) -> Result<String, Refusal> {
+    let refused = || Refusal::MountPoint(text.chars().take(200).collect());
+    let mut parts = Vec::new();
+    for component in Path::new(text).components() {
+        match component {
+            Component::RootDir | Component::CurDir => {}
+            Component::Normal(part) => parts.push(part.to_str().ok_or_else(refused)?),
+            Component::ParentDir | Component::Prefix(_) => return Err(refused()),
+        }
+    }
+    let confined = match parts.as_slice() {
+        [] | ["dev" | "proc" | "sys"] => true,
+        [first, ..] => matches!(*first, "proc" | "sys"),
+    };
+    if confined || !text.starts_with('/') || text.contains('\0') {
+        return Err(refused());
+    }
+    Ok(format!("/{}", parts.join("/")))
+}

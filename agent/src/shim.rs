@@ -1,0 +1,424 @@
+//! `foreshore-agent shim DIR`: builds and starts one container from `DIR/request.json`, then becomes its parent.
+//!
+//! ```text
+//! agent ── spawns ──> foreshore-agent shim DIR       (this file: one thread, never returns on success)
+//!                       ├─ own session, own mount namespace, overlay of the layers
+//!                       ├─ libcontainer: build ──> container's first process, waiting
+//!                       ├─ record.json names it; loopback up; swap off
+//!                       ├─ libcontainer: start
+//!                       └─ execve foreshore-shim      (same pid, the container's parent)
+//! ```
+//!
+//! It says how it went in one line of JSON on standard output; end of file there means that foreshore-shim runs.
+//! On failure nothing runs any more; the agent removes what is left on disk and of cgroups, because it must be
+//! able to do that anyway after this process was killed in the middle.
+//!
+//! libcontainer must not be called in a process with threads: it forks without the care that needs. Hence a fresh
+//! process for each container.
+
+use std::convert::Infallible;
+use std::ffi::{CString, OsString};
+use std::fs::{self, File};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use foreshore_protocol::manifest::{NetworkMode, VolumeSource};
+use libcontainer::container::Container;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sched::{CloneFlags, setns};
+use nix::unistd::Pid;
+
+use crate::runtime::process::{Identity, PidFd};
+use crate::runtime::request::{
+    CONFIG, LIBRARY, RECORD, REQUEST, ROOTFS, Record, Request, StartReport, read_json, write_json,
+};
+use crate::runtime::rootfs::{Root, Seclusion, Step as _, StepError, make_volume, mount_overlay};
+use crate::runtime::spec::{self, Refusal};
+use crate::runtime::user::{self, User};
+use crate::runtime::workload::{REFUSED, Workload};
+
+/// Runs the subcommand with the arguments after its name. Returns only on failure, having said why on standard
+/// output. Must be called before any thread exists.
+#[must_use]
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let mut arguments = arguments.into_iter();
+    let (Some(dir), None) = (arguments.next(), arguments.next()) else {
+        report(&StartReport::Failed(
+            "usage: foreshore-agent shim DIR".to_owned(),
+        ));
+        return ExitCode::from(2);
+    };
+    let failure = match start(&PathBuf::from(dir)) {
+        Ok(never) => match never {},
+        Err(Failure::Refused(refusal)) => StartReport::Refused(refusal),
+        Err(Failure::Failed(message)) => StartReport::Failed(message),
+    };
+    report(&failure);
+    ExitCode::FAILURE
+}
+
+/// Nobody may be listening any more; then the next agent finds out from disk.
+fn report(report: &StartReport) {
+    if let Ok(mut line) = serde_json::to_vec(report) {
+        line.push(b'\n');
+        let mut out = io::stdout().lock();
+        let _ = out.write_all(&line).and_then(|()| out.flush());
+    }
+}
+
+enum Failure {
+    Refused(String),
+    Failed(String),
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal.to_string())
+    }
+}
+
+impl From<StepError> for Failure {
+    fn from(error: StepError) -> Self {
+        Self::Failed(chain(&error))
+    }
+}
+
+/// An error and all its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+fn start(dir: &Path) -> Result<Infallible, Failure> {
+    detach();
+    let request: Request =
+        read_json(&dir.join(REQUEST)).step(|| format!("read {}", dir.join(REQUEST).display()))?;
+    let mut record: Record =
+        read_json(&dir.join(RECORD)).step(|| format!("read {}", dir.join(RECORD).display()))?;
+    let own_pid = Pid::this().as_raw();
+    record.shim = Some(Identity::of(own_pid).step(|| "read the own start time".to_owned())?);
+    let save = |record: &Record| {
+        write_json(dir, RECORD, record).step(|| format!("write {}", dir.join(RECORD).display()))
+    };
+    save(&record)?;
+    if let Some(leaf) = &request.shim_cgroup {
+        fs::write(leaf.join("cgroup.procs"), "0").step(|| format!("enter {}", leaf.display()))?;
+    }
+    let run_dir = File::open(dir).step(|| format!("open {}", dir.display()))?;
+    // A disk too full for logs is no reason not to run.
+    let log_dir = open_log_dir(&request.logs).ok();
+    let said = Said::listen().step(|| "make a file for messages".to_owned())?;
+
+    let seclusion = Seclusion::enter()?;
+    prepare(dir, &request)?;
+    let (stdout, stdout_end) = pipe()?;
+    let (stderr, stderr_end) = pipe()?;
+    let mut container = build(dir, &request.id.to_string(), stdout_end, stderr_end)
+        .map_err(|error| said.explain(&error))?;
+    let pid = container.pid().map_or(0, Pid::as_raw);
+
+    let rest = || -> Result<Infallible, Failure> {
+        seclusion.leave()?;
+        let pidfd = PidFd::open(pid).step(|| format!("open container process {pid}"))?;
+        fs::write("/proc/self/oom_score_adj", "0").step(|| "reset the own OOM score".to_owned())?;
+        record.container =
+            Some(Identity::of(pid).step(|| "read the container's start time".to_owned())?);
+        // From here on the container can be found; without this it must not run.
+        save(&record)?;
+        if let Some(file) = request.swap_file.as_ref().filter(|file| file.exists()) {
+            fs::write(file, "0").step(|| format!("write {}", file.display()))?;
+        }
+        if request.service.network_mode == NetworkMode::None {
+            open_network(&pidfd).step(|| "bring up the container's loopback".to_owned())?;
+        }
+        container.start().map_err(|error| said.explain(&error))?;
+        report(&StartReport::Started);
+        become_shim(&request, pid, [stdout, stderr], log_dir, run_dir, pidfd)
+    };
+    rest().inspect_err(|_| {
+        if pid > 0 {
+            let _ = nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            let _ = nix::sys::wait::waitpid(Pid::from_raw(pid), None);
+        }
+    })
+}
+
+/// Leaves the agent's session, so that signals to its group and its terminal do not reach this process, and
+/// makes sure that children can be waited for.
+fn detach() {
+    let _ = nix::unistd::setsid();
+    #[expect(unsafe_code, reason = "signal(2)")]
+    // SAFETY: the default action; an ignored SIGCHLD, inherited from whoever started the agent, would make the
+    // kernel throw exit statuses away.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+    }
+}
+
+fn open_log_dir(path: &Path) -> io::Result<File> {
+    fs::create_dir_all(path)?;
+    File::open(path)
+}
+
+/// Mounts the root file system and writes `config.json`.
+fn prepare(dir: &Path, request: &Request) -> Result<(), Failure> {
+    let Request { service, image, .. } = request;
+    let rootfs = dir.join(ROOTFS);
+    fs::create_dir_all(&rootfs).step(|| format!("create {}", rootfs.display()))?;
+    let writable = request
+        .writable
+        .clone()
+        .unwrap_or_else(|| dir.join("layer"));
+    mount_overlay(&request.layers, &writable, &rootfs)?;
+    let root = Root::open(&rootfs)?;
+    root.check_plain()?;
+    let user = user::resolve(
+        spec::user_text(service, image),
+        &root.database("etc/passwd")?,
+        &root.database("etc/group")?,
+    )?;
+    prepare_volumes(request, &root, &user)?;
+    root.make_working_dir(&spec::working_dir(service, image))?;
+    let present = ["/etc/hosts", "/etc/resolv.conf"]
+        .into_iter()
+        .filter(|path| Path::new(path).is_file());
+    let host_files: Vec<&str> = present.collect();
+    let input = spec::Input {
+        id: &request.id,
+        service,
+        image,
+        user: &user,
+        cgroup: &request.cgroup,
+        volumes: &request.volumes,
+        swap_limit: request.swap_limit,
+        cgroup_namespace: Path::new("/proc/self/ns/cgroup").exists(),
+        max_nofile: nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+            .map_or(u64::MAX, |(_, hard)| hard),
+        host_files: &host_files,
+    };
+    let configuration = spec::configuration(&input)?;
+    if let Some(hostname) = spec::hostname(&input) {
+        root.write_etc("hostname", &format!("{hostname}\n"))?;
+        root.write_etc(
+            "hosts",
+            &format!("127.0.0.1 localhost {hostname}\n::1 localhost ip6-localhost\n"),
+        )?;
+        root.write_etc("resolv.conf", "")?;
+    }
+    write_json(dir, CONFIG, &configuration)
+        .step(|| format!("write {}", dir.join(CONFIG).display()))?;
+    Ok(())
+}
+
+fn prepare_volumes(request: &Request, root: &Root, user: &User) -> Result<(), Failure> {
+    for volume in &request.service.volumes {
+        let path = spec::volume_path(&request.volumes, &volume.source);
+        match &volume.source {
+            VolumeSource::Named(_) => {
+                let target = spec::mount_point(&volume.target)?;
+                make_volume(&path, root.owner(&target), (user.uid, user.gid))?;
+            }
+            VolumeSource::Bind(source) => {
+                if !path.exists() {
+                    return Err(Refusal::MissingSource(source.chars().take(200).collect()).into());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn pipe() -> Result<(OwnedFd, OwnedFd), StepError> {
+    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).step(|| "make a pipe".to_owned())?;
+    // Only this end: the container's programs expect theirs to block.
+    fcntl(read.as_raw_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+        .step(|| "set up a pipe".to_owned())?;
+    Ok((read, write))
+}
+
+fn build(
+    dir: &Path,
+    id: &str,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+) -> Result<Container, libcontainer::error::LibcontainerError> {
+    let library = dir.join(LIBRARY);
+    let other = libcontainer::error::LibcontainerError::OtherIO;
+    fs::create_dir_all(&library).map_err(other)?;
+    ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_root_path(library)?
+        .validate_id()?
+        .with_executor(Workload::new())
+        .with_stdin(File::open("/dev/null").map_err(other)?)
+        .with_stdout(stdout)
+        .with_stderr(stderr)
+        .as_init(dir)
+        .with_systemd(false)
+        .with_detach(true)
+        .build()
+}
+
+/// What libcontainer logs as errors, in this process and the ones it forks. Its error values lose the causes on
+/// their way between processes; the log has them.
+struct Said(Arc<File>);
+
+impl Said {
+    fn listen() -> io::Result<Self> {
+        let fd = nix::sys::memfd::memfd_create(
+            c"errors",
+            nix::sys::memfd::MemFdCreateFlag::MFD_CLOEXEC,
+        )?;
+        let file = Arc::new(File::from(fd));
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::ERROR)
+            .with_ansi(false)
+            .without_time()
+            .with_target(false)
+            .with_level(false)
+            .with_writer(Arc::clone(&file))
+            .finish();
+        // Somebody else's subscriber would only mean less precise messages.
+        let _ = tracing::subscriber::set_global_default(subscriber);
+        Ok(Self(file))
+    }
+
+    /// A refusal if the workload's checks refused; otherwise the error with what was logged about it.
+    fn explain(&self, error: &dyn std::error::Error) -> Failure {
+        let text = chain(error);
+        if let Some((_, refusal)) = text.split_once(REFUSED) {
+            // Passed on once per process it went through.
+            let refusal = refusal
+                .split_once(": refused: ")
+                .map_or(refusal, |(first, _)| first);
+            return Failure::Refused(refusal.to_owned());
+        }
+        let mut logged = String::new();
+        let mut file: &File = &self.0;
+        let _ = file
+            .rewind()
+            .and_then(|()| file.take(4096).read_to_string(&mut logged));
+        match logged.lines().next().map(str::trim) {
+            Some(first) if !first.is_empty() => Failure::Failed(format!("{text} ({first})")),
+            _ => Failure::Failed(text),
+        }
+    }
+}
+
+/// In the container's network namespace: loopback up, and low ports for everyone, as Docker has it; nobody else
+/// shares them there.
+fn open_network(container: &PidFd) -> io::Result<()> {
+    let own = File::open("/proc/self/ns/net")?;
+    setns(container.fd(), CloneFlags::CLONE_NEWNET)?;
+    let raised = raise_loopback();
+    // An old kernel without it is fine.
+    let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    setns(&own, CloneFlags::CLONE_NEWNET)?;
+    raised
+}
+
+/// netdevice(7): SIOCSIFFLAGS on `lo`.
+#[expect(unsafe_code, reason = "ioctl(2) with a struct ifreq")]
+fn raise_loopback() -> io::Result<()> {
+    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    // SAFETY: all zeroes is a valid ifreq of plain integers.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes_with_nul()) {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    // SAFETY: both requests read and write this ifreq, which lives through the calls; the kernel fills the union
+    // with flags before they are read.
+    unsafe {
+        if libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCGIFFLAGS as _,
+            &raw mut request,
+        ) != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "IFF_UP and IFF_RUNNING are low bits"
+        )]
+        let up = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+        request.ifr_ifru.ifru_flags |= up;
+        if libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as _,
+            &raw mut request,
+        ) != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Where foreshore-shim expects what; see `agent/shim/src/main.rs`.
+const SHIM_STDOUT: RawFd = 3;
+const SHIM_STDERR: RawFd = 4;
+const SHIM_LOGS: RawFd = 5;
+const SHIM_RUN: RawFd = 6;
+const SHIM_PIDFD: RawFd = 7;
+/// Above all of these.
+const ASIDE: RawFd = 32;
+
+fn become_shim(
+    request: &Request,
+    pid: i32,
+    [stdout, stderr]: [OwnedFd; 2],
+    log_dir: Option<File>,
+    run_dir: File,
+    pidfd: PidFd,
+) -> Result<Infallible, Failure> {
+    let null: OwnedFd = File::open("/dev/null")
+        .step(|| "open /dev/null".to_owned())?
+        .into();
+    let act = || "arrange descriptors for foreshore-shim".to_owned();
+    let aside = |fd: &OwnedFd| fcntl(fd.as_raw_fd(), FcntlArg::F_DUPFD_CLOEXEC(ASIDE)).step(act);
+    let mut moves = vec![
+        (aside(&stdout)?, SHIM_STDOUT),
+        (aside(&stderr)?, SHIM_STDERR),
+        (aside(&run_dir.into())?, SHIM_RUN),
+        (aside(&pidfd.into_fd())?, SHIM_PIDFD),
+    ];
+    // The last word to the agent must be possible until execve has worked.
+    let report_end = fcntl(1, FcntlArg::F_DUPFD_CLOEXEC(ASIDE)).step(act)?;
+    let null = aside(&null)?;
+    match log_dir {
+        Some(dir) => moves.push((aside(&dir.into())?, SHIM_LOGS)),
+        None => drop(nix::unistd::close(SHIM_LOGS)),
+    }
+    moves.extend([(null, 0), (null, 1), (null, 2)]);
+    for (from, to) in moves {
+        nix::unistd::dup2(from, to).step(act)?;
+    }
+    let text = |text: String| CString::new(text).map_err(io::Error::other).step(act);
+    let arguments = [
+        text("foreshore-shim".to_owned())?,
+        text(request.id.to_string())?,
+        text(pid.to_string())?,
+        text(request.service.logging.max_size.0.to_string())?,
+        text(request.service.logging.max_file.to_string())?,
+        text(format!("{}.log", request.id.service))?,
+    ];
+    let program = CString::new(request.shim.as_os_str().as_encoded_bytes())
+        .map_err(io::Error::other)
+        .step(act)?;
+    let Err(error) = nix::unistd::execve::<_, CString>(&program, &arguments, &[]);
+    let _ = nix::unistd::dup2(report_end, 1);
+    Err(error)
+        .step(|| format!("execute {}", request.shim.display()))
+        .map_err(Failure::from)
+}
