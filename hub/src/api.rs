@@ -68,15 +68,20 @@ pub struct Api {
 }
 
 /// Every path of the hub's HTTP side.
-#[must_use]
 pub fn router(api: Api) -> Router {
     let v1 = Router::new()
         .route("/apps", get(apps::list))
-        .route("/apps/{app}", get(apps::get).put(apps::apply).delete(apps::delete))
+        .route(
+            "/apps/{app}",
+            get(apps::get).put(apps::apply).delete(apps::delete),
+        )
         .route("/apps/{app}/plan", post(apps::plan))
         .route("/apps/{app}/undo", post(apps::undo))
         .route("/devices", get(devices::list))
-        .route("/devices/{device}", get(devices::get).merge(delete(devices::forget)))
+        .route(
+            "/devices/{device}",
+            get(devices::get).merge(delete(devices::forget)),
+        )
         .route("/devices/{device}/labels", patch(devices::label))
         .route("/rollouts", get(rollouts::list))
         .route("/rollouts/{id}", get(rollouts::get))
@@ -88,16 +93,24 @@ pub fn router(api: Api) -> Router {
         .route("/images", get(images::list))
         .route("/info", get(health::info))
         .layer(middleware::from_fn(limit_time))
-        .merge(Router::new().route("/images", post(images::import).layer(DefaultBodyLimit::disable())))
+        .merge(Router::new().route(
+            "/images",
+            post(images::import).layer(DefaultBodyLimit::disable()),
+        ))
         .fallback(problem::no_such_path)
         .method_not_allowed_fallback(problem::method_not_allowed)
-        .layer(middleware::from_fn_with_state(api.clone(), authority::operators_only));
+        .layer(middleware::from_fn_with_state(
+            api.clone(),
+            authority::operators_only,
+        ));
     Router::new()
         .nest("/api/v1", v1)
         .route(
             "/metrics",
-            get(health::metrics)
-                .layer(middleware::from_fn_with_state(api.clone(), authority::operators_only)),
+            get(health::metrics).layer(middleware::from_fn_with_state(
+                api.clone(),
+                authority::operators_only,
+            )),
         )
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))

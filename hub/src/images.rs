@@ -50,7 +50,9 @@ pub enum ResolveError {
         source: ParseReferenceError,
     },
     /// Not among the imported images.
-    #[error("image {image} was not imported into the hub; import it with `foreshore image import`, or check its name")]
+    #[error(
+        "image {image} was not imported into the hub; import it with `foreshore image import`, or check its name"
+    )]
     NotImported {
         /// Which image.
         image: String,
@@ -73,7 +75,9 @@ pub enum ResolveError {
         host: String,
     },
     /// The release is larger than what travels to devices.
-    #[error("the release has {size} bytes as JSON; at most {MAX_RELEASE_BYTES} travel to devices: use fewer services or shorter environments")]
+    #[error(
+        "the release has {size} bytes as JSON; at most {MAX_RELEASE_BYTES} travel to devices: use fewer services or shorter environments"
+    )]
     TooLarge {
         /// Its size.
         size: usize,
@@ -146,7 +150,9 @@ struct Inner {
 
 impl std::fmt::Debug for Images {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Images").field("blobs", &self.inner.blobs).finish_non_exhaustive()
+        f.debug_struct("Images")
+            .field("blobs", &self.inner.blobs)
+            .finish_non_exhaustive()
     }
 }
 
@@ -173,7 +179,11 @@ impl Images {
     /// # Errors
     ///
     /// See [`OpenError`].
-    pub fn open(directory: &Path, registries: ClientConfig, store: Store) -> Result<Self, OpenError> {
+    pub fn open(
+        directory: &Path,
+        registries: ClientConfig,
+        store: Store,
+    ) -> Result<Self, OpenError> {
         let uploads = directory.join("uploads");
         let prepare = || {
             let blobs = BlobDir::open(directory)?;
@@ -184,7 +194,10 @@ impl Images {
             std::fs::create_dir_all(&uploads)?;
             Ok(blobs)
         };
-        let blobs = prepare().map_err(|source| OpenError::Directory { path: directory.to_owned(), source })?;
+        let blobs = prepare().map_err(|source| OpenError::Directory {
+            path: directory.to_owned(),
+            source,
+        })?;
         Ok(Self {
             inner: Arc::new(Inner {
                 client: Arc::new(Client::new(registries)?),
@@ -221,18 +234,22 @@ impl Images {
             if pinned.contains_key(&service.image) {
                 continue;
             }
-            let reference = Reference::parse(&service.image).map_err(|source| ResolveError::Reference {
-                service: name.to_string(),
-                image: service.image.clone(),
-                source,
-            })?;
+            let reference =
+                Reference::parse(&service.image).map_err(|source| ResolveError::Reference {
+                    service: name.to_string(),
+                    image: service.image.clone(),
+                    source,
+                })?;
             let digest = tokio::time::timeout_at(deadline, self.digest(&reference))
                 .await
                 .map_err(|_| ResolveError::Timeout {
                     image: service.image.clone(),
                     host: reference.host().to_owned(),
                 })??;
-            pinned.insert(service.image.clone(), reference.with_digest(digest).to_string());
+            pinned.insert(
+                service.image.clone(),
+                reference.with_digest(digest).to_string(),
+            );
         }
         let mut services = app.spec.services.clone();
         for service in services.values_mut() {
@@ -240,42 +257,69 @@ impl Images {
                 service.image.clone_from(image);
             }
         }
-        let release = Release { schema: 1, app: app.metadata.name.clone(), services };
+        let release = Release {
+            schema: 1,
+            app: app.metadata.name.clone(),
+            services,
+        };
         let bytes = release.to_canonical_json();
         if bytes.len() > MAX_RELEASE_BYTES {
             return Err(ResolveError::TooLarge { size: bytes.len() });
         }
-        Ok(Resolved { digest: Digest::of(&bytes), app, bytes, release })
+        Ok(Resolved {
+            digest: Digest::of(&bytes),
+            app,
+            bytes,
+            release,
+        })
     }
 
     async fn digest(&self, reference: &Reference) -> Result<Digest, ResolveError> {
         if reference.host() == HUB_HOST {
             return self.imported(reference).await;
         }
-        let _permit = self.inner.asks.acquire().await.map_err(|_| StoreError::Stopped)?;
+        let _permit = self
+            .inner
+            .asks
+            .acquire()
+            .await
+            .map_err(|_| StoreError::Stopped)?;
         let (client, asked) = (Arc::clone(&self.inner.client), reference.clone());
         tokio::task::spawn_blocking(move || client.resolve(&asked))
             .await
             .map_err(|_| StoreError::Stopped)?
-            .map_err(|source| ResolveError::Fetch { image: reference.to_string(), source: Box::new(source) })
+            .map_err(|source| ResolveError::Fetch {
+                image: reference.to_string(),
+                source: Box::new(source),
+            })
     }
 
     async fn imported(&self, reference: &Reference) -> Result<Digest, ResolveError> {
-        let not_imported = || ResolveError::NotImported { image: reference.to_string() };
+        let not_imported = || ResolveError::NotImported {
+            image: reference.to_string(),
+        };
         if let Some(digest) = reference.digest() {
             let blobs = self.inner.blobs.clone();
             let there = tokio::task::spawn_blocking(move || blobs.size(&digest).is_some())
                 .await
                 .map_err(|_| StoreError::Stopped)?;
-            return if there { Ok(digest) } else { Err(not_imported()) };
+            return if there {
+                Ok(digest)
+            } else {
+                Err(not_imported())
+            };
         }
         let name = reference.to_string();
         let image = self
             .inner
             .store
-            .read(move |connection| Ok::<_, StoreError>(store::image::by_reference(connection, &name)?))
+            .read(move |connection| {
+                Ok::<_, StoreError>(store::image::by_reference(connection, &name)?)
+            })
             .await?;
-        image.map(|image| image.view.digest).ok_or_else(not_imported)
+        image
+            .map(|image| image.view.digest)
+            .ok_or_else(not_imported)
     }
 
     /// Imports the image in an archive file under `name`, or under the name that the archive gives it.
@@ -283,9 +327,19 @@ impl Images {
     /// # Errors
     ///
     /// See [`TakeError`]; then nothing was imported.
-    pub async fn import(&self, archive: PathBuf, name: Option<String>, now: UnixMs) -> Result<ImageView, TakeError> {
+    pub async fn import(
+        &self,
+        archive: PathBuf,
+        name: Option<String>,
+        now: UnixMs,
+    ) -> Result<ImageView, TakeError> {
         let wanted = name.as_deref().map(hub_reference).transpose()?;
-        let _permit = self.inner.imports.acquire().await.map_err(|_| TakeError::GaveUp)?;
+        let _permit = self
+            .inner
+            .imports
+            .acquire()
+            .await
+            .map_err(|_| TakeError::GaveUp)?;
         let blobs = self.inner.blobs.clone();
         let found = tokio::task::spawn_blocking(move || {
             layout::import_path(&archive, &blobs, &ImportLimits::default())
@@ -300,7 +354,10 @@ impl Images {
             platforms: image.platforms.iter().map(ToString::to_string).collect(),
             imported_ms: now.0,
         };
-        let row = Image { view: view.clone(), media_type: image.media_type };
+        let row = Image {
+            view: view.clone(),
+            media_type: image.media_type,
+        };
         self.inner
             .store
             .write(move |connection| Ok::<_, StoreError>(store::image::put(connection, &row)?))
@@ -311,9 +368,15 @@ impl Images {
 
 /// `hub.internal/NAME:TAG` of a name as users write it.
 fn hub_reference(name: &str) -> Result<Reference, TakeError> {
-    let plain = name.strip_prefix(HUB_HOST).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name);
-    let reference = Reference::parse(&format!("{HUB_HOST}/{plain}"))
-        .map_err(|source| TakeError::Name { name: name.to_owned(), source })?;
+    let plain = name
+        .strip_prefix(HUB_HOST)
+        .and_then(|rest| rest.strip_prefix('/'))
+        .unwrap_or(name);
+    let reference =
+        Reference::parse(&format!("{HUB_HOST}/{plain}")).map_err(|source| TakeError::Name {
+            name: name.to_owned(),
+            source,
+        })?;
     if reference.digest().is_some() {
         return Err(TakeError::NotPlain(name.to_owned()));
     }
@@ -327,7 +390,8 @@ fn archive_reference(name: &str) -> Option<Reference> {
         return None;
     }
     let parsed = Reference::parse(name).ok()?;
-    let repository = parsed.repository().strip_prefix("library/").unwrap_or(parsed.repository());
+    let path = parsed.repository();
+    let repository = path.strip_prefix("library/").unwrap_or(path);
     hub_reference(&format!("{repository}:{}", parsed.tag()?)).ok()
 }
 
@@ -335,21 +399,29 @@ fn choose(
     wanted: Option<Reference>,
     found: Vec<ImportedImage>,
 ) -> Result<(Reference, ImportedImage), TakeError> {
-    let digests: std::collections::BTreeSet<Digest> = found.iter().map(|image| image.digest).collect();
+    let digests: std::collections::BTreeSet<Digest> =
+        found.iter().map(|image| image.digest).collect();
     let several = TakeError::Several(digests.len());
     let named = |image: &ImportedImage| image.name.as_deref().and_then(archive_reference);
     match wanted {
         Some(reference) => {
-            let same_name = found.iter().position(|image| named(image).as_ref() == Some(&reference));
+            let same_name = found
+                .iter()
+                .position(|image| named(image).as_ref() == Some(&reference));
             let index = match same_name {
                 Some(index) => index,
                 None if digests.len() == 1 => 0,
                 None => return Err(several),
             };
-            Ok((reference, found.into_iter().nth(index).ok_or(TakeError::Unnamed)?))
+            Ok((
+                reference,
+                found.into_iter().nth(index).ok_or(TakeError::Unnamed)?,
+            ))
         }
         None if digests.len() == 1 => {
-            let image = found.into_iter().find_map(|image| named(&image).map(|name| (name, image)));
+            let image = found
+                .into_iter()
+                .find_map(|image| named(&image).map(|name| (name, image)));
             image.ok_or(TakeError::Unnamed)
         }
         None => Err(several),
@@ -382,24 +454,41 @@ mod tests {
             ("", None),
             ("../x:v1", None),
         ] {
-            let made = hub_reference(name).ok().map(|reference| reference.to_string());
+            let made = hub_reference(name)
+                .ok()
+                .map(|reference| reference.to_string());
             assert_eq!(made.as_deref(), expected, "{name}");
         }
         assert!(hub_reference(&format!("demo@{}", Digest::of(b""))).is_err());
         let archived = |name| archive_reference(name).map(|reference| reference.to_string());
         assert_eq!(archived("v1"), None, "only a tag");
-        assert_eq!(archived("docker.io/library/demo:v1").as_deref(), Some("hub.internal/demo:v1"));
-        assert_eq!(archived("ghcr.io/acme/demo:v1").as_deref(), Some("hub.internal/acme/demo:v1"));
+        assert_eq!(
+            archived("docker.io/library/demo:v1").as_deref(),
+            Some("hub.internal/demo:v1")
+        );
+        assert_eq!(
+            archived("ghcr.io/acme/demo:v1").as_deref(),
+            Some("hub.internal/acme/demo:v1")
+        );
     }
 
     #[test]
     fn an_archive_of_several_images_needs_one_that_it_names() {
         let both = || vec![image(Some("a:1"), b"a"), image(Some("b:1"), b"b")];
         assert!(matches!(choose(None, both()), Err(TakeError::Several(2))));
-        assert!(matches!(choose(hub_reference("c:1").ok(), both()), Err(TakeError::Several(2))));
+        assert!(matches!(
+            choose(hub_reference("c:1").ok(), both()),
+            Err(TakeError::Several(2))
+        ));
         let (reference, chosen) = choose(hub_reference("b:1").ok(), both()).unwrap();
-        assert_eq!((reference.tag(), chosen.digest), (Some("1"), Digest::of(b"b")));
-        assert!(matches!(choose(None, vec![image(Some("v1"), b"a")]), Err(TakeError::Unnamed)));
+        assert_eq!(
+            (reference.tag(), chosen.digest),
+            (Some("1"), Digest::of(b"b"))
+        );
+        assert!(matches!(
+            choose(None, vec![image(Some("v1"), b"a")]),
+            Err(TakeError::Unnamed)
+        ));
         assert!(choose(hub_reference("x:1").ok(), vec![image(None, b"a")]).is_ok());
     }
 }

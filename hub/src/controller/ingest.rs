@@ -186,6 +186,8 @@ impl Device<'_> {
         if presence.boot < self.link.boot {
             self.reset(change, presence)?;
         }
+        // The hub was not there when this connection began, and may have missed what came first.
+        self.receipt.resync |= retained && presence.session != self.link.session;
         self.link.session = presence.session;
         self.link.online = true;
         if presence.boot > self.link.boot {
@@ -193,9 +195,6 @@ impl Device<'_> {
             self.link.reported_seq = 0;
         }
         self.link.accepted = presence.version;
-        if presence.reported_seq > self.link.reported_seq && retained {
-            self.receipt.resync = true;
-        }
         self.link.repair_at = UnixMs(0);
         self.repair(change, presence.version)
     }
@@ -241,7 +240,9 @@ impl Device<'_> {
         if !retained {
             self.link.online = true;
         }
-        self.acknowledge();
+        if newer || !retained {
+            self.acknowledge();
+        }
         Ok(())
     }
 

@@ -170,7 +170,11 @@ fn write_desired(
     };
     change.effects.publish = true;
     let version = match placement {
-        Some(placement) => store::desired::place(change.connection, device, app, placement)?,
+        Some(placement) => {
+            // A broker that was emptied meanwhile was given only what was placed then.
+            store::desired::enqueue_release(change.connection, &placement.release)?;
+            store::desired::place(change.connection, device, app, placement)?
+        }
         None => match store::desired::remove(change.connection, device, app)? {
             Some(version) => version,
             // Nothing was placed; the device must still answer to a version of its own.

@@ -11,17 +11,36 @@ use crate::bed::{Bed, Kind, manifest};
 #[test]
 fn calls_without_the_token_are_refused_and_health_is_open() {
     let bed = Bed::start(Kind::Embedded);
-    for path in ["/api/v1/apps", "/api/v1/info", "/api/v1/events/stream", "/metrics", "/api/v1/nothing"] {
-        for authorization in [None, Some("Bearer wrong"), Some("Basic eDp5"), Some("nonsense")] {
+    for path in [
+        "/api/v1/apps",
+        "/api/v1/info",
+        "/api/v1/events/stream",
+        "/metrics",
+        "/api/v1/nothing",
+    ] {
+        for authorization in [
+            None,
+            Some("Bearer wrong"),
+            Some("Basic eDp5"),
+            Some("nonsense"),
+        ] {
             let (status, body) = bed.request("GET", path, authorization, b"");
-            assert_eq!((status, &body["code"]), (401, &json!("unauthorized")), "{path} {authorization:?}");
+            assert_eq!(
+                (status, &body["code"]),
+                (401, &json!("unauthorized")),
+                "{path} {authorization:?}"
+            );
         }
     }
     for path in ["/healthz", "/readyz"] {
         assert_eq!(bed.request("GET", path, None, b"").0, 200);
     }
     let join = format!("Bearer {}", bed.join_token());
-    assert_eq!(bed.request("GET", "/api/v1/apps", Some(&join), b"").0, 401, "a device is no operator");
+    assert_eq!(
+        bed.request("GET", "/api/v1/apps", Some(&join), b"").0,
+        401,
+        "a device is no operator"
+    );
 }
 
 #[test]
@@ -44,29 +63,107 @@ fn every_wrong_call_has_its_own_code() {
     for (method, path, body, status, code) in [
         ("PUT", "/apps/shop", "", 400, "bad-manifest"),
         ("PUT", "/apps/shop", "\u{0}", 400, "bad-manifest"),
-        ("PUT", "/apps/shop", unknown_key.as_str(), 400, "bad-manifest"),
+        (
+            "PUT",
+            "/apps/shop",
+            unknown_key.as_str(),
+            400,
+            "bad-manifest",
+        ),
         ("PUT", "/apps/shop", &deep, 400, "bad-manifest"),
         ("PUT", "/apps/shop", &large, 413, "manifest-too-large"),
         ("PUT", "/apps/shop", &huge, 413, "manifest-too-large"),
-        ("PUT", "/apps/other", &app("hub.internal/demo:1"), 400, "other-app"),
-        ("PUT", "/apps/Shop", &app("hub.internal/demo:1"), 400, "bad-request"),
-        ("PUT", "/apps/shop", &app("ghcr.io/Acme/web:1"), 400, "bad-image-reference"),
-        ("PUT", "/apps/shop", &app("hub.internal/demo:1"), 422, "unknown-image"),
-        ("PUT", "/apps/shop", &app(&format!("{closed_host}/a/b:1")), 502, "registry-unreachable"),
-        ("PUT", "/apps/shop", &app(&format!("{silent_host}/a/b:1")), 502, "registry-unreachable"),
-        ("POST", "/apps/shop/plan", &app("hub.internal/demo:1"), 422, "unknown-image"),
+        (
+            "PUT",
+            "/apps/other",
+            &app("hub.internal/demo:1"),
+            400,
+            "other-app",
+        ),
+        (
+            "PUT",
+            "/apps/Shop",
+            &app("hub.internal/demo:1"),
+            400,
+            "bad-request",
+        ),
+        (
+            "PUT",
+            "/apps/shop",
+            &app("ghcr.io/Acme/web:1"),
+            400,
+            "bad-image-reference",
+        ),
+        (
+            "PUT",
+            "/apps/shop",
+            &app("hub.internal/demo:1"),
+            422,
+            "unknown-image",
+        ),
+        (
+            "PUT",
+            "/apps/shop",
+            &app(&format!("{closed_host}/a/b:1")),
+            502,
+            "registry-unreachable",
+        ),
+        (
+            "PUT",
+            "/apps/shop",
+            &app(&format!("{silent_host}/a/b:1")),
+            502,
+            "registry-unreachable",
+        ),
+        (
+            "POST",
+            "/apps/shop/plan",
+            &app("hub.internal/demo:1"),
+            422,
+            "unknown-image",
+        ),
         ("GET", "/apps/shop", "", 404, "unknown-app"),
         ("DELETE", "/apps/shop", "", 404, "unknown-app"),
         ("POST", "/apps/shop/undo", "", 404, "unknown-app"),
         ("GET", "/devices/none", "", 404, "unknown-device"),
         ("DELETE", "/devices/none", "", 404, "unknown-device"),
-        ("PATCH", "/devices/none/labels", r#"{"labels": {}}"#, 404, "unknown-device"),
-        ("PATCH", "/devices/none/labels", "{}", 400, "bad-label-patch"),
-        ("PATCH", "/devices/none/labels", r#"{"labels": {"a b": "c"}}"#, 400, "bad-label-patch"),
+        (
+            "PATCH",
+            "/devices/none/labels",
+            r#"{"labels": {}}"#,
+            404,
+            "unknown-device",
+        ),
+        (
+            "PATCH",
+            "/devices/none/labels",
+            "{}",
+            400,
+            "bad-label-patch",
+        ),
+        (
+            "PATCH",
+            "/devices/none/labels",
+            r#"{"labels": {"a b": "c"}}"#,
+            400,
+            "bad-label-patch",
+        ),
         ("GET", "/rollouts/1", "", 404, "unknown-rollout"),
         ("GET", "/rollouts/x", "", 400, "bad-request"),
-        ("GET", "/rollouts/99999999999999999999", "", 400, "bad-request"),
-        ("POST", "/rollouts/18446744073709551615/pause", "", 400, "bad-request"),
+        (
+            "GET",
+            "/rollouts/99999999999999999999",
+            "",
+            400,
+            "bad-request",
+        ),
+        (
+            "POST",
+            "/rollouts/18446744073709551615/pause",
+            "",
+            400,
+            "bad-request",
+        ),
         ("GET", "/rollouts?app=Shop", "", 400, "bad-request"),
         ("GET", "/rollouts?apps=shop", "", 400, "bad-request"),
         ("GET", "/events?after=-1", "", 400, "bad-request"),
@@ -77,33 +174,65 @@ fn every_wrong_call_has_its_own_code() {
     ] {
         let begun = Instant::now();
         let (found, answer) = bed.call(method, path, body.as_bytes());
-        let what = format!("{method} {path} {}: {answer}", body.chars().take(60).collect::<String>());
+        let what = format!(
+            "{method} {path} {}: {answer}",
+            body.chars().take(60).collect::<String>()
+        );
         assert_eq!((found, &answer["code"]), (status, &json!(code)), "{what}");
-        assert!(answer["detail"].as_str().is_some_and(|detail| !detail.is_empty()), "{what}");
-        assert!(begun.elapsed() < Duration::from_secs(45), "{what} took {:?}", begun.elapsed());
+        assert!(
+            answer["detail"]
+                .as_str()
+                .is_some_and(|detail| !detail.is_empty()),
+            "{what}"
+        );
+        assert!(
+            begun.elapsed() < Duration::from_secs(45),
+            "{what} took {:?}",
+            begun.elapsed()
+        );
     }
     let (_, answer) = bed.call("PUT", "/apps/shop", unknown_key.as_bytes());
-    assert_eq!((&answer["line"], answer["column"].as_u64().is_some()), (&json!(5), true), "{answer}");
-    let (_, answer) = bed.call("PUT", "/apps/shop", app(&format!("{silent_host}/a/b:1")).as_bytes());
-    assert!(answer["detail"].as_str().unwrap().contains(&silent_host), "{answer}");
+    assert_eq!(
+        (&answer["line"], answer["column"].as_u64().is_some()),
+        (&json!(5), true),
+        "{answer}"
+    );
+    let (_, answer) = bed.call(
+        "PUT",
+        "/apps/shop",
+        app(&format!("{silent_host}/a/b:1")).as_bytes(),
+    );
+    assert!(
+        answer["detail"].as_str().unwrap().contains(&silent_host),
+        "{answer}"
+    );
     assert_eq!(bed.get("/apps")["items"], json!([]));
     // Large numbers are only far away.
-    assert_eq!(bed.get("/events?after=18446744073709551615")["items"], json!([]));
+    assert_eq!(
+        bed.get("/events?after=18446744073709551615")["items"],
+        json!([])
+    );
 }
 
 #[test]
 fn heads_that_are_too_long_or_never_end_do_not_hold_the_hub_up() {
     let bed = Bed::start(Kind::Embedded);
     let mut endless = TcpStream::connect(&bed.api).unwrap();
-    endless.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: ").unwrap();
+    endless
+        .write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        .unwrap();
     let mut long = TcpStream::connect(&bed.api).unwrap();
-    long.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: ").unwrap();
+    long.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        .unwrap();
     // The hub may stop reading in the middle.
     let _refused = long.write_all(&vec![b'a'; 200_000]);
     let _refused = long.write_all(b"\r\n\r\n");
     let mut answer = String::new();
     _ = long.take(100).read_to_string(&mut answer);
-    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+    assert!(
+        answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
+        "{answer}"
+    );
     assert_eq!(bed.request("GET", "/healthz", None, b"").0, 200);
 }
 
@@ -112,7 +241,9 @@ fn events_are_streamed_from_where_a_reader_left_off() {
     let mut bed = Bed::start(Kind::Embedded);
     let open = |bed: &Bed, header: &str| {
         let mut stream = TcpStream::connect(&bed.api).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
         write!(stream, "GET /api/v1/events/stream?after=0 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\n{header}\r\n", bed.token()).unwrap();
         BufReader::new(stream)
     };
@@ -135,11 +266,17 @@ fn events_are_streamed_from_where_a_reader_left_off() {
     bed.import("v1");
     bed.import("v2");
     let (first, event) = next(&mut reader).unwrap();
-    assert_eq!((event["kind"].as_str(), event["message"].as_str()), (Some("image-imported"), Some("hub.internal/demo:v1")));
+    assert_eq!(
+        (event["kind"].as_str(), event["message"].as_str()),
+        (Some("image-imported"), Some("hub.internal/demo:v1"))
+    );
     assert_eq!(event["id"], first);
     let mut again = open(&bed, &format!("Last-Event-ID: {first}\r\n"));
     let (second, event) = next(&mut again).unwrap();
-    assert_eq!((second, event["message"].as_str()), (first + 1, Some("hub.internal/demo:v2")));
+    assert_eq!(
+        (second, event["message"].as_str()),
+        (first + 1, Some("hub.internal/demo:v2"))
+    );
     // An open stream does not keep the hub from stopping.
     assert!(bed.stop_hub() < Duration::from_secs(5));
     assert_eq!(next(&mut again), None);

@@ -13,12 +13,18 @@ use tempfile::TempDir;
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 /// Waits for `condition` to give a value; says what it last saw when it does not.
-pub(crate) fn wait_for<T, E: std::fmt::Debug>(what: &str, mut condition: impl FnMut() -> Result<T, E>) -> T {
+pub(crate) fn wait_for<T, E: std::fmt::Debug>(
+    what: &str,
+    mut condition: impl FnMut() -> Result<T, E>,
+) -> T {
     let end = Instant::now() + LONG;
     loop {
         match condition() {
             Ok(value) => return value,
-            Err(seen) => assert!(Instant::now() < end, "waited in vain for {what}; last seen: {seen:?}"),
+            Err(seen) => assert!(
+                Instant::now() < end,
+                "waited in vain for {what}; last seen: {seen:?}"
+            ),
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -37,13 +43,27 @@ struct Process {
 
 impl Process {
     fn start(command: &mut Command, log: &Path, hint: &str) -> Self {
-        let output = std::fs::File::options().create(true).append(true).open(log).unwrap();
+        let output = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .unwrap();
         let error = output.try_clone().unwrap();
-        let spawned = command.stdin(Stdio::null()).stdout(output).stderr(error).spawn();
+        let spawned = command
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(error)
+            .spawn();
         let child = spawned.unwrap_or_else(|error| {
-            panic!("{:?} does not start: {error}; {hint}", command.get_program())
+            panic!(
+                "{:?} does not start: {error}; {hint}",
+                command.get_program()
+            )
         });
-        Self { child, log: log.to_owned() }
+        Self {
+            child,
+            log: log.to_owned(),
+        }
     }
 
     fn runs(&mut self) -> bool {
@@ -93,7 +113,11 @@ pub(crate) struct Bed {
 }
 
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
 }
 
 impl Bed {
@@ -135,7 +159,8 @@ impl Bed {
     }
 
     fn configure_mosquitto(&self) {
-        let devices = (0..20).flat_map(|number| ["--device".to_owned(), format!("device-{number}")]);
+        let devices =
+            (0..20).flat_map(|number| ["--device".to_owned(), format!("device-{number}")]);
         let output = Self::program()
             .arg("mosquitto-config")
             .arg("--out")
@@ -146,7 +171,11 @@ impl Bed {
             .args(devices)
             .output()
             .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         // Started by root, mosquitto becomes another user, who may not enter a test's private directory.
         let path = self.path("mosquitto/mosquitto.conf");
         let conf = std::fs::read_to_string(&path).unwrap();
@@ -157,8 +186,14 @@ impl Bed {
         let mut command = Command::new("mosquitto");
         command.arg("-c").arg(self.path("mosquitto/mosquitto.conf"));
         let hint = "install mosquitto, or run cargo xtask test";
-        self.mosquitto = Some(Process::start(&mut command, &self.path("mosquitto.log"), hint));
-        wait_until("mosquitto to listen", || std::net::TcpStream::connect(&self.broker).is_ok());
+        self.mosquitto = Some(Process::start(
+            &mut command,
+            &self.path("mosquitto.log"),
+            hint,
+        ));
+        wait_until("mosquitto to listen", || {
+            std::net::TcpStream::connect(&self.broker).is_ok()
+        });
     }
 
     /// SIGKILL; with it goes everything that was retained.
@@ -181,15 +216,31 @@ impl Bed {
         let endpoints = self.data().join("endpoints.json");
         _ = std::fs::remove_file(&endpoints);
         let mut command = Self::program();
-        command.arg("run").arg("--config").arg(self.path("hub.toml")).env("RUST_LOG", "foreshore_hub=debug,info");
-        let mut hub = Process::start(&mut command, &self.path("hub.log"), "it is built with the tests");
+        command
+            .arg("run")
+            .arg("--config")
+            .arg(self.path("hub.toml"))
+            .env("RUST_LOG", "foreshore_hub=debug,info");
+        let mut hub = Process::start(
+            &mut command,
+            &self.path("hub.log"),
+            "it is built with the tests",
+        );
         let found: Value = wait_for("the hub to serve", || {
             assert!(hub.runs(), "the hub ended");
             let text = std::fs::read_to_string(&endpoints).map_err(|error| error.to_string())?;
             serde_json::from_str(&text).map_err(|error| error.to_string())
         });
         self.hub = Some(hub);
-        let authority = |key: &str| found[key].as_str().unwrap().split_once("://").unwrap().1.to_owned();
+        let authority = |key: &str| {
+            found[key]
+                .as_str()
+                .unwrap()
+                .split_once("://")
+                .unwrap()
+                .1
+                .to_owned()
+        };
         self.api = authority("api");
         self.broker = authority("broker");
     }
@@ -203,37 +254,67 @@ impl Bed {
     pub(crate) fn stop_hub(&mut self) -> Duration {
         let mut hub = self.hub.take().expect("the hub runs");
         let begun = Instant::now();
-        let killed = Command::new("kill").arg(hub.child.id().to_string()).status().unwrap();
+        let killed = Command::new("kill")
+            .arg(hub.child.id().to_string())
+            .status()
+            .unwrap();
         assert!(killed.success());
-        let status = wait_for("the hub to end", || hub.child.try_wait().unwrap().ok_or("runs"));
+        let status = wait_for("the hub to end", || {
+            hub.child.try_wait().unwrap().ok_or("runs")
+        });
         assert!(status.success(), "{status}");
         begun.elapsed()
     }
 
     pub(crate) fn token(&self) -> String {
-        std::fs::read_to_string(self.data().join("api-token")).unwrap().trim().to_owned()
+        std::fs::read_to_string(self.data().join("api-token"))
+            .unwrap()
+            .trim()
+            .to_owned()
     }
 
     pub(crate) fn join_token(&self) -> String {
-        std::fs::read_to_string(self.data().join("join-token")).unwrap().trim().to_owned()
+        std::fs::read_to_string(self.data().join("join-token"))
+            .unwrap()
+            .trim()
+            .to_owned()
     }
 
     /// A call below `/api/v1`: status and body.
     pub(crate) fn call(&self, method: &str, path: &str, body: &[u8]) -> (u16, Value) {
-        self.request(method, &format!("/api/v1{path}"), Some(&format!("Bearer {}", self.token())), body)
+        self.request(
+            method,
+            &format!("/api/v1{path}"),
+            Some(&format!("Bearer {}", self.token())),
+            body,
+        )
     }
 
     /// A call of any path.
-    pub(crate) fn request(&self, method: &str, path: &str, authorization: Option<&str>, body: &[u8]) -> (u16, Value) {
-        let agent: ureq::Agent =
-            ureq::Agent::config_builder().http_status_as_error(false).timeout_global(Some(LONG)).build().into();
-        let mut request = ureq::http::Request::builder().method(method).uri(format!("http://{}{path}", self.api));
+    pub(crate) fn request(
+        &self,
+        method: &str,
+        path: &str,
+        authorization: Option<&str>,
+        body: &[u8],
+    ) -> (u16, Value) {
+        let agent: ureq::Agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(LONG))
+            .build()
+            .into();
+        let mut request = ureq::http::Request::builder()
+            .method(method)
+            .uri(format!("http://{}{path}", self.api));
         if let Some(authorization) = authorization {
             request = request.header("authorization", authorization);
         }
         let mut response = agent.run(request.body(body).unwrap()).unwrap();
         let text = response.body_mut().read_to_string().unwrap();
-        (response.status().as_u16(), serde_json::from_str(&text).unwrap_or(Value::String(text)))
+        (
+            response.status().as_u16(),
+            serde_json::from_str(&text).unwrap_or(Value::String(text)),
+        )
     }
 
     pub(crate) fn get(&self, path: &str) -> Value {
@@ -257,15 +338,27 @@ impl Bed {
     pub(crate) fn await_rollout(&self, app: &str, state: &str) -> Value {
         wait_for(&format!("the rollout of {app} to be {state}"), || {
             let rollout = self.rollout(app);
-            if rollout["state"] == state { Ok(rollout) } else { Err(rollout.to_string()) }
+            if rollout["state"] == state {
+                Ok(rollout)
+            } else {
+                Err(rollout.to_string())
+            }
         })
     }
 
     pub(crate) fn await_online(&self, count: usize) {
         wait_for(&format!("{count} devices online"), || {
             let devices = self.get("/devices");
-            let online = devices["items"].as_array().unwrap().iter().filter(|device| device["online"] == true);
-            if online.count() == count { Ok(()) } else { Err(devices.to_string()) }
+            let online = devices["items"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(|device| device["online"] == true);
+            if online.count() == count {
+                Ok(())
+            } else {
+                Err(devices.to_string())
+            }
         });
     }
 
@@ -273,7 +366,9 @@ impl Bed {
     pub(crate) fn event_kinds(&self) -> Vec<String> {
         let events = self.get("/events?after=0&limit=1000");
         let kinds = events["items"].as_array().unwrap().iter();
-        kinds.map(|event| event["kind"].as_str().unwrap().to_owned()).collect()
+        kinds
+            .map(|event| event["kind"].as_str().unwrap().to_owned())
+            .collect()
     }
 
     /// Imports an image made of one small file; its name.

@@ -7,14 +7,15 @@ use std::time::Duration;
 use foreshore_protocol::frame;
 use foreshore_protocol::id::{Labels, Version};
 use foreshore_protocol::message::{
-    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, Inventory, Phase, Presence, Reason, ReasonCode,
-    Reported,
+    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, Inventory, Phase, Presence,
+    Reason, ReasonCode, Reported,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::topic::{self, Leaf, Topic};
 use foreshore_protocol::{AppName, DeviceId, Digest};
 use rumqttc::{
-    AsyncClient, Event as MqttEvent, LastWill, MqttOptions, Packet, PublishOptions, QoS, SessionMode,
+    AsyncClient, Event as MqttEvent, LastWill, MqttOptions, Packet, PublishOptions, QoS,
+    SessionMode,
 };
 
 use crate::bed::Bed;
@@ -66,7 +67,10 @@ impl Device {
     pub(crate) fn start(bed: &Bed, name: &str) -> Self {
         let mut device = Self {
             id: name.parse().unwrap(),
-            state: Arc::new(Mutex::new(State { boot: 1, ..State::default() })),
+            state: Arc::new(Mutex::new(State {
+                boot: 1,
+                ..State::default()
+            })),
             runtime: None,
         };
         device.connect(bed);
@@ -75,7 +79,9 @@ impl Device {
 
     /// Several of them: `device-0` and so on.
     pub(crate) fn fleet(bed: &Bed, count: usize) -> Vec<Self> {
-        let devices: Vec<_> = (0..count).map(|number| Self::start(bed, &format!("device-{number}"))).collect();
+        let devices: Vec<_> = (0..count)
+            .map(|number| Self::start(bed, &format!("device-{number}")))
+            .collect();
         bed.await_online(count);
         devices
     }
@@ -86,7 +92,11 @@ impl Device {
 
     /// Connects with what it remembers, and keeps doing so.
     pub(crate) fn connect(&mut self, bed: &Bed) {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
         let (host, port) = bed.broker.rsplit_once(':').unwrap();
         let login = Login {
             host: host.to_owned(),
@@ -162,7 +172,13 @@ async fn session(login: &Login, shared: &Mutex<State>) {
             .set_credentials(login.id.as_str(), login.token.clone())
             .set_keep_alive(5)
             .set_session_mode(SessionMode::Clean)
-            .set_last_will(LastWill::new(up(Leaf::Presence), presence(&state, false), QoS::AtLeastOnce, true, None));
+            .set_last_will(LastWill::new(
+                up(Leaf::Presence),
+                presence(&state, false),
+                QoS::AtLeastOnce,
+                true,
+                None,
+            ));
     }
     let (client, mut eventloop) = AsyncClient::builder(options).capacity(1000).build();
     let mut tick = tokio::time::interval(Duration::from_millis(10));
@@ -191,9 +207,17 @@ fn incoming(client: &AsyncClient, id: &DeviceId, state: &mut State, packet: Pack
     match packet {
         Packet::ConnAck(_) => {
             for leaf in [Leaf::Head, Leaf::Command] {
-                client.try_subscribe(topic::device(id, leaf), QoS::AtLeastOnce).unwrap();
+                client
+                    .try_subscribe(topic::device(id, leaf), QoS::AtLeastOnce)
+                    .unwrap();
             }
-            client.try_publish(topic::device(id, Leaf::Presence), presence(state, true), retained()).unwrap();
+            client
+                .try_publish(
+                    topic::device(id, Leaf::Presence),
+                    presence(state, true),
+                    retained(),
+                )
+                .unwrap();
             state.connected = true;
             report(client, id, state);
         }
@@ -206,7 +230,9 @@ fn incoming(client: &AsyncClient, id: &DeviceId, state: &mut State, packet: Pack
                     if Some(head.version) > state.accepted {
                         for app in &head.apps {
                             if !state.releases.contains_key(&app.release) {
-                                client.try_subscribe(topic::release(&app.release), QoS::AtLeastOnce).unwrap();
+                                client
+                                    .try_subscribe(topic::release(&app.release), QoS::AtLeastOnce)
+                                    .unwrap();
                             }
                         }
                         state.head = Some(head);
@@ -236,8 +262,11 @@ fn work(client: &AsyncClient, id: &DeviceId, state: &mut State) {
     for kick in std::mem::take(&mut state.kicks) {
         kicked(client, id, state, kick);
     }
-    let complete =
-        |head: &Head| head.apps.iter().all(|app| state.releases.contains_key(&app.release));
+    let complete = |head: &Head| {
+        head.apps
+            .iter()
+            .all(|app| state.releases.contains_key(&app.release))
+    };
     if let Some(head) = state.head.take_if(|head| complete(head)) {
         accept(state, &head);
         report(client, id, state);
@@ -275,16 +304,25 @@ fn accept(state: &mut State, head: &Head) {
             status.reason = None;
             // What already runs and is good needs nothing.
             let good = status.running == Some(release) && status.last_known_good == Some(release);
-            status.phase = if good { Phase::Succeeded } else { Phase::Accepted };
+            status.phase = if good {
+                Phase::Succeeded
+            } else {
+                Phase::Accepted
+            };
         }
     }
 }
 
 fn step(state: &mut State, name: &AppName) -> bool {
     let hold = state.hold;
-    let Some(status) = state.apps.get_mut(name) else { return false };
+    let Some(status) = state.apps.get_mut(name) else {
+        return false;
+    };
     let broken = state.releases.get(&status.release).is_some_and(|release| {
-        release.services.values().any(|service| state.broken.iter().any(|part| service.image.contains(part)))
+        release
+            .services
+            .values()
+            .any(|service| state.broken.iter().any(|part| service.image.contains(part)))
     });
     let next = match status.phase {
         Phase::Accepted => Phase::Staging,
@@ -307,8 +345,11 @@ fn step(state: &mut State, name: &AppName) -> bool {
         _ => {}
     }
     if matches!(next, Phase::RolledBack | Phase::Failed) {
-        status.reason =
-            Some(Reason { code: ReasonCode::NotReady, service: None, message: "it is broken".to_owned() });
+        status.reason = Some(Reason {
+            code: ReasonCode::NotReady,
+            service: None,
+            message: "it is broken".to_owned(),
+        });
     }
     true
 }
@@ -331,7 +372,13 @@ fn report(client: &AsyncClient, id: &DeviceId, state: &mut State) {
         apps: state.apps.values().cloned().collect(),
     };
     let options = PublishOptions::at_least_once().retained();
-    client.try_publish(topic::device(id, Leaf::Reported), frame::encode(&reported), options).unwrap();
+    client
+        .try_publish(
+            topic::device(id, Leaf::Reported),
+            frame::encode(&reported),
+            options,
+        )
+        .unwrap();
 }
 
 fn kicked(client: &AsyncClient, id: &DeviceId, state: &mut State, kick: Kick) {
@@ -363,5 +410,11 @@ fn kicked(client: &AsyncClient, id: &DeviceId, state: &mut State, kick: Kick) {
         }
         Kick::Raw(leaf, bytes) => (leaf, bytes),
     };
-    client.try_publish(topic::device(id, leaf), bytes, PublishOptions::at_least_once()).unwrap();
+    client
+        .try_publish(
+            topic::device(id, leaf),
+            bytes,
+            PublishOptions::at_least_once(),
+        )
+        .unwrap();
 }

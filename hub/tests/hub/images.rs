@@ -11,7 +11,9 @@ fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program)
         .args(arguments)
         .output()
-        .unwrap_or_else(|error| panic!("{program}: {error}; install {program}, or run cargo xtask test"));
+        .unwrap_or_else(|error| {
+            panic!("{program}: {error}; install {program}, or run cargo xtask test")
+        });
     assert!(
         output.status.success(),
         "{program} {arguments:?}: {}{}",
@@ -27,7 +29,10 @@ pub(crate) fn oci_archive(dir: &Path, tag: &str) -> Vec<u8> {
     let archive = dir.join(format!("{tag}.tar"));
     _ = std::fs::remove_file(&archive);
     let target = format!("oci-archive:{}:demo:{tag}", archive.display());
-    run("skopeo", &["copy", "--quiet", &format!("oci:{layout}:{tag}"), &target]);
+    run(
+        "skopeo",
+        &["copy", "--quiet", &format!("oci:{layout}:{tag}"), &target],
+    );
     std::fs::read(archive).unwrap()
 }
 
@@ -39,8 +44,21 @@ fn layout(dir: &Path, tag: &str) -> String {
         std::fs::write(&file, tag).unwrap();
         run("umoci", &["init", "--layout", &layout]);
         run("umoci", &["new", "--image", &image]);
-        run("umoci", &["insert", "--rootless", "--image", &image, &file.display().to_string(), "/hello"]);
-        run("umoci", &["config", "--image", &image, "--config.cmd", "/hello"]);
+        run(
+            "umoci",
+            &[
+                "insert",
+                "--rootless",
+                "--image",
+                &image,
+                &file.display().to_string(),
+                "/hello",
+            ],
+        );
+        run(
+            "umoci",
+            &["config", "--image", &image, "--config.cmd", "/hello"],
+        );
     }
     layout
 }
@@ -58,28 +76,60 @@ fn an_image_goes_in_as_an_archive_and_out_through_skopeo() {
     let credentials = format!("device-0:{}", bed.join_token());
     let source = format!("docker://{}/demo:v1", bed.api);
     let out = bed.path("pulled").display().to_string();
-    run("skopeo", &["copy", "--quiet", "--src-tls-verify=false", "--src-creds", &credentials, &source, &format!("oci:{out}:v1")]);
-    let index: Value = serde_json::from_slice(&std::fs::read(Path::new(&out).join("index.json")).unwrap()).unwrap();
-    assert_eq!(index["manifests"][0]["digest"], image["digest"], "what comes out is what went in");
+    run(
+        "skopeo",
+        &[
+            "copy",
+            "--quiet",
+            "--src-tls-verify=false",
+            "--src-creds",
+            &credentials,
+            &source,
+            &format!("oci:{out}:v1"),
+        ],
+    );
+    let index: Value =
+        serde_json::from_slice(&std::fs::read(Path::new(&out).join("index.json")).unwrap())
+            .unwrap();
+    assert_eq!(
+        index["manifests"][0]["digest"], image["digest"],
+        "what comes out is what went in"
+    );
     let tags: Value = serde_json::from_str(&run(
         "skopeo",
-        &["list-tags", "--tls-verify=false", "--creds", &credentials, &format!("docker://{}/demo", bed.api)],
+        &[
+            "list-tags",
+            "--tls-verify=false",
+            "--creds",
+            &credentials,
+            &format!("docker://{}/demo", bed.api),
+        ],
     ))
     .unwrap();
     assert_eq!(tags["Tags"], serde_json::json!(["v1"]));
 
     let (status, body) = bed.request("GET", "/v2/demo/manifests/v1", None, b"");
-    assert_eq!((status, &body["errors"][0]["code"]), (401, &Value::from("UNAUTHORIZED")));
+    assert_eq!(
+        (status, &body["errors"][0]["code"]),
+        (401, &Value::from("UNAUTHORIZED"))
+    );
     let operator = format!("Bearer {}", bed.token());
     for (path, code) in [
         ("/v2/demo/manifests/v2".to_owned(), "MANIFEST_UNKNOWN"),
         ("/v2/other/tags/list".to_owned(), "NAME_UNKNOWN"),
-        (format!("/v2/demo/blobs/sha256:{}", "0".repeat(64)), "BLOB_UNKNOWN"),
+        (
+            format!("/v2/demo/blobs/sha256:{}", "0".repeat(64)),
+            "BLOB_UNKNOWN",
+        ),
         ("/v2/demo/blobs/../../hub.db".to_owned(), "NAME_INVALID"),
         ("/v2/nonsense".to_owned(), "NAME_INVALID"),
     ] {
         let (status, body) = bed.request("GET", &path, Some(&operator), b"");
-        assert_eq!((status, &body["errors"][0]["code"]), (404, &Value::from(code)), "{path}");
+        assert_eq!(
+            (status, &body["errors"][0]["code"]),
+            (404, &Value::from(code)),
+            "{path}"
+        );
     }
     let (status, _) = bed.request("PUT", "/v2/demo/manifests/v1", Some(&operator), b"{}");
     assert_eq!(status, 405);
@@ -93,14 +143,30 @@ fn a_docker_archive_is_an_image_too_and_a_moved_tag_keeps_what_it_named() {
     let docker = bed.path("docker.tar");
     let dir = bed.path("");
     let source = format!("oci:{}:v2", layout(&dir, "v2"));
-    run("skopeo", &["copy", "--quiet", &source, &format!("docker-archive:{}:demo:v1", docker.display())]);
+    run(
+        "skopeo",
+        &[
+            "copy",
+            "--quiet",
+            &source,
+            &format!("docker-archive:{}:demo:v1", docker.display()),
+        ],
+    );
     // Without a name: the archive says what it is called.
     let (status, body) = bed.call("POST", "/images", &std::fs::read(&docker).unwrap());
-    assert_eq!((status, &body["reference"]), (201, &Value::from("hub.internal/demo:v1")), "{body}");
+    assert_eq!(
+        (status, &body["reference"]),
+        (201, &Value::from("hub.internal/demo:v1")),
+        "{body}"
+    );
     assert_ne!(body["digest"], first);
     let operator = format!("Bearer {}", bed.token());
     let old = format!("/v2/demo/manifests/{}", first.as_str().unwrap());
-    assert_eq!(bed.request("GET", &old, Some(&operator), b"").0, 200, "a device may still go back to it");
+    assert_eq!(
+        bed.request("GET", &old, Some(&operator), b"").0,
+        200,
+        "a device may still go back to it"
+    );
 }
 
 #[test]
@@ -112,22 +178,50 @@ fn bad_archives_are_refused_by_what_is_wrong_and_leave_nothing() {
     damaged[middle..middle + 64].fill(0xa5);
     let huge = vec![0; (64 << 20) + 1];
     for (what, path, body, status, code) in [
-        ("not a tar", "/images?name=x:1", &b"hello"[..], 422, "bad-image"),
+        (
+            "not a tar",
+            "/images?name=x:1",
+            &b"hello"[..],
+            422,
+            "bad-image",
+        ),
         ("empty", "/images?name=x:1", b"", 422, "bad-image"),
-        ("cut short", "/images?name=x:1", &good[..good.len() / 2], 422, ""),
+        (
+            "cut short",
+            "/images?name=x:1",
+            &good[..good.len() / 2],
+            422,
+            "",
+        ),
         ("damaged", "/images?name=x:1", &damaged, 422, ""),
         ("bad name", "/images?name=X:1", &good, 400, "bad-image-name"),
         ("no such key", "/images?title=x", &good, 400, "bad-request"),
-        ("too large", "/images?name=x:1", &huge, 413, "image-too-large"),
+        (
+            "too large",
+            "/images?name=x:1",
+            &huge,
+            413,
+            "image-too-large",
+        ),
     ] {
         let (found, body) = bed.call("POST", path, body);
         assert_eq!(found, status, "{what}: {body}");
         assert!(code.is_empty() || body["code"] == code, "{what}: {body}");
     }
     assert_eq!(bed.get("/images")["items"], serde_json::json!([]));
-    let left: Vec<_> = std::fs::read_dir(bed.data().join("images/uploads")).unwrap().collect();
+    let left: Vec<_> = std::fs::read_dir(bed.data().join("images/uploads"))
+        .unwrap()
+        .collect();
     assert!(left.is_empty(), "{left:?}");
 
-    let (status, body) = bed.call("PUT", "/apps/a", manifest("a", "hub.internal/x:1", "[{percent: 100}]").as_bytes());
-    assert_eq!((status, &body["code"]), (422, &Value::from("unknown-image")), "{body}");
+    let (status, body) = bed.call(
+        "PUT",
+        "/apps/a",
+        manifest("a", "hub.internal/x:1", "[{percent: 100}]").as_bytes(),
+    );
+    assert_eq!(
+        (status, &body["code"]),
+        (422, &Value::from("unknown-image")),
+        "{body}"
+    );
 }

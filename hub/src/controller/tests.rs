@@ -1,0 +1,497 @@
+//! The controller over a database in memory, with a clock that the test turns.
+
+use foreshore_protocol::api::{ApplyOutcome, RolloutState};
+use foreshore_protocol::id::{Labels, Version};
+use foreshore_protocol::manifest;
+use foreshore_protocol::message::{
+    AppStatus, Beacon, Event, EventKind, Inventory, Phase, Presence, Reported,
+};
+use foreshore_protocol::release::Release;
+use foreshore_protocol::{AppName, DeviceId, Digest};
+use rusqlite::Connection;
+
+use super::apps::Resolved;
+use super::ingest::{Inbound, Message, Receipt};
+use super::*;
+use crate::store::tests::memory;
+
+struct Hub {
+    connection: Connection,
+    now: UnixMs,
+}
+
+fn device(name: &str) -> DeviceId {
+    name.parse().unwrap()
+}
+
+fn shop() -> AppName {
+    "shop".parse().unwrap()
+}
+
+/// A manifest whose release depends on `tag` alone.
+fn resolved(tag: &str, policy: &str) -> Resolved {
+    let text = format!(
+        "apiVersion: foreshore/v1\nkind: App\nmetadata: {{name: shop}}\nspec:\n  selector: {{matchLabels: {{role: web}}}}\n  services: {{web: {{image: 'a:{tag}'}}}}\n  rollout: {{{policy}}}\n"
+    );
+    let app = manifest::parse(text.as_bytes()).unwrap();
+    let mut services = app.spec.services.clone();
+    for service in services.values_mut() {
+        service.image = format!("docker.io/library/a@{}", Digest::of(tag.as_bytes()));
+    }
+    let release = Release {
+        schema: 1,
+        app: shop(),
+        services,
+    };
+    let bytes = release.to_canonical_json();
+    Resolved {
+        digest: Digest::of(&bytes),
+        app,
+        bytes,
+        release,
+    }
+}
+
+const AT_ONCE: &str = "waves: [{percent: 100}], soak: 0s, bake: 0s, maxUnavailable: 100%";
+
+impl Hub {
+    fn new() -> Self {
+        Self {
+            connection: memory(),
+            now: UnixMs(1_000_000_000_000),
+        }
+    }
+
+    fn change<T>(
+        &mut self,
+        work: impl FnOnce(&mut Change<'_>) -> Result<T, ControlError>,
+    ) -> Result<T, ControlError> {
+        let mut change = Change {
+            connection: &self.connection,
+            now: self.now,
+            listening: Listening {
+                since: Some(UnixMs(0)),
+                settle_ms: 0,
+            },
+            effects: Effects::default(),
+        };
+        let value = work(&mut change)?;
+        for app in std::mem::take(&mut change.effects.dirty) {
+            rollouts::advance_newest(&mut change, &app)?;
+        }
+        Ok(value)
+    }
+
+    fn apply(&mut self, resolved: &Resolved) -> foreshore_protocol::api::ApplyAnswer {
+        self.change(|change| apps::apply(change, resolved, 7))
+            .unwrap()
+    }
+
+    fn hear(&mut self, name: &str, retained: bool, message: Message) -> Receipt {
+        let inbound = Inbound {
+            device: device(name),
+            retained,
+            message,
+        };
+        self.change(|change| ingest::ingest(change, &[inbound]))
+            .unwrap()
+            .remove(&device(name))
+            .unwrap_or_default()
+    }
+
+    fn birth(&mut self, name: &str, session: u64, boot: u64) {
+        self.hear(
+            name,
+            false,
+            Message::Presence(presence(session, boot, true)),
+        );
+    }
+
+    /// A device that is there and selected.
+    fn join(&mut self, name: &str) {
+        self.birth(name, 1, 1);
+        let labels = Labels::from([("role".parse().unwrap(), "web".parse().unwrap())]);
+        self.report_with(name, 1, labels, Vec::new());
+    }
+
+    fn report_with(
+        &mut self,
+        name: &str,
+        seq: u64,
+        labels: Labels,
+        apps: Vec<AppStatus>,
+    ) -> Receipt {
+        let version = self.head(name).map(|head| head.version);
+        self.hear(
+            name,
+            false,
+            Message::Reported(reported(1, seq, version, labels, apps)),
+        )
+    }
+
+    /// The device did what its head says, and it went well.
+    fn obey(&mut self, name: &str, phase: Phase) {
+        let seq = store::device::link(&self.connection, &device(name))
+            .unwrap()
+            .unwrap()
+            .reported_seq
+            + 1;
+        let (_, labels) = store::device::labels(&self.connection, &device(name))
+            .unwrap()
+            .unwrap();
+        let apps = self
+            .head(name)
+            .map(|head| head.apps)
+            .unwrap_or_default()
+            .into_iter()
+            .map(|app| AppStatus {
+                app: app.app,
+                since: app.since,
+                release: app.release,
+                phase,
+                reason: None,
+                running: Some(app.release),
+                last_known_good: Some(app.release),
+                services: Vec::new(),
+            });
+        let apps = apps.collect();
+        self.report_with(name, seq, labels, apps);
+    }
+
+    fn head(&self, name: &str) -> Option<foreshore_protocol::message::Head> {
+        store::desired::head(&self.connection, &device(name)).unwrap()
+    }
+
+    fn release_of(&self, name: &str) -> Option<Digest> {
+        self.head(name)?.apps.first().map(|app| app.release)
+    }
+
+    fn state(&self) -> RolloutState {
+        store::rollout::newest_header(&self.connection, &shop())
+            .unwrap()
+            .unwrap()
+            .state
+    }
+
+    /// What the loop does: everything that is due.
+    fn tick(&mut self) -> Option<UnixMs> {
+        let (due, _) = store::rollout::due(&self.connection, self.now).unwrap();
+        self.change(|change| {
+            for app in &due {
+                rollouts::advance_newest(change, app)?;
+            }
+            Ok(())
+        })
+        .unwrap();
+        store::rollout::due(&self.connection, self.now).unwrap().1
+    }
+
+    fn kinds(&self) -> Vec<String> {
+        store::event::after(&self.connection, 0, 1000)
+            .unwrap()
+            .into_iter()
+            .map(|event| event.kind)
+            .collect()
+    }
+}
+
+fn presence(session: u64, boot: u64, online: bool) -> Presence {
+    Presence {
+        session,
+        online,
+        boot,
+        version: None,
+        reported_seq: 0,
+        max_schema: 1,
+        agent_version: "test".to_owned(),
+    }
+}
+
+fn reported(
+    boot: u64,
+    seq: u64,
+    version: Option<Version>,
+    labels: Labels,
+    apps: Vec<AppStatus>,
+) -> Reported {
+    let inventory = Inventory {
+        agent_version: "test".to_owned(),
+        arch: "amd64".to_owned(),
+        kernel: "6".to_owned(),
+        memory_bytes: 1,
+        disk_bytes: 1,
+        disk_free_bytes: 1,
+        labels,
+    };
+    Reported {
+        boot,
+        seq,
+        version,
+        inventory,
+        apps,
+    }
+}
+
+fn event(seq: u64) -> Message {
+    Message::Event(Event {
+        seq,
+        boot: 1,
+        unix_ms: 0,
+        app: None,
+        service: None,
+        kind: EventKind::Started,
+        message: String::new(),
+    })
+}
+
+#[test]
+fn a_bake_ends_by_the_clock_alone_and_its_deadline_is_a_column() {
+    let mut hub = Hub::new();
+    hub.join("a");
+    hub.join("b");
+    hub.apply(&resolved(
+        "1",
+        "waves: [{count: 1}], soak: 0s, bake: 10s, maxUnavailable: 100%",
+    ));
+    let first = ["a", "b"]
+        .into_iter()
+        .find(|name| hub.release_of(name).is_some())
+        .unwrap();
+    let second = if first == "a" { "b" } else { "a" };
+    hub.obey(first, Phase::Succeeded);
+    assert_eq!(
+        hub.release_of(second),
+        None,
+        "the second wave waits for the bake"
+    );
+    let due = hub.tick().expect("the bake has a deadline");
+    assert_eq!(due, hub.now.plus(10_000));
+    hub.now = UnixMs(due.0 - 1);
+    hub.tick();
+    assert_eq!(hub.release_of(second), None);
+    hub.now = due;
+    hub.tick();
+    assert!(hub.release_of(second).is_some());
+    hub.obey(second, Phase::Succeeded);
+    hub.now = hub.now.plus(10_000);
+    hub.tick();
+    assert_eq!(hub.state(), RolloutState::Completed);
+}
+
+#[test]
+fn applying_again_is_a_no_op_and_another_policy_alone_opens_no_rollout() {
+    let mut hub = Hub::new();
+    hub.join("a");
+    let first = hub.apply(&resolved("1", AT_ONCE));
+    assert_eq!((first.outcome, first.devices), (ApplyOutcome::Created, 1));
+    assert_eq!(
+        hub.apply(&resolved("1", AT_ONCE)).outcome,
+        ApplyOutcome::Unchanged,
+        "also while it runs"
+    );
+    hub.obey("a", Phase::Succeeded);
+    let before = hub.head("a");
+    let again = hub.apply(&resolved("1", "soak: 5s"));
+    assert_eq!(
+        (again.outcome, again.rollout),
+        (ApplyOutcome::Reconfigured, None)
+    );
+    assert_eq!(hub.head("a"), before, "no new generation");
+    // After an abort devices may differ: the same release is no longer a no-op.
+    let second = hub.apply(&resolved("2", AT_ONCE)).rollout.unwrap();
+    hub.change(|change| rollouts::command(change, second, rollouts::Command::Abort))
+        .unwrap();
+    assert_eq!(
+        hub.apply(&resolved("1", AT_ONCE)).outcome,
+        ApplyOutcome::Updated
+    );
+}
+
+#[test]
+fn a_device_that_joins_during_a_rollout_waits_for_its_end() {
+    let mut hub = Hub::new();
+    hub.join("a");
+    let release = hub.apply(&resolved("1", AT_ONCE)).release;
+    hub.join("b");
+    assert_eq!(hub.release_of("b"), None, "newcomers never skip the brakes");
+    hub.obey("a", Phase::Succeeded);
+    assert_eq!(
+        (hub.state(), hub.release_of("b")),
+        (RolloutState::Completed, Some(release))
+    );
+    hub.join("c");
+    assert_eq!(
+        hub.release_of("c"),
+        Some(release),
+        "afterwards they get it at once"
+    );
+}
+
+#[test]
+fn a_deleted_app_is_gone_when_its_last_device_says_so_and_can_come_back() {
+    let mut hub = Hub::new();
+    hub.join("a");
+    hub.join("b");
+    hub.apply(&resolved("1", AT_ONCE));
+    hub.obey("a", Phase::Succeeded);
+    hub.change(|change| apps::delete(change, &shop())).unwrap();
+    hub.change(|change| apps::delete(change, &shop())).unwrap();
+    assert_eq!((hub.release_of("a"), hub.release_of("b")), (None, None));
+    hub.obey("a", Phase::Succeeded);
+    assert!(
+        store::app::get(&hub.connection, &shop())
+            .unwrap()
+            .unwrap()
+            .deleting,
+        "b has not spoken"
+    );
+    let revived = hub.apply(&resolved("2", AT_ONCE));
+    assert_eq!(revived.outcome, ApplyOutcome::Created);
+    assert_eq!(hub.release_of("a"), Some(revived.release));
+    hub.change(|change| apps::delete(change, &shop())).unwrap();
+    for name in ["a", "b"] {
+        hub.obey(name, Phase::Succeeded);
+    }
+    assert_eq!(store::app::get(&hub.connection, &shop()).unwrap(), None);
+    assert!(hub.kinds().contains(&"app-deleted".to_owned()));
+}
+
+#[test]
+fn an_old_will_never_overrides_a_newer_birth() {
+    let mut hub = Hub::new();
+    hub.birth("a", 5, 1);
+    hub.hear("a", true, Message::Presence(presence(4, 1, false)));
+    let online = |hub: &Hub| {
+        store::device::link(&hub.connection, &device("a"))
+            .unwrap()
+            .unwrap()
+            .online
+    };
+    assert!(online(&hub));
+    hub.hear("a", true, Message::Presence(presence(5, 1, false)));
+    assert!(!online(&hub));
+    hub.hear("a", true, Message::Presence(presence(4, 1, true)));
+    assert!(
+        !online(&hub),
+        "nor does a retained birth that is older still"
+    );
+    hub.birth("a", 6, 1);
+    assert!(online(&hub));
+    // What is only retained makes no device.
+    hub.hear("ghost", true, Message::Presence(presence(9, 1, false)));
+    hub.hear(
+        "ghost",
+        true,
+        Message::Reported(reported(1, 1, None, Labels::new(), Vec::new())),
+    );
+    assert_eq!(
+        store::device::link(&hub.connection, &device("ghost")).unwrap(),
+        None
+    );
+}
+
+#[test]
+fn reports_are_taken_once_in_order_and_acknowledged_also_the_second_time() {
+    let mut hub = Hub::new();
+    hub.birth("a", 1, 1);
+    let report = |seq, label: &str| {
+        let labels = Labels::from([("n".parse().unwrap(), label.parse().unwrap())]);
+        Message::Reported(reported(1, seq, None, labels, Vec::new()))
+    };
+    assert_eq!(hub.hear("a", false, report(2, "two")).stored, Some((0, 2)));
+    assert_eq!(hub.hear("a", false, report(1, "one")).stored, Some((0, 2)));
+    let (_, own) = store::device::labels(&hub.connection, &device("a"))
+        .unwrap()
+        .unwrap();
+    assert_eq!(own["n"].as_str(), "two");
+    // After a reset its counters begin anew, and it is believed again.
+    hub.birth("a", 1, 0);
+    let lost = Message::Reported(reported(0, 1, None, Labels::new(), Vec::new()));
+    assert_eq!(hub.hear("a", false, lost).stored, Some((0, 1)));
+    assert!(hub.kinds().contains(&"device-reset".to_owned()));
+}
+
+#[test]
+fn a_gap_between_events_is_asked_about_before_it_is_believed() {
+    let mut hub = Hub::new();
+    hub.birth("a", 1, 1);
+    for seq in [1, 2, 2] {
+        hub.hear("a", false, event(seq));
+    }
+    let receipt = hub.hear("a", false, event(5));
+    assert_eq!(
+        receipt,
+        Receipt {
+            stored: Some((2, 0)),
+            resync: true
+        }
+    );
+    hub.hear("a", false, event(6));
+    // The device still had 3 and 4: no gap at all.
+    for seq in [3, 4, 5, 6] {
+        hub.hear("a", false, event(seq));
+    }
+    assert_eq!(
+        hub.kinds().iter().filter(|kind| *kind == "started").count(),
+        6
+    );
+    // And now one that it really dropped.
+    assert!(hub.hear("a", false, event(9)).resync);
+    assert_eq!(hub.hear("a", false, event(9)).stored, Some((9, 0)));
+}
+
+#[test]
+fn a_device_behind_is_repaired_less_and_less_often() {
+    let mut hub = Hub::new();
+    hub.join("a");
+    hub.apply(&resolved("1", AT_ONCE));
+    let beacon = || {
+        Message::Beacon(Beacon {
+            boot: 1,
+            seq: 1,
+            version: None,
+            reported_seq: 1,
+            event_seq: 0,
+            memory_mib: 0,
+            load_centi: 0,
+        })
+    };
+    let mut sent = Vec::new();
+    for minute in 0..60_u64 {
+        hub.connection.execute("DELETE FROM outbox", []).unwrap();
+        hub.hear("a", false, beacon());
+        if store::desired::outbox_depth(&hub.connection).unwrap() > 0
+            && !store::desired::waiting_heads(&hub.connection, "", 1)
+                .unwrap()
+                .is_empty()
+        {
+            sent.push(minute);
+        }
+        hub.now = hub.now.plus(60_000);
+    }
+    assert_eq!(sent, [0, 1, 3, 7, 15, 31]);
+}
+
+#[test]
+fn a_device_ahead_of_a_restored_database_is_named_once_and_not_overwritten() {
+    let mut hub = Hub::new();
+    hub.join("a");
+    hub.apply(&resolved("1", AT_ONCE));
+    let ahead = Version::from_numbers(1, 500).unwrap();
+    for seq in [10, 11] {
+        let report = reported(1, seq, Some(ahead), Labels::new(), Vec::new());
+        hub.hear("a", false, Message::Reported(report));
+    }
+    assert_eq!(
+        hub.kinds()
+            .iter()
+            .filter(|kind| *kind == "device-ahead")
+            .count(),
+        1
+    );
+    let epoch = store::desired::begin_epoch(&hub.connection).unwrap();
+    assert!(
+        hub.head("a").unwrap().version > ahead,
+        "epoch {epoch} is above everything"
+    );
+}
