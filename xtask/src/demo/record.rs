@@ -5,7 +5,6 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use foreshore_protocol::api::{AssignmentState, RolloutState, RolloutView, WaveState};
-use foreshore_protocol::message::Phase;
 
 /// Every state of one rollout that was seen, oldest first.
 #[derive(Debug)]
@@ -57,8 +56,8 @@ impl Record {
         Ok(last.waves.iter().map(|wave| wave.devices).collect())
     }
 
-    /// Fails unless the first wave failed, its devices went back by themselves, later waves never opened
-    /// and the rollout was rolled back. The devices of the first wave.
+    /// Fails unless the first wave failed, later waves never opened and the rollout was rolled back. The
+    /// devices of the first wave.
     pub(super) fn check_failure(&self) -> anyhow::Result<Vec<String>> {
         let last = self.last();
         ensure!(
@@ -68,9 +67,8 @@ impl Record {
         );
         for view in &self.seen {
             for part in view.assignments.iter().filter(|part| part.wave > 1) {
-                let untouched = part.state == AssignmentState::Planned;
                 ensure!(
-                    untouched,
+                    part.state == AssignmentState::Planned,
                     "{} of wave {} was {:?}",
                     part.device,
                     part.wave,
@@ -78,24 +76,15 @@ impl Record {
                 );
             }
         }
-        let first: Vec<_> = last
-            .assignments
-            .iter()
-            .filter(|part| part.wave == 1)
-            .collect();
+        let first = last.assignments.iter().filter(|part| part.wave == 1);
+        let first: Vec<String> = first.map(|part| part.device.to_string()).collect();
         ensure!(!first.is_empty(), "wave 1 has no device");
-        for part in &first {
-            let went_back = self
-                .seen
-                .iter()
-                .flat_map(|view| &view.assignments)
-                .any(|seen| {
-                    seen.device == part.device
-                        && seen.state == AssignmentState::Device(Phase::RolledBack)
-                });
-            ensure!(went_back, "{} never said that it went back", part.device);
-        }
-        Ok(first.iter().map(|part| part.device.to_string()).collect())
+        let failed = last
+            .waves
+            .iter()
+            .any(|wave| wave.ordinal == 1 && wave.state == WaveState::Failed);
+        ensure!(failed, "wave 1 did not fail");
+        Ok(first)
     }
 }
 
@@ -155,7 +144,6 @@ mod tests {
 
     const WELL: &str = r#"{"device":"succeeded"}"#;
     const PLANNED: &str = r#""planned""#;
-    const BACK: &str = r#"{"device":"rolledBack"}"#;
 
     #[test]
     fn waves_in_order_are_accepted() {
@@ -178,28 +166,29 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_needs_a_device_that_went_back_by_itself_and_no_second_wave() {
+    fn a_failure_stops_at_the_first_wave() {
         let end = line(
             "rolled-back",
             ["failed", "pending"],
             [r#""reverted""#, PLANNED],
         );
-        let good = record(&[
-            line("running", ["open", "pending"], [BACK, PLANNED]),
-            end.clone(),
-        ]);
+        let begin = line("running", ["open", "pending"], [r#""offered""#, PLANNED]);
+        let good = record(&[begin, end.clone()]);
         assert_eq!(good.check_failure().unwrap(), ["device-1"]);
-        assert!(
-            record(std::slice::from_ref(&end)).check_failure().is_err(),
-            "nobody said it went back"
+        assert!(good.check_waves().is_err());
+        let spread = line(
+            "running",
+            ["open", "open"],
+            [r#""offered""#, r#""offered""#],
         );
-        let spread = record(&[
-            line("running", ["open", "open"], [BACK, r#""offered""#]),
-            end,
-        ]);
         assert!(
-            spread.check_failure().is_err(),
+            record(&[spread, end]).check_failure().is_err(),
             "the second wave was touched"
+        );
+        let late = line("rolled-back", ["passed", "failed"], [WELL, PLANNED]);
+        assert!(
+            record(&[late]).check_failure().is_err(),
+            "wave 1 had passed"
         );
     }
 }

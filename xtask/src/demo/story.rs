@@ -258,17 +258,41 @@ fn containers_are_v2(story: &mut Story) -> anyhow::Result<String> {
 }
 
 fn roll_out_v3(story: &mut Story) -> anyhow::Result<String> {
+    let before = newest_event(story)?;
     let (code, record) = story.roll_out(VERSIONS[2])?;
     ensure!(
         code == Some(3),
         "foreshore rollout status -w ended with {code:?}, not 3"
     );
     story.tried_v3 = record.check_failure()?;
+    for device in &story.tried_v3 {
+        // The device's own word, sent when its last-known-good was back; the hub had no part in it.
+        wait_for_event(story, device, before, "rolled-back")?;
+    }
     let why = record.last().message.clone().unwrap_or_default();
     Ok(format!(
-        "tried on {} only; {why}",
+        "tried on {} only, which went back by itself; {why}",
         story.tried_v3.join(", ")
     ))
+}
+
+/// The id of the newest event that the hub has.
+fn newest_event(story: &Story) -> anyhow::Result<u64> {
+    let events = story.stage.json(&["events", "--limit", "1"])?;
+    let ids = items(&events).filter_map(|event| event["id"].as_u64());
+    Ok(ids.max().unwrap_or(0))
+}
+
+/// Waits until the hub has an event of this kind from a device, later than `after`.
+fn wait_for_event(story: &Story, device: &str, after: u64, kind: &str) -> anyhow::Result<()> {
+    let after = after.to_string();
+    wait_for(&format!("the event {kind} of {device}"), PATIENCE, || {
+        let events = story
+            .stage
+            .json(&["events", "--device", device, "--after", &after])?;
+        let came = items(&events).any(|event| event["kind"] == kind);
+        Ok(came.then_some(()))
+    })
 }
 
 fn containers_are_still_v2(story: &mut Story) -> anyhow::Result<String> {
@@ -312,11 +336,7 @@ fn kill_and_wait(story: &Story, name: &str) -> anyhow::Result<Process> {
 }
 
 fn kill_agent(story: &mut Story) -> anyhow::Result<String> {
-    let events = story.stage.json(&["events", "--limit", "1"])?;
-    story.last_event = items(&events)
-        .filter_map(|event| event["id"].as_u64())
-        .max()
-        .unwrap_or(0);
+    story.last_event = newest_event(story)?;
     let device = story.stage.device(DEVICES[1])?;
     let container = witness::service_in(&device.cgroup)?;
     let agent = device.agent.process().context("the agent does not run")?;
@@ -346,14 +366,7 @@ fn agent_is_back(story: &mut Story) -> anyhow::Result<String> {
     let name = DEVICES[1];
     let device = story.stage.device(name)?;
     let before = *story.containers.get(name).context("seen in v2")?;
-    let after = story.last_event.to_string();
-    wait_for("the new agent to report at the hub", PATIENCE, || {
-        let events = story
-            .stage
-            .json(&["events", "--device", name, "--after", &after])?;
-        let adopted = items(&events).any(|event| event["kind"] == "adopted");
-        Ok(adopted.then_some(()))
-    })?;
+    wait_for_event(story, name, story.last_event, "adopted")?;
     let agent = device.agent.process().context("the agent does not run")?;
     ensure!(
         witness::service_in(&device.cgroup)? == before,

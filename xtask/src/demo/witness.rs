@@ -71,8 +71,7 @@ fn collect(dir: &Path, into: &mut Vec<Process>) {
 /// The one process in `cgroup` that runs the demo's service.
 pub(super) fn service_in(cgroup: &str) -> anyhow::Result<Process> {
     let is_service = |process: &Process| {
-        fs::read_link(format!("/proc/{}/exe", process.pid))
-            .is_ok_and(|exe| exe == Path::new("/web"))
+        fs::read_link(format!("/proc/{}/exe", process.pid)).is_ok_and(|exe| exe.ends_with("web"))
     };
     let services: Vec<Process> = processes_in(cgroup)
         .into_iter()
