@@ -329,7 +329,11 @@ impl Device {
             .flat_map(|live| [live.ready_at, live.ends_at])
             .flatten();
         let wake = plan.wake_at.map(|ms| self.booted_at + ms.0);
-        asks.wake_at = natural.chain(wake).chain(abandoned.then_some(now + 10)).filter(|at| *at > now).min();
+        asks.wake_at = natural
+            .chain(wake)
+            .chain(abandoned.then_some(now + 10))
+            .filter(|at| *at > now)
+            .min();
         asks.report = self.note_status(plan.status);
         asks
     }

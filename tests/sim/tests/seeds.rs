@@ -1,0 +1,81 @@
+//! A thousand seeds hold every rule, and each fault that is built in on purpose is noticed.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use foreshore_sim::mutation::Mutation;
+use foreshore_sim::simulation::run;
+use foreshore_sim::try_seed;
+
+/// Runs `seed` for each of `seeds` on every core until one says stop; what it said.
+fn first<T: Send>(seeds: u64, seed: impl Fn(u64) -> Option<T> + Sync) -> Option<T> {
+    let next = AtomicU64::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let work = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= seeds {
+                return None;
+            }
+            if let Some(found) = seed(number) {
+                next.store(seeds, Ordering::Relaxed);
+                return Some(found);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().find_map(|worker| worker.join().expect("a panic in a run is printed above"))
+    })
+}
+
+#[test]
+fn a_thousand_seeds_hold_every_rule() {
+    if let Some(failure) = first(1_000, |seed| try_seed(seed, None, None).err()) {
+        panic!("{failure}");
+    }
+}
+
+#[test]
+fn a_seed_means_the_same_run_every_time() {
+    for seed in 0..5 {
+        let (one, other) = (run(seed, None, None, true), run(seed, None, None, true));
+        assert_eq!(one.log, other.log);
+        assert_eq!((one.events, one.virtual_ms), (other.events, other.virtual_ms));
+    }
+}
+
+#[test]
+fn two_hundred_devices_converge() {
+    if let Err(failure) = try_seed(11, Some(200), None) {
+        panic!("{failure}");
+    }
+}
+
+/// The first seed that notices, and the rule that it names.
+fn noticed(mutation: Mutation) -> String {
+    let found = first(400, |seed| run(seed, None, Some(mutation), false).violations.into_iter().next());
+    found.unwrap_or_else(|| panic!("no seed notices {mutation:?}"))
+}
+
+#[test]
+fn every_built_in_fault_is_noticed_by_the_right_rule() {
+    for mutation in Mutation::ALL {
+        let rules: &[&str] = match mutation {
+            Mutation::SkipBake => &["Gates", "WaveOrder"],
+            Mutation::OfferAfterBreak => &["NoOfferAfterBreak"],
+            Mutation::IgnoreSlots => &["MaxUnavailable", "NotBeforeItsTurn", "OfferOnce"],
+            Mutation::BlameDarkness => &["while most of the fleet is dark"],
+            Mutation::OfflineIsFailure => &["SilentOnlyAfterSwitching"],
+            Mutation::ForgetOutbox => &["never came to rest"],
+            Mutation::AcceptOldHeads => &["went from version"],
+            Mutation::ForgetPoison => &["was given up"],
+            Mutation::CollectLastKnownGood => &["was collected"],
+            Mutation::RestartUnchanged => &["NeedlessStop", "unchanged container"],
+        };
+        let violation = noticed(mutation);
+        assert!(
+            rules.iter().any(|rule| violation.contains(rule)),
+            "{mutation:?} was noticed as {violation:?}"
+        );
+    }
+}
