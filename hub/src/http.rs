@@ -30,7 +30,9 @@ pub async fn serve(listener: TcpListener, router: Router, mut stopping: watch::R
     let graceful = GracefulShutdown::new();
     let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { break };
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
+            break;
+        };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             _ = stopping.wait_for(|stopping| *stopping) => break,
@@ -51,7 +53,10 @@ pub async fn serve(listener: TcpListener, router: Router, mut stopping: watch::R
             .header_read_timeout(HEAD_WITHIN)
             .max_buf_size(HEAD_MAX)
             .max_headers(HEADERS_MAX)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+            .serve_connection(
+                TokioIo::new(stream),
+                TowerToHyperService::new(router.clone()),
+            );
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             if let Err(error) = connection.await {
@@ -61,7 +66,10 @@ pub async fn serve(listener: TcpListener, router: Router, mut stopping: watch::R
         });
     }
     drop(listener);
-    if tokio::time::timeout(LINGER, graceful.shutdown()).await.is_err() {
+    if tokio::time::timeout(LINGER, graceful.shutdown())
+        .await
+        .is_err()
+    {
         tracing::info!("answers that took too long to end were cut off");
     }
 }

@@ -21,8 +21,8 @@ use std::time::{Duration, Instant};
 use foreshore_protocol::message::HubInfo;
 use foreshore_protocol::topic::{self, Leaf};
 use rumqttc::{
-    AsyncClient, Event, EventLoop, IncomingPacketSizeLimit, MqttOptions, Packet, Publish, QoS, SessionMode,
-    SubscribeFilterInput, SubscribeReasonCode,
+    AsyncClient, Event, EventLoop, IncomingPacketSizeLimit, MqttOptions, Packet, Publish, QoS,
+    SessionMode, SubscribeFilterInput, SubscribeReasonCode,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -143,7 +143,11 @@ fn options(config: &LinkConfig) -> MqttOptions {
     options
 }
 
-async fn session(config: &LinkConfig, controller: &Controller, counters: &Arc<LinkCounters>) -> Result<(), LinkError> {
+async fn session(
+    config: &LinkConfig,
+    controller: &Controller,
+    counters: &Arc<LinkCounters>,
+) -> Result<(), LinkError> {
     let (client, eventloop) = AsyncClient::builder(options(config)).capacity(256).build();
     let (packets, inbound) = mpsc::channel(INBOUND_MAX);
     let (canary, canary_seen) = watch::channel(None);
@@ -185,7 +189,11 @@ async fn drive(
     connected: watch::Sender<bool>,
 ) -> Result<(), LinkError> {
     loop {
-        match eventloop.poll().await.map_err(|error| LinkError::Connection(Box::new(error)))? {
+        match eventloop
+            .poll()
+            .await
+            .map_err(|error| LinkError::Connection(Box::new(error)))?
+        {
             Event::Incoming(Packet::ConnAck(_)) => {
                 connected.send_replace(true);
             }
@@ -203,18 +211,28 @@ async fn drive(
 }
 
 /// Subscribes to what devices say: one shard after the other for what is retained.
-async fn subscribe(client: &AsyncClient, mut connected: watch::Receiver<bool>) -> Result<(), LinkError> {
+async fn subscribe(
+    client: &AsyncClient,
+    mut connected: watch::Receiver<bool>,
+) -> Result<(), LinkError> {
     tokio::time::timeout(ANSWER_WITHIN, connected.wait_for(|connected| *connected))
         .await
         .map_err(|_| LinkError::NoAnswer)?
         .map_err(|_| LinkError::Closed)?;
-    let live = [Leaf::Beacon, Leaf::Event].map(|leaf| format!("{}/+/+/{}", topic::PREFIX, leaf.as_str()));
+    let live =
+        [Leaf::Beacon, Leaf::Event].map(|leaf| format!("{}/+/+/{}", topic::PREFIX, leaf.as_str()));
     let mut rounds = vec![vec![topic::HUB.to_owned()], live.to_vec()];
     for shard in 0..=255 {
-        rounds.push([Leaf::Presence, Leaf::Reported].map(|leaf| topic::shard_filter(shard, leaf)).to_vec());
+        rounds.push(
+            [Leaf::Presence, Leaf::Reported]
+                .map(|leaf| topic::shard_filter(shard, leaf))
+                .to_vec(),
+        );
     }
     for filters in rounds {
-        let inputs = filters.iter().map(|filter| SubscribeFilterInput::new(filter.clone(), QoS::AtLeastOnce));
+        let inputs = filters
+            .iter()
+            .map(|filter| SubscribeFilterInput::new(filter.clone(), QoS::AtLeastOnce));
         let notice = client.subscribe_many_tracked(inputs).await?;
         let answer = tokio::time::timeout(ANSWER_WITHIN, notice.wait_async())
             .await
@@ -229,12 +247,16 @@ async fn subscribe(client: &AsyncClient, mut connected: watch::Receiver<bool>) -
 }
 
 /// Looks whether the broker still keeps what the hub published; queues everything if not. True if it does.
-async fn begin(controller: &Controller, canary: &watch::Receiver<Option<u64>>) -> Result<bool, LinkError> {
+async fn begin(
+    controller: &Controller,
+    canary: &watch::Receiver<Option<u64>>,
+) -> Result<bool, LinkError> {
     let found = *canary.borrow();
     let listening_from = controller.now();
     let (kept, devices) = controller
         .change(move |change| {
-            let kept = found.is_some() && found == crate::store::desired::canary(change.connection)?;
+            let kept =
+                found.is_some() && found == crate::store::desired::canary(change.connection)?;
             if !kept {
                 crate::store::desired::enqueue_all(change.connection)?;
             }

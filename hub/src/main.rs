@@ -118,7 +118,9 @@ fn run_hub(run: Run) -> anyhow::Result<()> {
     let mut config = match (&run.config, &run.data) {
         (Some(file), _) => Config::load(file)?,
         (None, Some(data)) => Config::with_data(data.clone()),
-        (None, None) => anyhow::bail!("give --config FILE, or --data DIRECTORY for the defaults; see `foreshore-hub run --help`"),
+        (None, None) => anyhow::bail!(
+            "give --config FILE, or --data DIRECTORY for the defaults; see `foreshore-hub run --help`"
+        ),
     };
     if let Some(data) = run.data {
         config.data = data;
@@ -164,16 +166,27 @@ fn start_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,rmqtt=warn,rumqttc=warn"));
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(terminal).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal)
+        .init();
 }
 
 fn new_epoch(data: &Path) -> anyhow::Result<()> {
-    anyhow::ensure!(data.join("hub.db").is_file(), "{} holds no hub.db", data.display());
+    anyhow::ensure!(
+        data.join("hub.db").is_file(),
+        "{} holds no hub.db",
+        data.display()
+    );
     secrets::Secrets::load_or_create(data)?;
     let _lock = process::lock(data)?;
     let (store, writer) = Store::open(&data.join("hub.db"))?;
-    let change = store.write(|connection| Ok::<_, StoreError>(store::desired::begin_epoch(connection)?));
-    let epoch = tokio::runtime::Builder::new_current_thread().build()?.block_on(change)?;
+    let change =
+        store.write(|connection| Ok::<_, StoreError>(store::desired::begin_epoch(connection)?));
+    let epoch = tokio::runtime::Builder::new_current_thread()
+        .build()?
+        .block_on(change)?;
     drop(store);
     writer.join();
     println!("epoch {epoch}");

@@ -102,8 +102,16 @@ pub struct RunningHub {
 /// When another hub has it.
 pub fn lock(data: &Path) -> Result<File, StartError> {
     let path = data.join("lock");
-    let failed = |source| StartError::Lock { path: path.clone(), source };
-    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    let failed = |source| StartError::Lock {
+        path: path.clone(),
+        source,
+    };
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(StartError::Locked { path }),
@@ -121,35 +129,63 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
     let secrets = Secrets::load_or_create(&config.data)?;
     let lock = lock(&config.data)?;
     let (store, writer) = Store::open(&config.data.join("hub.db"))?;
-    let latest = store.read(|connection| Ok::<_, StoreError>(store::desired::latest(connection)?)).await?;
+    let latest = store
+        .read(|connection| Ok::<_, StoreError>(store::desired::latest(connection)?))
+        .await?;
     let controller = Controller::new(store.clone(), HubClock::start(latest));
-    let images = Images::open(&config.data.join("images"), config.registry_client()?, store.clone())?;
+    let images = Images::open(
+        &config.data.join("images"),
+        config.registry_client()?,
+        store.clone(),
+    )?;
     let listener = TcpListener::bind(config.api.listen)
         .await
-        .map_err(|source| StartError::Listen { address: config.api.listen, source })?;
-    let api = listener
-        .local_addr()
-        .map_err(|source| StartError::Listen { address: config.api.listen, source })?;
-    let Reach { embedded, host, port, url } = start_broker(broker, &secrets).await?;
+        .map_err(|source| StartError::Listen {
+            address: config.api.listen,
+            source,
+        })?;
+    let api = listener.local_addr().map_err(|source| StartError::Listen {
+        address: config.api.listen,
+        source,
+    })?;
+    let Reach {
+        embedded,
+        host,
+        port,
+        url,
+    } = start_broker(broker, &secrets).await?;
     if embedded.is_some() {
         // Whoever was connected was connected to the broker of the process before.
-        controller.change(|change| Ok(store::device::all_offline(change.connection)?)).await?;
+        controller
+            .change(|change| Ok(store::device::all_offline(change.connection)?))
+            .await?;
     }
     let counters = Arc::new(LinkCounters::default());
     let (stop, stopping) = watch::channel(false);
-    let link = LinkConfig { host, port, secret: secrets.hub.clone() };
+    let link = LinkConfig {
+        host,
+        port,
+        secret: secrets.hub.clone(),
+    };
     let router = api::router(Api {
         controller: controller.clone(),
         images,
         secrets,
         counters: Arc::clone(&counters),
-        broker: if embedded.is_some() { BrokerKind::Embedded } else { BrokerKind::External },
+        broker: if embedded.is_some() {
+            BrokerKind::Embedded
+        } else {
+            BrokerKind::External
+        },
         max_image_bytes: config.api.max_image_bytes,
         stopping: stopping.clone(),
     });
     let mut tasks = JoinSet::new();
     tasks.spawn(http::serve(listener, router, stopping.clone()));
-    tasks.spawn(until(stopping.clone(), link::run(link, controller.clone(), Arc::clone(&counters))));
+    tasks.spawn(until(
+        stopping.clone(),
+        link::run(link, controller.clone(), Arc::clone(&counters)),
+    ));
     tasks.spawn(until(stopping, {
         let controller = controller.clone();
         async move { controller.run().await }
@@ -177,7 +213,10 @@ async fn await_link(controller: &Controller) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    if tokio::time::timeout(FIRST_LINK_WITHIN, connected).await.is_err() {
+    if tokio::time::timeout(FIRST_LINK_WITHIN, connected)
+        .await
+        .is_err()
+    {
         tracing::warn!("the broker does not answer yet; the hub serves its API and keeps trying");
     }
 }
@@ -213,7 +252,10 @@ impl RunningHub {
             file.sync_all()?;
             std::fs::rename(&temporary, &path)
         };
-        write().map_err(|source| StartError::Endpoints { path: path.clone(), source })?;
+        write().map_err(|source| StartError::Endpoints {
+            path: path.clone(),
+            source,
+        })?;
         tracing::info!(%api, broker = %self.broker, data = %self.data.display(), "the hub serves");
         Ok(())
     }
@@ -240,14 +282,21 @@ impl RunningHub {
         self.store = None;
         let writer = self.writer;
         let joined = tokio::task::spawn_blocking(move || writer.join());
-        if tokio::time::timeout(Duration::from_secs(2), joined).await.is_err() {
+        if tokio::time::timeout(Duration::from_secs(2), joined)
+            .await
+            .is_err()
+        {
             tracing::warn!("the store is still busy; what was answered is on disk");
         }
     }
 }
 
 fn mqtt_url(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("mqtt://[{host}]:{port}") } else { format!("mqtt://{host}:{port}") }
+    if host.contains(':') {
+        format!("mqtt://[{host}]:{port}")
+    } else {
+        format!("mqtt://{host}:{port}")
+    }
 }
 
 /// The broker if it is the hub's own, and where the hub reaches it.
@@ -263,7 +312,12 @@ async fn start_broker(broker: Broker, secrets: &Secrets) -> Result<Reach, StartE
     let listen = match broker {
         Broker::External(host, port) => {
             let url = mqtt_url(&host, port);
-            return Ok(Reach { embedded: None, host, port, url });
+            return Ok(Reach {
+                embedded: None,
+                host,
+                port,
+                url,
+            });
         }
         Broker::Embedded(listen) => listen,
     };

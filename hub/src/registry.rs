@@ -47,21 +47,33 @@ struct Refusal {
 
 impl Refusal {
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into() }
+        Self {
+            status,
+            code,
+            message: message.into(),
+        }
     }
 
     fn internal(error: impl std::fmt::Display) -> Self {
         tracing::warn!(%error, "the registry endpoint failed");
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN", "the hub failed; see its log")
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "UNKNOWN",
+            "the hub failed; see its log",
+        )
     }
 
     fn into_response(self) -> Response {
         let body = serde_json::json!({"errors": [{"code": self.code, "message": self.message}]});
         let mut response = (self.status, body.to_string()).into_response();
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
         if self.status == StatusCode::UNAUTHORIZED {
-            let challenge = HeaderValue::from_static("Basic realm=\"foreshore\", charset=\"UTF-8\"");
+            let challenge =
+                HeaderValue::from_static("Basic realm=\"foreshore\", charset=\"UTF-8\"");
             headers.insert(header::WWW_AUTHENTICATE, challenge);
         }
         response
@@ -85,7 +97,9 @@ async fn guard(State(api): State<Api>, request: Request, next: axum::middleware:
         Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", message).into_response()
     };
     let version = HeaderValue::from_static("registry/2.0");
-    response.headers_mut().insert("docker-distribution-api-version", version);
+    response
+        .headers_mut()
+        .insert("docker-distribution-api-version", version);
     response
 }
 
@@ -93,7 +107,12 @@ async fn root() -> Response {
     ([(header::CONTENT_TYPE, "application/json")], "{}").into_response()
 }
 
-async fn fetch(State(api): State<Api>, Path(path): Path<String>, method: Method, headers: HeaderMap) -> Response {
+async fn fetch(
+    State(api): State<Api>,
+    Path(path): Path<String>,
+    method: Method,
+    headers: HeaderMap,
+) -> Response {
     let found = match parse(&path) {
         Some(Target::Manifest(name, reference)) => manifest(&api, name, reference).await,
         Some(Target::Blob(digest)) => blob(&api, digest, &headers, &method).await,
@@ -127,13 +146,17 @@ fn parse(path: &str) -> Option<Target> {
     // Checks the name, too.
     let named = Reference::parse(&format!("{HUB_HOST}/{name}")).ok()?;
     match kind {
-        "manifests" if last.contains(':') => {
-            Some(Target::Manifest(named.repository().to_owned(), ManifestReference::Digest(last.parse().ok()?)))
-        }
+        "manifests" if last.contains(':') => Some(Target::Manifest(
+            named.repository().to_owned(),
+            ManifestReference::Digest(last.parse().ok()?),
+        )),
         "manifests" => {
             let tagged = Reference::parse(&format!("{HUB_HOST}/{name}:{last}")).ok()?;
             let tag = tagged.tag()?.to_owned();
-            Some(Target::Manifest(tagged.repository().to_owned(), ManifestReference::Tag(tag)))
+            Some(Target::Manifest(
+                tagged.repository().to_owned(),
+                ManifestReference::Tag(tag),
+            ))
         }
         "blobs" => Some(Target::Blob(last.parse().ok()?)),
         "tags" if last == "list" => Some(Target::Tags(named.repository().to_owned())),
@@ -141,9 +164,17 @@ fn parse(path: &str) -> Option<Target> {
     }
 }
 
-async fn manifest(api: &Api, name: String, reference: ManifestReference) -> Result<Response, Refusal> {
+async fn manifest(
+    api: &Api,
+    name: String,
+    reference: ManifestReference,
+) -> Result<Response, Refusal> {
     let unknown = |what: &str| {
-        Refusal::new(StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN", format!("{what} was not imported into the hub"))
+        Refusal::new(
+            StatusCode::NOT_FOUND,
+            "MANIFEST_UNKNOWN",
+            format!("{what} was not imported into the hub"),
+        )
     };
     let digest = match reference {
         ManifestReference::Digest(digest) => digest,
@@ -153,7 +184,9 @@ async fn manifest(api: &Api, name: String, reference: ManifestReference) -> Resu
             let image = api
                 .controller
                 .store()
-                .read(move |connection| Ok::<_, StoreError>(store::image::by_reference(connection, &asked)?))
+                .read(move |connection| {
+                    Ok::<_, StoreError>(store::image::by_reference(connection, &asked)?)
+                })
                 .await?;
             image.ok_or_else(|| unknown(&full))?.view.digest
         }
@@ -170,7 +203,10 @@ async fn manifest(api: &Api, name: String, reference: ManifestReference) -> Resu
         (header::CONTENT_TYPE, document.media_type().to_owned()),
         (header::CONTENT_LENGTH, bytes.len().to_string()),
         (header::ETAG, format!("\"{digest}\"")),
-        (header::HeaderName::from_static("docker-content-digest"), digest.to_string()),
+        (
+            header::HeaderName::from_static("docker-content-digest"),
+            digest.to_string(),
+        ),
     ];
     Ok((headers, bytes).into_response())
 }
@@ -188,22 +224,42 @@ async fn tags(api: &Api, name: String) -> Result<Response, Refusal> {
         .take(TAGS_MAX)
         .collect();
     if tags.is_empty() {
-        return Err(Refusal::new(StatusCode::NOT_FOUND, "NAME_UNKNOWN", format!("no image {name} was imported")));
+        return Err(Refusal::new(
+            StatusCode::NOT_FOUND,
+            "NAME_UNKNOWN",
+            format!("no image {name} was imported"),
+        ));
     }
     let body = serde_json::json!({"name": name, "tags": tags});
-    Ok(([(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response())
+    Ok((
+        [(header::CONTENT_TYPE, "application/json")],
+        body.to_string(),
+    )
+        .into_response())
 }
 
-async fn blob(api: &Api, digest: Digest, headers: &HeaderMap, method: &Method) -> Result<Response, Refusal> {
+async fn blob(
+    api: &Api,
+    digest: Digest,
+    headers: &HeaderMap,
+    method: &Method,
+) -> Result<Response, Refusal> {
     let blobs = api.images.blobs().clone();
     let (file, size) = tokio::task::spawn_blocking(move || blobs.open_blob(&digest))
         .await
         .map_err(Refusal::internal)?
         .map_err(Refusal::internal)?
         .ok_or_else(|| {
-            Refusal::new(StatusCode::NOT_FOUND, "BLOB_UNKNOWN", format!("the hub has no blob {digest}"))
+            Refusal::new(
+                StatusCode::NOT_FOUND,
+                "BLOB_UNKNOWN",
+                format!("the hub has no blob {digest}"),
+            )
         })?;
-    let range = match headers.get(header::RANGE).map(|value| byte_range(value, size)) {
+    let range = match headers
+        .get(header::RANGE)
+        .map(|value| byte_range(value, size))
+    {
         None | Some(Asked::Whole) => None,
         Some(Asked::Part(first, last)) => Some((first, last)),
         Some(Asked::Beyond) => {
@@ -219,7 +275,9 @@ async fn blob(api: &Api, digest: Digest, headers: &HeaderMap, method: &Method) -
         Body::empty()
     } else {
         let mut file = tokio::fs::File::from_std(file);
-        file.seek(SeekFrom::Start(first)).await.map_err(Refusal::internal)?;
+        file.seek(SeekFrom::Start(first))
+            .await
+            .map_err(Refusal::internal)?;
         stream_file(file, length)
     };
     let fixed = [
@@ -227,12 +285,18 @@ async fn blob(api: &Api, digest: Digest, headers: &HeaderMap, method: &Method) -
         (header::CONTENT_LENGTH, length.to_string()),
         (header::ACCEPT_RANGES, "bytes".to_owned()),
         (header::ETAG, format!("\"{digest}\"")),
-        (header::HeaderName::from_static("docker-content-digest"), digest.to_string()),
+        (
+            header::HeaderName::from_static("docker-content-digest"),
+            digest.to_string(),
+        ),
     ];
     Ok(match range {
         None => (fixed, body).into_response(),
         Some((first, last)) => {
-            let content_range = [(header::CONTENT_RANGE, format!("bytes {first}-{last}/{size}"))];
+            let content_range = [(
+                header::CONTENT_RANGE,
+                format!("bytes {first}-{last}/{size}"),
+            )];
             (StatusCode::PARTIAL_CONTENT, fixed, content_range, body).into_response()
         }
     })
@@ -269,8 +333,18 @@ enum Asked {
 
 fn byte_range(value: &HeaderValue, size: u64) -> Asked {
     let parsed = (|| {
-        let (first, last) = value.to_str().ok()?.trim().strip_prefix("bytes=")?.split_once('-')?;
-        let number = |text: &str| (!text.is_empty()).then(|| text.parse::<u64>()).transpose().ok();
+        let (first, last) = value
+            .to_str()
+            .ok()?
+            .trim()
+            .strip_prefix("bytes=")?
+            .split_once('-')?;
+        let number = |text: &str| {
+            (!text.is_empty())
+                .then(|| text.parse::<u64>())
+                .transpose()
+                .ok()
+        };
         Some((number(first)?, number(last)?))
     })();
     match parsed {
@@ -292,14 +366,31 @@ mod tests {
     fn names_with_slashes_are_read_from_their_end() {
         let digest = Digest::of(b"");
         let manifest = |name: &str, reference| Some(Target::Manifest(name.to_owned(), reference));
-        assert_eq!(parse("demo/manifests/v1"), manifest("demo", ManifestReference::Tag("v1".to_owned())));
+        assert_eq!(
+            parse("demo/manifests/v1"),
+            manifest("demo", ManifestReference::Tag("v1".to_owned()))
+        );
         assert_eq!(
             parse(&format!("acme/manifests/demo/manifests/{digest}")),
             manifest("acme/manifests/demo", ManifestReference::Digest(digest))
         );
-        assert_eq!(parse(&format!("demo/blobs/{digest}")), Some(Target::Blob(digest)));
+        assert_eq!(
+            parse(&format!("demo/blobs/{digest}")),
+            Some(Target::Blob(digest))
+        );
         assert_eq!(parse("a/b/tags/list"), Some(Target::Tags("a/b".to_owned())));
-        for bad in ["", "demo", "manifests/v1", "/manifests/v1", "../x/manifests/v1", "demo/blobs/v1", "Demo/manifests/v1", "demo/manifests/sha256:00", "demo/tags/other", "demo/manifests/.x"] {
+        for bad in [
+            "",
+            "demo",
+            "manifests/v1",
+            "/manifests/v1",
+            "../x/manifests/v1",
+            "demo/blobs/v1",
+            "Demo/manifests/v1",
+            "demo/manifests/sha256:00",
+            "demo/tags/other",
+            "demo/manifests/.x",
+        ] {
             assert_eq!(parse(bad), None, "{bad}");
         }
     }
@@ -322,7 +413,11 @@ mod tests {
             ("lines=0-1", 10, Asked::Whole),
             ("bytes=99999999999999999999-", 10, Asked::Whole),
         ] {
-            assert_eq!(byte_range(&HeaderValue::from_static(text), size), expected, "{text} of {size}");
+            assert_eq!(
+                byte_range(&HeaderValue::from_static(text), size),
+                expected,
+                "{text} of {size}"
+            );
         }
     }
 }

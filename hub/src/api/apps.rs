@@ -16,7 +16,8 @@ use crate::controller::{Change, ControlError, Effects};
 use crate::store::{self, app::AppRow};
 
 pub(super) fn app_name(text: &str) -> Result<AppName, Failure> {
-    text.parse().map_err(|error| Failure::bad_request(format!("app {text:?}: {error}")))
+    text.parse()
+        .map_err(|error| Failure::bad_request(format!("app {text:?}: {error}")))
 }
 
 /// `GET /apps`.
@@ -27,9 +28,13 @@ pub(super) fn app_name(text: &str) -> Result<AppName, Failure> {
 pub async fn list(State(api): Hub) -> Result<Json<List<AppView>>, Failure> {
     let read = |connection: &Connection| {
         let rows = store::app::list(connection)?;
-        rows.into_iter().map(|row| view(connection, row)).collect::<Result<_, Failure>>()
+        rows.into_iter()
+            .map(|row| view(connection, row))
+            .collect::<Result<_, Failure>>()
     };
-    Ok(Json(List { items: api.controller.store().read(read).await? }))
+    Ok(Json(List {
+        items: api.controller.store().read(read).await?,
+    }))
 }
 
 /// `GET /apps/{app}`.
@@ -60,7 +65,11 @@ fn view(connection: &Connection, row: AppRow) -> Result<AppView, Failure> {
         release,
         devices: store::app::member_count(connection, &name)?,
         up_to_date: store::app::up_to_date(connection, &name, &release)?,
-        rollout: Some(RolloutSummary { id: newest.id, state: newest.state, message: newest.message }),
+        rollout: Some(RolloutSummary {
+            id: newest.id,
+            state: newest.state,
+            message: newest.message,
+        }),
         created_ms: row.created.0,
         updated_ms: row.updated.0,
         deleting: row.deleting,
@@ -80,7 +89,11 @@ async fn resolve(
         .await
         .map_err(|_| store::StoreError::Stopped)??;
     if app.metadata.name != path {
-        return Err(ControlError::OtherApp { path, manifest: app.metadata.name }.into());
+        return Err(ControlError::OtherApp {
+            path,
+            manifest: app.metadata.name,
+        }
+        .into());
     }
     Ok(api.images.resolve(app).await?)
 }
@@ -108,7 +121,10 @@ pub async fn apply(
 ) -> Result<Json<ApplyAnswer>, Failure> {
     let resolved = resolve(&api, &app, body).await?;
     let seed = draw_seed()?;
-    let answer = api.controller.change(move |change| apps::apply(change, &resolved, seed)).await?;
+    let answer = api
+        .controller
+        .change(move |change| apps::apply(change, &resolved, seed))
+        .await?;
     tracing::info!(app = %answer.app, release = %answer.release.short(), outcome = ?answer.outcome, rollout = answer.rollout, "applied");
     Ok(Json(answer))
 }
@@ -127,7 +143,12 @@ pub async fn plan(
     let seed = draw_seed()?;
     let (now, listening) = (api.controller.now(), api.controller.listening());
     let read = move |connection: &Connection| {
-        let change = Change { connection, now, listening, effects: Effects::default() };
+        let change = Change {
+            connection,
+            now,
+            listening,
+            effects: Effects::default(),
+        };
         apps::plan(&change, &resolved, seed)
     };
     Ok(Json(api.controller.store().read(read).await?))
@@ -140,7 +161,11 @@ pub async fn plan(
 /// When there is no such app, nothing to go back to, or the store fails.
 pub async fn undo(State(api): Hub, Path(app): Path<String>) -> Result<Json<ApplyAnswer>, Failure> {
     let (name, seed) = (app_name(&app)?, draw_seed()?);
-    Ok(Json(api.controller.change(move |change| apps::undo(change, &name, seed)).await?))
+    Ok(Json(
+        api.controller
+            .change(move |change| apps::undo(change, &name, seed))
+            .await?,
+    ))
 }
 
 /// `DELETE /apps/{app}`.
@@ -150,6 +175,8 @@ pub async fn undo(State(api): Hub, Path(app): Path<String>) -> Result<Json<Apply
 /// When there is no such app, or the store fails.
 pub async fn delete(State(api): Hub, Path(app): Path<String>) -> Result<StatusCode, Failure> {
     let name = app_name(&app)?;
-    api.controller.change(move |change| apps::delete(change, &name)).await?;
+    api.controller
+        .change(move |change| apps::delete(change, &name))
+        .await?;
     Ok(StatusCode::ACCEPTED)
 }

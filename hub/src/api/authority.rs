@@ -38,10 +38,18 @@ pub fn may_pull(secrets: &Secrets, headers: &HeaderMap) -> bool {
     if let Some(token) = bearer(headers) {
         return secrets.api.matches(token);
     }
-    let Some(encoded) = scheme(headers, "basic").filter(|text| text.len() <= 8192) else { return false };
-    let Ok(decoded) = base64::engine::general_purpose::STANDARD.decode(encoded) else { return false };
-    let Ok(text) = String::from_utf8(decoded) else { return false };
-    let Some((user, password)) = text.split_once(':') else { return false };
+    let Some(encoded) = scheme(headers, "basic").filter(|text| text.len() <= 8192) else {
+        return false;
+    };
+    let Ok(decoded) = base64::engine::general_purpose::STANDARD.decode(encoded) else {
+        return false;
+    };
+    let Ok(text) = String::from_utf8(decoded) else {
+        return false;
+    };
+    let Some((user, password)) = text.split_once(':') else {
+        return false;
+    };
     let device = user.parse::<DeviceId>().is_ok() && secrets.join.matches(password);
     device || secrets.api.matches(password)
 }
@@ -53,7 +61,11 @@ mod tests {
 
     fn secrets() -> Secrets {
         let secret = |text: &str| Secret::new(text.to_owned());
-        Secrets { api: secret("operator"), join: secret("join"), hub: secret("hub") }
+        Secrets {
+            api: secret("operator"),
+            join: secret("join"),
+            hub: secret("hub"),
+        }
     }
 
     fn pulls(value: &str) -> bool {
@@ -64,7 +76,12 @@ mod tests {
 
     #[test]
     fn devices_and_operators_pull_and_nobody_else() {
-        let basic = |text: &str| format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(text));
+        let basic = |text: &str| {
+            format!(
+                "Basic {}",
+                base64::engine::general_purpose::STANDARD.encode(text)
+            )
+        };
         assert!(pulls(&basic("gateway-1:join")) && pulls(&basic("anybody:operator")));
         assert!(pulls("Bearer operator") && pulls("bearer operator"));
         for bad in [

@@ -14,7 +14,8 @@ use crate::controller::{ControlError, apps};
 use crate::store::{self, StoreError};
 
 fn device_id(text: &str) -> Result<DeviceId, Failure> {
-    text.parse().map_err(|error| Failure::bad_request(format!("device {text:?}: {error}")))
+    text.parse()
+        .map_err(|error| Failure::bad_request(format!("device {text:?}: {error}")))
 }
 
 /// `GET /devices`.
@@ -24,7 +25,9 @@ fn device_id(text: &str) -> Result<DeviceId, Failure> {
 /// When the store fails.
 pub async fn list(State(api): Hub) -> Result<Json<List<DeviceView>>, Failure> {
     let read = |connection: &Connection| Ok::<_, StoreError>(store::device::views(connection)?);
-    Ok(Json(List { items: api.controller.store().read(read).await? }))
+    Ok(Json(List {
+        items: api.controller.store().read(read).await?,
+    }))
 }
 
 async fn view(api: &Api, device: DeviceId) -> Result<Json<DeviceView>, Failure> {
@@ -63,7 +66,9 @@ pub async fn label(
         )
     })?;
     let device = id.clone();
-    api.controller.change(move |change| apps::patch_labels(change, &device, &patch)).await?;
+    api.controller
+        .change(move |change| apps::patch_labels(change, &device, &patch))
+        .await?;
     view(&api, id).await
 }
 
@@ -74,6 +79,8 @@ pub async fn label(
 /// When there is no such device, it is connected, or the store fails.
 pub async fn forget(State(api): Hub, Path(device): Path<String>) -> Result<StatusCode, Failure> {
     let id = device_id(&device)?;
-    api.controller.change(move |change| apps::forget(change, &id)).await?;
+    api.controller
+        .change(move |change| apps::forget(change, &id))
+        .await?;
     Ok(StatusCode::NO_CONTENT)
 }

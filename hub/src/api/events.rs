@@ -56,7 +56,9 @@ pub async fn list(
         };
         Ok::<_, StoreError>(store::event::after(connection, after, limit)?)
     };
-    Ok(Json(List { items: api.controller.store().read(read).await? }))
+    Ok(Json(List {
+        items: api.controller.store().read(read).await?,
+    }))
 }
 
 /// `GET /events/stream?after=`: from there on, or from the header `Last-Event-ID`, which a browser sends when it
@@ -71,18 +73,28 @@ pub async fn stream(
     range: Result<Query<Range>, QueryRejection>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Failure> {
     let Query(range) = range?;
-    let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    let last = headers
+        .get("last-event-id")
+        .and_then(|value| value.to_str().ok()?.trim().parse().ok());
     let news = api.controller.event_news();
     let after = match last.or(range.after) {
         Some(after) => after,
         None => {
-            let newest = |connection: &Connection| Ok::<_, StoreError>(store::event::newest(connection)?);
+            let newest =
+                |connection: &Connection| Ok::<_, StoreError>(store::event::newest(connection)?);
             api.controller.store().read(newest).await?
         }
     };
     let stopping = api.stopping.clone();
-    let reader = Reader { api, news, stopping, after: after.min(i64::MAX as u64), page: VecDeque::new() };
-    Ok(Sse::new(stream::unfold(reader, Reader::next)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+    let reader = Reader {
+        api,
+        news,
+        stopping,
+        after: after.min(i64::MAX as u64),
+        page: VecDeque::new(),
+    };
+    Ok(Sse::new(stream::unfold(reader, Reader::next))
+        .keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
 /// One reader's place in the log.
@@ -100,7 +112,10 @@ impl Reader {
         loop {
             if let Some(view) = self.page.pop_front() {
                 self.after = view.id;
-                let event = Event::default().id(view.id.to_string()).json_data(&view).ok()?;
+                let event = Event::default()
+                    .id(view.id.to_string())
+                    .json_data(&view)
+                    .ok()?;
                 return Some((Ok(event), self));
             }
             self.news.mark_unchanged();

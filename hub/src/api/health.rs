@@ -25,7 +25,10 @@ pub async fn alive() -> &'static str {
 ///
 /// When one of them does not.
 pub async fn ready(State(api): Hub) -> Result<&'static str, Failure> {
-    api.controller.store().read(|connection| Ok::<_, StoreError>(store::device::count(connection)?)).await?;
+    api.controller
+        .store()
+        .read(|connection| Ok::<_, StoreError>(store::device::count(connection)?))
+        .await?;
     if api.controller.listening().since.is_none() {
         return Err(Failure::new(
             StatusCode::SERVICE_UNAVAILABLE,
@@ -92,7 +95,10 @@ pub async fn metrics(State(api): Hub) -> Result<impl IntoResponse, Failure> {
         })
     };
     let counts = api.controller.store().read(read).await?;
-    let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    let content_type = [(
+        header::CONTENT_TYPE,
+        "text/plain; version=0.0.4; charset=utf-8",
+    )];
     Ok((content_type, render(&api, &counts)))
 }
 
@@ -100,28 +106,83 @@ fn render(api: &Api, counts: &Counts) -> String {
     let mut text = String::new();
     let mut metric = |name: &str, kind: &str, help: &str, samples: &[(String, u64)]| {
         // Writing to a String cannot fail.
-        _ = writeln!(text, "# HELP foreshore_{name} {help}\n# TYPE foreshore_{name} {kind}");
+        _ = writeln!(
+            text,
+            "# HELP foreshore_{name} {help}\n# TYPE foreshore_{name} {kind}"
+        );
         for (labels, value) in samples {
             _ = writeln!(text, "foreshore_{name}{labels} {value}");
         }
     };
     let plain = |value| vec![(String::new(), value)];
     let link = |counter: &std::sync::atomic::AtomicU64| plain(counter.load(Ordering::Relaxed));
-    let build = format!("{{version=\"{}\",broker=\"{}\"}}", env!("CARGO_PKG_VERSION"), broker(api));
+    let build = format!(
+        "{{version=\"{}\",broker=\"{}\"}}",
+        env!("CARGO_PKG_VERSION"),
+        broker(api)
+    );
     metric("build_info", "gauge", "The hub's version.", &[(build, 1)]);
     metric("devices", "gauge", "Known devices.", &plain(counts.devices));
-    metric("devices_online", "gauge", "Connected devices.", &plain(counts.online));
+    metric(
+        "devices_online",
+        "gauge",
+        "Connected devices.",
+        &plain(counts.online),
+    );
     metric("apps", "gauge", "Apps.", &plain(counts.apps as u64));
-    let rollouts: Vec<_> =
-        counts.rollouts.iter().map(|(state, count)| (format!("{{state=\"{state}\"}}"), *count)).collect();
-    metric("rollouts", "gauge", "Rollouts that are kept, by state.", &rollouts);
-    metric("outbox_depth", "gauge", "Messages that wait to be published.", &plain(counts.outbox));
-    metric("events_total", "counter", "Events recorded.", &plain(counts.events));
+    let rollouts: Vec<_> = counts
+        .rollouts
+        .iter()
+        .map(|(state, count)| (format!("{{state=\"{state}\"}}"), *count))
+        .collect();
+    metric(
+        "rollouts",
+        "gauge",
+        "Rollouts that are kept, by state.",
+        &rollouts,
+    );
+    metric(
+        "outbox_depth",
+        "gauge",
+        "Messages that wait to be published.",
+        &plain(counts.outbox),
+    );
+    metric(
+        "events_total",
+        "counter",
+        "Events recorded.",
+        &plain(counts.events),
+    );
     let connected = u64::from(api.counters.connected.load(Ordering::Relaxed));
-    metric("mqtt_connected", "gauge", "Whether the hub hears the broker.", &plain(connected));
-    metric("mqtt_connections_total", "counter", "Connections to the broker.", &link(&api.counters.connections));
-    metric("mqtt_received_total", "counter", "Messages from devices.", &link(&api.counters.received));
-    metric("mqtt_refused_total", "counter", "Messages not understood.", &link(&api.counters.refused));
-    metric("mqtt_published_total", "counter", "Messages that the broker took.", &link(&api.counters.published));
+    metric(
+        "mqtt_connected",
+        "gauge",
+        "Whether the hub hears the broker.",
+        &plain(connected),
+    );
+    metric(
+        "mqtt_connections_total",
+        "counter",
+        "Connections to the broker.",
+        &link(&api.counters.connections),
+    );
+    metric(
+        "mqtt_received_total",
+        "counter",
+        "Messages from devices.",
+        &link(&api.counters.received),
+    );
+    metric(
+        "mqtt_refused_total",
+        "counter",
+        "Messages not understood.",
+        &link(&api.counters.refused),
+    );
+    metric(
+        "mqtt_published_total",
+        "counter",
+        "Messages that the broker took.",
+        &link(&api.counters.published),
+    );
     text
 }

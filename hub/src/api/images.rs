@@ -31,7 +31,9 @@ pub async fn list(State(api): Hub) -> Result<Json<List<ImageView>>, Failure> {
         let images = store::image::list(connection)?;
         Ok::<_, StoreError>(images.into_iter().map(|image| image.view).collect())
     };
-    Ok(Json(List { items: api.controller.store().read(read).await? }))
+    Ok(Json(List {
+        items: api.controller.store().read(read).await?,
+    }))
 }
 
 /// The query of [`import`].
@@ -59,7 +61,11 @@ pub async fn import(
     tracing::info!(image = %view.reference, digest = %view.digest.short(), bytes = view.size_bytes, "imported an image");
     let event = view.clone();
     api.controller
-        .change(move |change| Ok(change.event("image-imported").record(event.reference.clone())?))
+        .change(move |change| {
+            Ok(change
+                .event("image-imported")
+                .record(event.reference.clone())?)
+        })
         .await?;
     Ok((StatusCode::CREATED, Json(view)))
 }
@@ -76,14 +82,19 @@ async fn spool(api: &Api, body: Body) -> Result<TempPath, Failure> {
     let mut stream = body.into_data_stream();
     let mut size = 0_u64;
     loop {
-        let chunk = tokio::time::timeout(IDLE, stream.next()).await.map_err(|_| {
-            Failure::new(
-                StatusCode::REQUEST_TIMEOUT,
-                "upload-stalled",
-                "the upload stalled",
-                format!("nothing came for {} s after {size} bytes; send it again", IDLE.as_secs()),
-            )
-        })?;
+        let chunk = tokio::time::timeout(IDLE, stream.next())
+            .await
+            .map_err(|_| {
+                Failure::new(
+                    StatusCode::REQUEST_TIMEOUT,
+                    "upload-stalled",
+                    "the upload stalled",
+                    format!(
+                        "nothing came for {} s after {size} bytes; send it again",
+                        IDLE.as_secs()
+                    ),
+                )
+            })?;
         let Some(chunk) = chunk else { break };
         let chunk = chunk.map_err(|error| {
             Failure::bad_request(format!("the upload broke off after {size} bytes: {error}"))
@@ -94,7 +105,10 @@ async fn spool(api: &Api, body: Body) -> Result<TempPath, Failure> {
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "image-too-large",
                 "the archive is too large",
-                format!("at most {} bytes are taken; raise [api] max_image_bytes in hub.toml", api.max_image_bytes),
+                format!(
+                    "at most {} bytes are taken; raise [api] max_image_bytes in hub.toml",
+                    api.max_image_bytes
+                ),
             ));
         }
         file.write_all(&chunk).await.map_err(|error| disk(&error))?;
@@ -104,7 +118,10 @@ async fn spool(api: &Api, body: Body) -> Result<TempPath, Failure> {
 }
 
 fn disk(error: &std::io::Error) -> Failure {
-    if matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded) {
+    if matches!(
+        error.kind(),
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+    ) {
         return StoreError::Full.into();
     }
     Failure::new(

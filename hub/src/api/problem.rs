@@ -19,7 +19,12 @@ pub struct Failure(Box<Problem>);
 impl Failure {
     /// An error of a stable `code`; `detail` names the thing and the way out.
     #[must_use]
-    pub fn new(status: StatusCode, code: &'static str, title: &str, detail: impl Into<String>) -> Self {
+    pub fn new(
+        status: StatusCode,
+        code: &'static str,
+        title: &str,
+        detail: impl Into<String>,
+    ) -> Self {
         Self(Box::new(Problem {
             kind: format!("https://foreshore.dev/problems/{code}"),
             title: title.to_owned(),
@@ -34,13 +39,23 @@ impl Failure {
     /// A value in the path or query that cannot be one.
     #[must_use]
     pub fn bad_request(detail: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, "bad-request", "the request cannot be understood", detail)
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "bad-request",
+            "the request cannot be understood",
+            detail,
+        )
     }
 
     /// Something that is not there.
     #[must_use]
     pub fn not_found(code: &'static str, detail: impl Into<String>) -> Self {
-        Self::new(StatusCode::NOT_FOUND, code, "there is no such thing", detail)
+        Self::new(
+            StatusCode::NOT_FOUND,
+            code,
+            "there is no such thing",
+            detail,
+        )
     }
 
     /// The stable code.
@@ -52,16 +67,23 @@ impl Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let status =
+            StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         if status.is_server_error() {
             tracing::warn!(code = %self.0.code, detail = %self.0.detail, "a call failed");
         }
         let body = serde_json::to_vec(&*self.0).unwrap_or_default();
         let mut response = (status, body).into_response();
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
         if status == StatusCode::UNAUTHORIZED {
-            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"foreshore\""));
+            headers.insert(
+                header::WWW_AUTHENTICATE,
+                HeaderValue::from_static("Bearer realm=\"foreshore\""),
+            );
         }
         response
     }
@@ -116,19 +138,28 @@ impl From<rusqlite::Error> for Failure {
 impl From<ControlError> for Failure {
     fn from(error: ControlError) -> Self {
         let detail = error.to_string();
-        let conflict = |code| Self::new(StatusCode::CONFLICT, code, "not in this state", detail.clone());
+        let conflict = |code| {
+            Self::new(
+                StatusCode::CONFLICT,
+                code,
+                "not in this state",
+                detail.clone(),
+            )
+        };
         match error {
             ControlError::UnknownApp(_) => Self::not_found("unknown-app", detail),
             ControlError::UnknownDevice(_) => Self::not_found("unknown-device", detail),
             ControlError::UnknownRollout(_) => Self::not_found("unknown-rollout", detail),
-            ControlError::OtherApp { .. } => {
-                Self::new(StatusCode::BAD_REQUEST, "other-app", "path and manifest disagree", detail)
-            }
+            ControlError::OtherApp { .. } => Self::new(
+                StatusCode::BAD_REQUEST,
+                "other-app",
+                "path and manifest disagree",
+                detail,
+            ),
             ControlError::Refused(Refused::Final { .. }) => conflict("rollout-is-final"),
             ControlError::Refused(Refused::State { .. }) => conflict("rollout-state"),
-            ControlError::Refused(Refused::NothingBefore { .. }) | ControlError::NothingToUndo(_) => {
-                conflict("nothing-before")
-            }
+            ControlError::Refused(Refused::NothingBefore { .. })
+            | ControlError::NothingToUndo(_) => conflict("nothing-before"),
             ControlError::Deleting(_) => conflict("app-deleting"),
             ControlError::Connected(_) => conflict("device-connected"),
             ControlError::Store(error) => error.into(),
@@ -140,9 +171,9 @@ impl From<ManifestError> for Failure {
     fn from(error: ManifestError) -> Self {
         let (status, code) = match &error {
             ManifestError::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "manifest-too-large"),
-            ManifestError::Encoding { .. } | ManifestError::Syntax { .. } | ManifestError::Meaning { .. } => {
-                (StatusCode::BAD_REQUEST, "bad-manifest")
-            }
+            ManifestError::Encoding { .. }
+            | ManifestError::Syntax { .. }
+            | ManifestError::Meaning { .. } => (StatusCode::BAD_REQUEST, "bad-manifest"),
         };
         let mut failure = Self::new(status, code, "the manifest was refused", error.to_string());
         if let ManifestError::Syntax { line, column, .. } = &error
@@ -177,7 +208,9 @@ impl From<ResolveError> for Failure {
                     detail,
                 );
             }
-            ResolveError::NotImported { .. } | ResolveError::Fetch { .. } | ResolveError::Timeout { .. } => {}
+            ResolveError::NotImported { .. }
+            | ResolveError::Fetch { .. }
+            | ResolveError::Timeout { .. } => {}
         }
         let (status, code, title) = image_fault(fault);
         Self::new(status, code, title, detail)
@@ -186,41 +219,77 @@ impl From<ResolveError> for Failure {
 
 const fn image_fault(fault: Fault) -> (StatusCode, &'static str, &'static str) {
     match fault {
-        Fault::NotFound => (StatusCode::UNPROCESSABLE_ENTITY, "unknown-image", "there is no such image"),
-        Fault::Unreachable => {
-            (StatusCode::BAD_GATEWAY, "registry-unreachable", "a registry did not answer as one")
-        }
-        Fault::DigestMismatch => {
-            (StatusCode::UNPROCESSABLE_ENTITY, "digest-mismatch", "bytes do not have their digest")
-        }
-        Fault::NoMatchingPlatform => {
-            (StatusCode::UNPROCESSABLE_ENTITY, "no-matching-platform", "no variant fits")
-        }
-        Fault::BadImage => (StatusCode::UNPROCESSABLE_ENTITY, "bad-image", "the image is broken"),
-        Fault::DiskFull => (StatusCode::INSUFFICIENT_STORAGE, "storage-full", "the hub's disk is full"),
+        Fault::NotFound => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "unknown-image",
+            "there is no such image",
+        ),
+        Fault::Unreachable => (
+            StatusCode::BAD_GATEWAY,
+            "registry-unreachable",
+            "a registry did not answer as one",
+        ),
+        Fault::DigestMismatch => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "digest-mismatch",
+            "bytes do not have their digest",
+        ),
+        Fault::NoMatchingPlatform => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "no-matching-platform",
+            "no variant fits",
+        ),
+        Fault::BadImage => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "bad-image",
+            "the image is broken",
+        ),
+        Fault::DiskFull => (
+            StatusCode::INSUFFICIENT_STORAGE,
+            "storage-full",
+            "the hub's disk is full",
+        ),
         Fault::Busy => (StatusCode::SERVICE_UNAVAILABLE, "busy", "try again"),
-        Fault::Config => {
-            (StatusCode::UNPROCESSABLE_ENTITY, "registry-configuration", "a registry is not configured right")
-        }
-        Fault::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "the hub failed"),
+        Fault::Config => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "registry-configuration",
+            "a registry is not configured right",
+        ),
+        Fault::Internal => (
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            "the hub failed",
+        ),
     }
 }
 
 impl From<TakeError> for Failure {
     fn from(error: TakeError) -> Self {
         let detail = chain(&error);
-        let bad = |code| Self::new(StatusCode::BAD_REQUEST, code, "the image was refused", detail.clone());
+        let bad = |code| {
+            Self::new(
+                StatusCode::BAD_REQUEST,
+                code,
+                "the image was refused",
+                detail.clone(),
+            )
+        };
         match error {
-            TakeError::Name { .. } | TakeError::NotPlain(_) | TakeError::Unnamed => bad("bad-image-name"),
+            TakeError::Name { .. } | TakeError::NotPlain(_) | TakeError::Unnamed => {
+                bad("bad-image-name")
+            }
             TakeError::Several(_) => bad("several-images"),
             TakeError::Import(error) => {
                 let (status, code, title) = image_fault(error.fault());
                 Self::new(status, code, title, detail)
             }
             TakeError::Store(error) => error.into(),
-            TakeError::GaveUp => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "the hub failed", detail)
-            }
+            TakeError::GaveUp => Self::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "internal",
+                "the hub failed",
+                detail,
+            ),
         }
     }
 }
@@ -247,7 +316,10 @@ impl From<QueryRejection> for Failure {
 
 /// For paths that the hub does not have.
 pub async fn no_such_path(uri: Uri) -> Failure {
-    Failure::not_found("unknown-path", format!("the hub has no path {}", uri.path()))
+    Failure::not_found(
+        "unknown-path",
+        format!("the hub has no path {}", uri.path()),
+    )
 }
 
 /// For methods that a path does not have.
@@ -274,5 +346,10 @@ pub fn timeout() -> Failure {
 /// For callers without the token.
 #[must_use]
 pub fn unauthorized(detail: &str) -> Failure {
-    Failure::new(StatusCode::UNAUTHORIZED, "unauthorized", "the token is missing or wrong", detail)
+    Failure::new(
+        StatusCode::UNAUTHORIZED,
+        "unauthorized",
+        "the token is missing or wrong",
+        detail,
+    )
 }

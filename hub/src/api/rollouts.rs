@@ -50,11 +50,16 @@ pub async fn list(
         }
         Ok::<_, store::StoreError>(views)
     };
-    Ok(Json(List { items: api.controller.store().read(read).await? }))
+    Ok(Json(List {
+        items: api.controller.store().read(read).await?,
+    }))
 }
 
 fn rollout_id(text: &str) -> Result<u64, Failure> {
-    let id = text.parse::<u64>().ok().filter(|id| i64::try_from(*id).is_ok());
+    let id = text
+        .parse::<u64>()
+        .ok()
+        .filter(|id| i64::try_from(*id).is_ok());
     id.ok_or_else(|| Failure::bad_request(format!("{text:?} is not a rollout's number")))
 }
 
@@ -69,7 +74,8 @@ pub async fn get(State(api): Hub, Path(id): Path<String>) -> Result<Json<Rollout
 
 async fn view(api: &Api, id: u64) -> Result<Json<RolloutView>, Failure> {
     let read = move |connection: &Connection| {
-        let rollout = store::rollout::get(connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
+        let rollout =
+            store::rollout::get(connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
         Ok::<_, ControlError>(render(&rollout))
     };
     Ok(Json(api.controller.store().read(read).await?))
@@ -77,7 +83,9 @@ async fn view(api: &Api, id: u64) -> Result<Json<RolloutView>, Failure> {
 
 async fn command(api: &Api, id: &str, command: Command) -> Result<Json<RolloutView>, Failure> {
     let id = rollout_id(id)?;
-    api.controller.change(move |change| rollouts::command(change, id, command)).await?;
+    api.controller
+        .change(move |change| rollouts::command(change, id, command))
+        .await?;
     view(api, id).await
 }
 

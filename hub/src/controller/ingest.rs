@@ -183,7 +183,12 @@ impl Device<'_> {
         if stale && retained {
             return Ok(());
         }
-        if presence.boot < self.link.boot {
+        let began_anew = stale
+            || presence.boot < self.link.boot
+            || (presence.boot == self.link.boot
+                && presence.reported_seq < self.link.reported_seq
+                && !retained);
+        if began_anew {
             self.reset(change, presence)?;
         }
         // The hub was not there when this connection began, and may have missed what came first.

@@ -68,7 +68,9 @@ pub async fn run(client: &AsyncClient, commands: &Commands) -> Result<(), Client
             if let Some((event, reported)) = receipt.stored {
                 send(client, &device, &Command::Ack { event, reported }).await?;
             }
-            let lately = asked.get(&device).is_some_and(|at| at.elapsed() < ASK_EVERY);
+            let lately = asked
+                .get(&device)
+                .is_some_and(|at| at.elapsed() < ASK_EVERY);
             if receipt.resync && !lately {
                 send(client, &device, &Command::Resync).await?;
                 asked.insert(device, Instant::now());
@@ -79,11 +81,23 @@ pub async fn run(client: &AsyncClient, commands: &Commands) -> Result<(), Client
     }
 }
 
-async fn send(client: &AsyncClient, device: &DeviceId, command: &Command) -> Result<(), ClientError> {
-    let properties =
-        PublishProperties { message_expiry_interval: Some(EXPIRY_S), ..PublishProperties::default() };
+async fn send(
+    client: &AsyncClient,
+    device: &DeviceId,
+    command: &Command,
+) -> Result<(), ClientError> {
+    let properties = PublishProperties {
+        message_expiry_interval: Some(EXPIRY_S),
+        ..PublishProperties::default()
+    };
     let options = PublishOptions::at_least_once().properties(properties);
-    client.publish(topic::device(device, Leaf::Command), frame::encode(command), options).await
+    client
+        .publish(
+            topic::device(device, Leaf::Command),
+            frame::encode(command),
+            options,
+        )
+        .await
 }
 
 /// Asks every connected device for what it could not deliver while the hub was away.
@@ -106,7 +120,10 @@ pub async fn ask_all(controller: &Controller, commands: &Commands) {
         };
         let Some(last) = devices.last() else { return };
         last.as_str().clone_into(&mut after);
-        let ask = Receipt { stored: None, resync: true };
+        let ask = Receipt {
+            stored: None,
+            resync: true,
+        };
         commands.answer(devices.into_iter().map(|device| (device, ask)).collect());
         tokio::time::sleep(ASK_PAUSE).await;
     }

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use foreshore_protocol::DeviceId;
 use foreshore_protocol::frame::{self, FrameError};
 use foreshore_protocol::message::{Beacon, Event, Presence, Reported};
 use foreshore_protocol::topic::{Leaf, Topic};
-use foreshore_protocol::DeviceId;
 use rumqttc::Publish;
 use tokio::sync::mpsc;
 
@@ -74,16 +74,26 @@ pub async fn run(
 async fn take_in(controller: &Controller, batch: Vec<Inbound>) -> Receipts {
     let shared = std::sync::Arc::new(batch);
     let whole = std::sync::Arc::clone(&shared);
-    match controller.change(move |change| ingest::ingest(change, &whole)).await {
+    match controller
+        .change(move |change| ingest::ingest(change, &whole))
+        .await
+    {
         Ok(receipts) => return receipts,
         Err(error) => {
-            tracing::warn!(error = &error as &dyn std::error::Error, messages = shared.len(), "failed to take in a batch");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                messages = shared.len(),
+                "failed to take in a batch"
+            );
         }
     }
     let mut receipts = Receipts::new();
     for inbound in shared.iter().cloned() {
         let device = inbound.device.clone();
-        match controller.change(move |change| ingest::ingest(change, &[inbound])).await {
+        match controller
+            .change(move |change| ingest::ingest(change, &[inbound]))
+            .await
+        {
             Ok(one) => receipts.extend(one),
             Err(error) => {
                 tracing::error!(%device, error = &error as &dyn std::error::Error, "failed to take in a message");
@@ -100,7 +110,9 @@ async fn take_in(controller: &Controller, batch: Vec<Inbound>) -> Receipts {
 /// See [`Unreadable`]. No input panics.
 pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Inbound>, Unreadable> {
     let topic = std::str::from_utf8(topic).map_err(|_| Unreadable::Topic)?;
-    let Some(Topic::Device(device, leaf)) = Topic::parse(topic) else { return Err(Unreadable::Topic) };
+    let Some(Topic::Device(device, leaf)) = Topic::parse(topic) else {
+        return Err(Unreadable::Topic);
+    };
     if payload.is_empty() {
         return Ok(None);
     }
@@ -131,7 +143,11 @@ pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Inb
     if counters.iter().any(|counter| *counter >= COUNTER_MAX) {
         return Err(Unreadable::Counter(device));
     }
-    Ok(Some(Inbound { device, retained, message }))
+    Ok(Some(Inbound {
+        device,
+        retained,
+        message,
+    }))
 }
 
 /// A device that is not understood makes an event now and then, not a flood.
@@ -142,19 +158,30 @@ struct Complaints {
 
 impl Complaints {
     async fn raise(&mut self, controller: &Controller, why: &Unreadable) {
-        let (Unreadable::Frame(device, _) | Unreadable::Counter(device)) = why else { return };
+        let (Unreadable::Frame(device, _) | Unreadable::Counter(device)) = why else {
+            return;
+        };
         self.last.retain(|_, at| at.elapsed() < COMPLAIN_EVERY);
         if self.last.contains_key(device) || self.last.len() >= COMPLAINTS_MAX {
             return;
         }
         self.last.insert(device.clone(), Instant::now());
         tracing::warn!(%device, %why, "a device's message is not understood");
-        let (device, message) = (device.clone(), format!("its message is not understood: {why}"));
+        let (device, message) = (
+            device.clone(),
+            format!("its message is not understood: {why}"),
+        );
         let recorded = controller.change(move |change| {
-            Ok(change.event("message-refused").device(&device).record(message)?)
+            Ok(change
+                .event("message-refused")
+                .device(&device)
+                .record(message)?)
         });
         if let Err(error) = recorded.await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "failed to record an event");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "failed to record an event"
+            );
         }
     }
 }
@@ -165,7 +192,15 @@ mod tests {
     use foreshore_protocol::topic;
 
     fn beacon(boot: u64) -> Beacon {
-        Beacon { boot, seq: 1, version: None, reported_seq: 0, event_seq: 0, memory_mib: 0, load_centi: 0 }
+        Beacon {
+            boot,
+            seq: 1,
+            version: None,
+            reported_seq: 0,
+            event_seq: 0,
+            memory_mib: 0,
+            load_centi: 0,
+        }
     }
 
     #[test]
@@ -175,17 +210,36 @@ mod tests {
         let frame = frame::encode(&beacon(1));
         assert!(decode(up.as_bytes(), &frame, false).unwrap().is_some());
         assert_eq!(decode(up.as_bytes(), b"", true), Ok(None));
-        assert!(matches!(decode(up.as_bytes(), b"FSnonsense", false), Err(Unreadable::Frame(..))));
-        assert!(matches!(decode(up.as_bytes(), &vec![0; 1 << 20], false), Err(Unreadable::Frame(..))));
+        assert!(matches!(
+            decode(up.as_bytes(), b"FSnonsense", false),
+            Err(Unreadable::Frame(..))
+        ));
+        assert!(matches!(
+            decode(up.as_bytes(), &vec![0; 1 << 20], false),
+            Err(Unreadable::Frame(..))
+        ));
         let presence = topic::device(&device, Leaf::Presence);
-        assert!(matches!(decode(presence.as_bytes(), &frame, false), Err(Unreadable::Frame(..))));
+        assert!(matches!(
+            decode(presence.as_bytes(), &frame, false),
+            Err(Unreadable::Frame(..))
+        ));
         for other in ["fs/v1/hub", "fs/v1/00/d/beacon", "x", "fs/v1/rel/00"] {
-            assert_eq!(decode(other.as_bytes(), &frame, false), Err(Unreadable::Topic), "{other}");
+            assert_eq!(
+                decode(other.as_bytes(), &frame, false),
+                Err(Unreadable::Topic),
+                "{other}"
+            );
         }
         let down = topic::device(&device, Leaf::Head);
-        assert_eq!(decode(down.as_bytes(), &frame, false), Err(Unreadable::Topic));
+        assert_eq!(
+            decode(down.as_bytes(), &frame, false),
+            Err(Unreadable::Topic)
+        );
         assert_eq!(decode(b"\xff", &frame, false), Err(Unreadable::Topic));
         let huge = frame::encode(&beacon(u64::MAX));
-        assert!(matches!(decode(up.as_bytes(), &huge, false), Err(Unreadable::Counter(_))));
+        assert!(matches!(
+            decode(up.as_bytes(), &huge, false),
+            Err(Unreadable::Counter(_))
+        ));
     }
 }

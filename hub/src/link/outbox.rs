@@ -73,7 +73,11 @@ enum Item {
 /// # Errors
 ///
 /// See [`PublishError`].
-pub async fn run(client: &AsyncClient, controller: &Controller, counters: &LinkCounters) -> Result<(), PublishError> {
+pub async fn run(
+    client: &AsyncClient,
+    controller: &Controller,
+    counters: &LinkCounters,
+) -> Result<(), PublishError> {
     let mut pace = tokio::time::interval(PAGE_EVERY);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut renew_at = Instant::now();
@@ -106,10 +110,16 @@ async fn next_page(controller: &Controller) -> Result<Option<Vec<Item>>, Publish
     let page = controller
         .store()
         .read(|connection| {
-            let clears = store::desired::waiting_clears(connection, PAGE)?.into_iter().map(Item::Clear);
+            let clears = store::desired::waiting_clears(connection, PAGE)?
+                .into_iter()
+                .map(Item::Clear);
             let releases = store::desired::waiting_releases(connection, PAGE)?;
             let mut page: Vec<Item> = clears.collect();
-            page.extend(releases.into_iter().map(|(digest, bytes)| Item::Release(digest, bytes)));
+            page.extend(
+                releases
+                    .into_iter()
+                    .map(|(digest, bytes)| Item::Release(digest, bytes)),
+            );
             // Heads only once every release is out.
             if page.is_empty() {
                 for (device, head) in store::desired::waiting_heads(connection, "", PAGE)? {
@@ -138,7 +148,9 @@ async fn publish(
             Item::Head(device, _, frame) => (topic::device(device, Leaf::Head), frame.clone()),
         };
         let options = PublishOptions::at_least_once().retained();
-        let notice = client.publish_tracked(topic.clone(), payload, options).await?;
+        let notice = client
+            .publish_tracked(topic.clone(), payload, options)
+            .await?;
         answers.push(async move { (item, topic, notice.wait_completion_async().await) });
     }
     let (mut taken, mut refused) = (Vec::new(), 0);
@@ -158,8 +170,12 @@ async fn publish(
             }
         }
     }
-    counters.published.fetch_add(u64::try_from(taken.len()).unwrap_or(0), Ordering::Relaxed);
-    controller.change(move |change| clear(change.connection, &taken).map_err(ControlError::from)).await?;
+    counters
+        .published
+        .fetch_add(u64::try_from(taken.len()).unwrap_or(0), Ordering::Relaxed);
+    controller
+        .change(move |change| clear(change.connection, &taken).map_err(ControlError::from))
+        .await?;
     Ok(refused)
 }
 
@@ -168,7 +184,9 @@ fn clear(connection: &rusqlite::Connection, taken: &[Item]) -> rusqlite::Result<
         match item {
             Item::Clear(topic) => store::desired::cleared(connection, topic)?,
             Item::Release(digest, _) => store::desired::release_published(connection, digest)?,
-            Item::Head(device, version, _) => store::desired::published(connection, device, *version)?,
+            Item::Head(device, version, _) => {
+                store::desired::published(connection, device, *version)?
+            }
         }
     }
     Ok(())
@@ -176,7 +194,10 @@ fn clear(connection: &rusqlite::Connection, taken: &[Item]) -> rusqlite::Result<
 
 /// The hub's own retained topic. Its time is also the mark by which the hub recognizes, after a reconnect, that
 /// the broker kept what it was given: so it is written after everything that was missing has been queued.
-async fn publish_hub_info(client: &AsyncClient, controller: &Controller) -> Result<(), PublishError> {
+async fn publish_hub_info(
+    client: &AsyncClient,
+    controller: &Controller,
+) -> Result<(), PublishError> {
     let unix_ms = wall_clock().0;
     let info = controller
         .change(move |change| {
@@ -186,12 +207,15 @@ async fn publish_hub_info(client: &AsyncClient, controller: &Controller) -> Resu
                 epoch: store::desired::epoch(change.connection)?,
                 unix_ms,
                 beacon_interval_ms: BEACON_INTERVAL_MS,
-                reconnect_spread_ms: u32::try_from(reconnect_spread_ms(devices)).unwrap_or(u32::MAX),
+                reconnect_spread_ms: u32::try_from(reconnect_spread_ms(devices))
+                    .unwrap_or(u32::MAX),
                 schema_range: (1, MAX_SCHEMA),
             })
         })
         .await?;
     let options = PublishOptions::at_least_once().retained();
-    client.publish(topic::HUB, frame::encode(&info), options).await?;
+    client
+        .publish(topic::HUB, frame::encode(&info), options)
+        .await?;
     Ok(())
 }

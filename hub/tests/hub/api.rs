@@ -92,7 +92,7 @@ fn every_wrong_call_has_its_own_code() {
             "/apps/shop",
             &app("ghcr.io/Acme/web:1"),
             400,
-            "bad-image-reference",
+            "bad-manifest",
         ),
         (
             "PUT",
