@@ -6,7 +6,7 @@
 //!
 //! | module | what it owns |
 //! |---|---|
-//! | [`reference`] | image references: `HOST/REPOSITORY[:TAG][@DIGEST]` |
+//! | [`mod@reference`] | image references: `HOST/REPOSITORY[:TAG][@DIGEST]` |
 //! | [`platform`] | what a device can run, and the choice from an image index |
 //! | [`manifest`] | the JSON of indexes, manifests and image configs |
 //! | [`registry`] | the client of the OCI distribution API |

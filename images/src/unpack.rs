@@ -1,11 +1,11 @@
 //! One layer's tar stream into one directory that it can never leave, in the form that overlayfs mounts.
 //!
-//! Paths are never joined as strings: [`tree`] walks them component by component over directory descriptors,
+//! Paths are never joined as strings: `tree` walks them component by component over directory descriptors,
 //! without ever letting the kernel follow a symbolic link. Whiteouts (OCI image specification, "Layers,
 //! Whiteouts") become what overlayfs understands (kernel documentation, "Overlay Filesystem, whiteouts and
 //! opaque directories"): character device 0:0, and the attribute `trusted.overlay.opaque`.
 //!
-//! A layer may lean on the ones below it, [`lower`]: a directory that it only passes through keeps the owner
+//! A layer may lean on the ones below it: a directory that it only passes through keeps the owner
 //! and mode it has there, a symbolic link on the way is followed, a hard link's target is copied up. Then what
 //! is unpacked depends on the layers below, and [`Unpacked::leans`] says how.
 
