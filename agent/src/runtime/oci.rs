@@ -112,8 +112,8 @@ pub struct OciRuntime {
 }
 
 impl OciRuntime {
-    /// Prepares directories, cgroups and the shim program, and sweeps what earlier runs left unfinished. Running
-    /// containers are left alone.
+    /// Prepares directories and the shim program, and sweeps what earlier runs left unfinished. Running containers are
+    /// left alone, and so is an agent that runs at the same time.
     ///
     /// # Errors
     ///
@@ -132,9 +132,6 @@ impl OciRuntime {
         }
         let cgroups = Cgroups::find(&config.cgroup_parent)
             .act(|| "find the cgroup hierarchies".to_owned())?;
-        cgroups
-            .prepare()
-            .act(|| format!("prepare cgroup parent {}", config.cgroup_parent))?;
         let runtime = Self {
             shim: install_shim(&config.state_dir).act(|| {
                 format!(
@@ -175,8 +172,10 @@ impl OciRuntime {
     /// Deletes unfinished directories, writable layers without a container, and empty cgroups without a container.
     fn sweep(&self) {
         for name in names(&self.containers()) {
-            if name.ends_with(".new") || name.ends_with(".gone") {
-                let _ = fs::remove_dir_all(self.containers().join(name));
+            let path = self.containers().join(&name);
+            // A young one may be a start under way: `status` makes a runtime beside the agent's.
+            if name.ends_with(".gone") || (name.ends_with(".new") && is_old(&path)) {
+                let _ = fs::remove_dir_all(path);
             }
         }
         let known = |name: &str| self.containers().join(name).exists();
@@ -405,6 +404,10 @@ impl Runtime for OciRuntime {
             return Err(failed("it exists already; remove it first".to_owned()));
         }
         let starting = Starting(self, &spec.id);
+        self.cgroups.prepare().map_err(|source| StartError::Io {
+            act: format!("prepare cgroup parent {}", self.config.cgroup_parent),
+            source,
+        })?;
         let dir = self.create_dir(spec).map_err(|source| StartError::Io {
             act: format!("create {}", self.dir(&spec.id).display()),
             source,
@@ -562,6 +565,11 @@ fn remove_dir(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
+}
+
+fn is_old(path: &Path) -> bool {
+    let modified = fs::metadata(path).and_then(|metadata| metadata.modified());
+    modified.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > START_TIMEOUT))
 }
 
 /// The names in a directory; none when it cannot be read.

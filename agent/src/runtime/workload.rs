@@ -73,10 +73,7 @@ impl Executor for Workload {
             "foreshore: failed to execute {}: {error}",
             program.display()
         );
-        #[expect(
-            clippy::exit,
-            reason = "this is the container's first process, and there is nothing to return to"
-        )]
+        // The container's first process: there is nothing to return to.
         std::process::exit(NOT_EXECUTABLE)
     }
 }

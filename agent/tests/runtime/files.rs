@@ -1,0 +1,138 @@
+//! Layers, read-only roots, tmpfs, volumes and bind mounts.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::PermissionsExt as _;
+
+use serde_json::json;
+
+use crate::bed::{Bed, run};
+
+#[tokio::test]
+async fn higher_layers_win_and_many_layers_fit() {
+    let bed = Bed::new();
+    let mut spec = bed.shell("cat /etc/which; ls /layers | wc -l", json!({}));
+    for number in 0..120 {
+        // Long names with the characters that separate overlay options.
+        let layer = bed.dir.path().join(format!(
+            "a:long,name-of-a-layer-with-sixty-four-characters-or-more-{number:03}"
+        ));
+        std::fs::create_dir_all(layer.join("etc")).unwrap();
+        std::fs::create_dir_all(layer.join("layers")).unwrap();
+        std::fs::write(layer.join("etc/which"), format!("{number}\n")).unwrap();
+        std::fs::write(layer.join(format!("layers/{number}")), "").unwrap();
+        spec.layers.push(layer);
+    }
+    let (_, log) = run(&bed, &spec).await;
+    assert_eq!(log, "119\n120\n");
+}
+
+#[tokio::test]
+async fn the_root_is_read_only_unless_asked_and_never_outlives_the_container() {
+    let bed = Bed::new();
+    let line = "touch /file 2>&1; touch /etc/file 2>&1; ls /file; df / >/dev/null; exit 0";
+    let (_, log) = run(&bed, &bed.shell(line, json!({}))).await;
+    assert!(
+        log.contains("/file: Read-only file system") && log.contains("/etc/file: Read-only"),
+        "{log}"
+    );
+
+    let line = "test ! -e /kept && touch /kept && echo content > /etc/passwd && echo done";
+    for _ in 0..2 {
+        let (exit, log) = run(&bed, &bed.shell(line, json!({"read_only": false}))).await;
+        assert_eq!((exit.code, log.as_str()), (0, "done\n"));
+    }
+    assert!(!bed.layer.join("kept").exists());
+    assert!(
+        std::fs::read_to_string(bed.layer.join("etc/passwd"))
+            .unwrap()
+            .contains("root:")
+    );
+    bed.assert_clean();
+}
+
+#[tokio::test]
+async fn tmpfs_has_its_size_and_options() {
+    let bed = Bed::new();
+    let line = "grep ' /scratch ' /proc/mounts; dd if=/dev/zero of=/scratch/file bs=64k count=64 2>&1; \
+                stat -c %s /scratch/file; grep ' /scratch/inner ' /proc/mounts";
+    // The inner one is named first and must still be mounted last.
+    let (_, log) = run(
+        &bed,
+        &bed.shell(
+            line,
+            json!({"tmpfs": ["/scratch/inner:size=4k", "/scratch:size=1m"]}),
+        ),
+    )
+    .await;
+    assert!(
+        log.contains("No space left on device") && log.contains("\n1048576\n"),
+        "{log}"
+    );
+    assert!(
+        log.contains("nosuid,nodev") && log.contains("size=1024k") && log.contains("size=4k"),
+        "{log}"
+    );
+}
+
+#[tokio::test]
+async fn volumes_outlive_containers_and_belong_to_who_uses_them() {
+    let bed = Bed::new();
+    let volumes =
+        json!({"user": "app", "volumes": ["data:/srv/data", "other:/new/place", "data:/again:ro"]});
+    let line = "test -e /srv/data/file && cat /srv/data/file; echo kept > /srv/data/file && touch /new/place/x; \
+                touch /again/x 2>&1; grep ' /srv/data ' /proc/mounts";
+    let (exit, first) = run(&bed, &bed.shell(line, volumes.clone())).await;
+    assert!(
+        !first.contains("kept") && first.contains("/again/x: Read-only file system"),
+        "{first}"
+    );
+    assert!(first.contains("nosuid,nodev"), "{first}");
+    assert_eq!(exit.code, 0, "{first}");
+    let (_, second) = run(&bed, &bed.shell(line, volumes)).await;
+    assert!(second.starts_with("kept\n"), "{second}");
+    let volume = bed.state_dir().join("volumes/shop/data");
+    assert_eq!(
+        (
+            volume.metadata().unwrap().uid(),
+            volume.metadata().unwrap().gid()
+        ),
+        (1000, 1001)
+    );
+    assert_eq!(
+        volume.metadata().unwrap().permissions().mode() & 0o777,
+        0o755
+    );
+    assert_eq!(
+        bed.state_dir()
+            .join("volumes/shop/other")
+            .metadata()
+            .unwrap()
+            .uid(),
+        1000
+    );
+}
+
+#[tokio::test]
+async fn bind_mounts_show_what_the_device_has() {
+    let bed = Bed::new();
+    let shared = bed.dir.path().join("shared");
+    std::fs::create_dir(&shared).unwrap();
+    std::fs::write(shared.join("file"), "from the device\n").unwrap();
+    let (dir, file) = (shared.display(), shared.join("file"));
+    let line =
+        "cat /in/file /one; echo x > /in/new 2>&1; echo from inside > /rw/new; touch /one 2>&1";
+    let volumes = json!({"volumes": [format!("{dir}:/in:ro"), format!("{}:/one:ro", file.display()), format!("{dir}:/rw")]});
+    let (_, log) = run(&bed, &bed.shell(line, volumes)).await;
+    assert!(
+        log.starts_with("from the device\nfrom the device\n"),
+        "{log}"
+    );
+    assert!(
+        log.contains("/in/new: Read-only file system") && log.contains("/one: Read-only"),
+        "{log}"
+    );
+    assert_eq!(
+        std::fs::read_to_string(shared.join("new")).unwrap(),
+        "from inside\n"
+    );
+}
