@@ -192,14 +192,21 @@ impl Cgroups {
         Ok(())
     }
 
-    /// Removes the parent and what is above it up to the hierarchy's root, as far as it is empty.
-    pub(crate) fn remove_parents(&self) {
+    /// Removes the parent if nothing is in it.
+    pub(crate) fn remove_parent(&self) {
+        for parent in self.parents() {
+            let _ = fs::remove_dir(parent.join(SHIMS));
+            let _ = fs::remove_dir(parent);
+        }
+    }
+
+    /// Removes the parent and what is above it up to the hierarchy's root, as far as it is empty. What is above may be
+    /// shared with others who are just about to use it.
+    pub(crate) fn remove_ancestors(&self) {
+        self.remove_parent();
         for mount in &self.mounts {
             let mut dir = mount.join(&self.parent);
-            let _ = fs::remove_dir(dir.join(SHIMS));
-            while dir != *mount && fs::remove_dir(&dir).is_ok() {
-                dir.pop();
-            }
+            while dir.pop() && dir != *mount && fs::remove_dir(&dir).is_ok() {}
         }
     }
 }

@@ -154,7 +154,7 @@ impl OciRuntime {
     /// Removes this agent's cgroup parents if nothing is in them. For a clean end of the last agent on a device; they
     /// are made again when needed.
     pub fn remove_empty_cgroups(&self) {
-        self.cgroups.remove_parents();
+        self.cgroups.remove_ancestors();
     }
 
     fn containers(&self) -> PathBuf {
@@ -483,7 +483,7 @@ impl Runtime for OciRuntime {
             Ok(()) => remove_dir(&gone).map_err(io_error(&gone))?,
         }
         if self.starting().is_empty() && names(&self.containers()).is_empty() {
-            self.cgroups.remove_parents();
+            self.cgroups.remove_parent();
         }
         Ok(())
     }

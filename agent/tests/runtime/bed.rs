@@ -46,7 +46,7 @@ impl Bed {
             .unwrap();
         let layer = dir.path().join("layer");
         build_layer(&layer);
-        let cgroup = format!("fs-test-{}/{count}", std::process::id());
+        let cgroup = format!("fs-test-{}-{count}", std::process::id());
         Self {
             dir,
             cgroup,
@@ -176,7 +176,7 @@ impl Bed {
         assert!(!mounts.contains(own), "mounts are left: {mounts}");
         // A program that this one is about to run still has its descriptors for a moment, other tests' too.
         let deadline = Instant::now() + PATIENCE;
-        while processes_naming(own) != [] {
+        while !processes_naming(own).is_empty() {
             assert!(
                 Instant::now() < deadline,
                 "processes are left: {:?}",
