@@ -10,7 +10,7 @@ const WAVES: &str = "[{count: 1}, {percent: 60}]";
 fn versions(bed: &Bed, fleet: &Fleet) -> Vec<String> {
     let version = |id: &str| {
         let identity = container(bed, id, "shop", "server")?;
-        http_get(identity, "/version").ok()
+        Some(http_get(identity, "/version").unwrap_or_else(|error| error))
     };
     fleet
         .devices

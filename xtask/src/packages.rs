@@ -42,9 +42,14 @@ pub(crate) const FOR_TESTS: &[Package] = &[
         why: "what runs inside the test containers",
     },
     Package {
-        name: "apache2-utils",
-        file: "/usr/bin/htpasswd",
-        why: "passwords for the registry with basic authentication",
+        name: "zstd",
+        file: "/usr/bin/zstd",
+        why: "layers in the compression that not every tool writes",
+    },
+    Package {
+        name: "openssl",
+        file: "/usr/bin/openssl",
+        why: "certificates for the registry with TLS",
     },
     Package {
         name: "e2fsprogs",
