@@ -21,13 +21,14 @@ use foreshore_protocol::topic::{self, Leaf, Topic};
 use foreshore_protocol::{DeviceId, Digest, Version, frame};
 use rumqttc::mqttbytes::v5::{ConnectReturnCode, LastWill, LastWillProperties, Publish};
 use rumqttc::{
-    AckMode, AsyncClient, BrokerSessionResumePolicy, ConnectionError, Event as Polled,
-    Incoming as Packet, ManualAck, MqttOptions, PublishOptions, QoS, TlsConfiguration, Transport,
+    AckMode, AsyncClient, ConnectionError, Event as Polled, Incoming as Packet, ManualAck,
+    MqttOptions, PublishOptions, QoS, TlsConfiguration, Transport,
 };
 use tokio::sync::mpsc;
 
 use crate::config::HubConfig;
 
+mod memory;
 mod pause;
 mod tls;
 
@@ -374,9 +375,7 @@ fn options(settings: &Settings, transport: Transport, birth: Birth) -> (MqttOpti
         .set_connect_timeout(Duration::from_secs(20))
         .set_clean_start(false)
         .set_session_expiry_interval(Some(SESSION_EXPIRY_SECS))
-        // Ours is gone with the process, and need not be there: versions and sequence numbers give
-        // correctness, the session only saves bytes.
-        .set_broker_session_resume_policy(BrokerSessionResumePolicy::AllowBrokerOnly)
+        .set_session_store(memory::NoMemory)
         .set_receive_maximum(Some(RECEIVE_MAXIMUM))
         .set_max_packet_size(Some(MAX_PACKET_BYTES))
         .set_ack_mode(AckMode::Manual)
