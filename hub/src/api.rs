@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`problem`] | errors |
 //! | [`authority`] | who may call |
+//! | `drain` | the rest of refused requests |
 //! | [`apps`] | `/apps` |
 //! | [`devices`] | `/devices` |
 //! | [`rollouts`] | `/rollouts` |
@@ -33,6 +34,7 @@ use crate::secrets::Secrets;
 pub mod apps;
 pub mod authority;
 pub mod devices;
+mod drain;
 pub mod events;
 pub mod health;
 pub mod images;
@@ -118,6 +120,7 @@ pub fn router(api: Api) -> Router {
         .fallback(problem::no_such_path)
         .method_not_allowed_fallback(problem::method_not_allowed)
         .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(middleware::from_fn(drain::drain))
         .with_state(api)
 }
 

@@ -27,7 +27,7 @@ use crate::store::{self, Store, StoreError};
 pub const HUB_HOST: &str = "hub.internal";
 
 /// How long all images of one manifest may take to be resolved.
-const RESOLVE_WITHIN: Duration = Duration::from_secs(30);
+const RESOLVE_WITHIN: Duration = Duration::from_secs(20);
 
 /// Registries that are asked at once; more wait.
 const ASKED_AT_ONCE: usize = 8;
@@ -144,8 +144,8 @@ struct Inner {
     blobs: BlobDir,
     uploads: PathBuf,
     store: Store,
-    asks: Semaphore,
-    imports: Semaphore,
+    asks: Arc<Semaphore>,
+    imports: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Images {
@@ -204,8 +204,8 @@ impl Images {
                 blobs,
                 uploads,
                 store,
-                asks: Semaphore::new(ASKED_AT_ONCE),
-                imports: Semaphore::new(IMPORTED_AT_ONCE),
+                asks: Arc::new(Semaphore::new(ASKED_AT_ONCE)),
+                imports: Arc::new(Semaphore::new(IMPORTED_AT_ONCE)),
             }),
         })
     }
@@ -278,14 +278,17 @@ impl Images {
         if reference.host() == HUB_HOST {
             return self.imported(reference).await;
         }
-        let _permit = self
-            .inner
-            .asks
-            .acquire()
+        let permit = Arc::clone(&self.inner.asks)
+            .acquire_owned()
             .await
             .map_err(|_| StoreError::Stopped)?;
         let (client, asked) = (Arc::clone(&self.inner.client), reference.clone());
-        tokio::task::spawn_blocking(move || client.resolve(&asked))
+        let answer = tokio::task::spawn_blocking(move || {
+            // Held by the thread: a caller that gives up frees no thread that still waits for a registry.
+            let _held = permit;
+            client.resolve(&asked)
+        });
+        answer
             .await
             .map_err(|_| StoreError::Stopped)?
             .map_err(|source| ResolveError::Fetch {
@@ -334,14 +337,13 @@ impl Images {
         now: UnixMs,
     ) -> Result<ImageView, TakeError> {
         let wanted = name.as_deref().map(hub_reference).transpose()?;
-        let _permit = self
-            .inner
-            .imports
-            .acquire()
+        let permit = Arc::clone(&self.inner.imports)
+            .acquire_owned()
             .await
             .map_err(|_| TakeError::GaveUp)?;
         let blobs = self.inner.blobs.clone();
         let found = tokio::task::spawn_blocking(move || {
+            let _held = permit;
             layout::import_path(&archive, &blobs, &ImportLimits::default())
         })
         .await

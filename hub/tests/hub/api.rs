@@ -35,6 +35,9 @@ fn calls_without_the_token_are_refused_and_health_is_open() {
     for path in ["/healthz", "/readyz"] {
         assert_eq!(bed.request("GET", path, None, b"").0, 200);
     }
+    // Also to whoever is in the middle of sending something large.
+    let (status, _) = bed.request("POST", "/api/v1/images", None, &vec![0; 8 << 20]);
+    assert_eq!(status, 401);
     let join = format!("Bearer {}", bed.join_token());
     assert_eq!(
         bed.request("GET", "/api/v1/apps", Some(&join), b"").0,
@@ -185,6 +188,19 @@ fn every_wrong_call_has_its_own_code() {
                 .is_some_and(|detail| !detail.is_empty()),
             "{what}"
         );
+        if code == "registry-unreachable" {
+            let host = if body.contains(&silent_host) {
+                &silent_host
+            } else {
+                &closed_host
+            };
+            assert!(
+                answer["detail"]
+                    .as_str()
+                    .is_some_and(|detail| detail.contains(host)),
+                "{what}"
+            );
+        }
         assert!(
             begun.elapsed() < Duration::from_secs(45),
             "{what} took {:?}",
@@ -195,15 +211,6 @@ fn every_wrong_call_has_its_own_code() {
     assert_eq!(
         (&answer["line"], answer["column"].as_u64().is_some()),
         (&json!(5), true),
-        "{answer}"
-    );
-    let (_, answer) = bed.call(
-        "PUT",
-        "/apps/shop",
-        app(&format!("{silent_host}/a/b:1")).as_bytes(),
-    );
-    assert!(
-        answer["detail"].as_str().unwrap().contains(&silent_host),
         "{answer}"
     );
     assert_eq!(bed.get("/apps")["items"], json!([]));

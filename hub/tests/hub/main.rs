@@ -1,5 +1,7 @@
 //! A whole hub as a process, with a real broker and devices that behave like agents.
 
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod api;
 mod bed;
 mod device;
