@@ -93,6 +93,12 @@ fn print(answer: &PlanAnswer, out: &mut dyn Write) -> io::Result<()> {
             named(wave)
         )?;
     }
+    if answer.waves.iter().any(|wave| !wave.devices.is_empty()) {
+        writeln!(
+            out,
+            "  (one possible draw: which device comes first is drawn when the rollout begins)"
+        )?;
+    }
     for warning in &answer.warnings {
         writeln!(out, "  warning: {}", printable(warning))?;
     }

@@ -234,7 +234,13 @@ impl Display {
 
     fn end(&mut self, rollout: &RolloutView, out: &mut dyn Write) -> Result<(), Failure> {
         match self {
-            Self::Bars(bars) => bars.finish(rollout, now_ms()),
+            Self::Bars(bars) => {
+                bars.finish(rollout, now_ms());
+                // The bars cut it off at the edge of the terminal.
+                if let Some(message) = &rollout.message {
+                    writeln!(out, "  {}", printable(message))?;
+                }
+            }
             Self::Lines {
                 format: Format::Name,
                 ..

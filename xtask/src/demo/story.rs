@@ -269,9 +269,8 @@ fn roll_out_v3(story: &mut Story) -> anyhow::Result<String> {
         // The device's own word, sent when its last-known-good was back; the hub had no part in it.
         wait_for_event(story, device, before, "rolled-back")?;
     }
-    let why = record.last().message.clone().unwrap_or_default();
     Ok(format!(
-        "tried on {} only, which went back by itself; {why}",
+        "tried on {} only, which went back by itself",
         story.tried_v3.join(", ")
     ))
 }
