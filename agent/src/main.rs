@@ -13,10 +13,10 @@ use foreshore_agent::config::{Config, DEFAULT_PATH};
 use foreshore_agent::execute::Tools;
 use foreshore_agent::plan::{Busy, Desired, Observed, ObservedContainer, ProbeState};
 use foreshore_agent::reconcile::{Agent, Memory, Parts};
+use foreshore_agent::runtime::Runtime as _;
 use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
-use foreshore_agent::runtime::{Container, ContainerState, Runtime as _};
 use foreshore_agent::state::{OpenError, State};
-use foreshore_agent::status::Published;
+use foreshore_agent::status::{ContainerLine, Published};
 use foreshore_agent::{clock, exec, link, plan, removal, shim, stage, state, status};
 use foreshore_images::store::Store;
 use foreshore_protocol::message::{AppStatus, ServiceState};
@@ -192,7 +192,7 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
     config.registry_client()?;
     need_root()?;
     let boot = clock::boot_id().context("failed to read the boot id")?;
-    let (state, loaded) = State::open(&config.paths.state, clock::unix_ms() / 1000)?;
+    let (state, loaded) = State::open(&config.paths.state, clock::unix_ms())?;
     let images = Store::open(&stage::store_path(&config))?;
     let tokio = one_thread()?;
     let local = tokio::task::LocalSet::new();
@@ -306,37 +306,24 @@ struct Status {
     containers: Vec<ContainerLine>,
 }
 
-#[derive(Debug, serde::Serialize)]
-#[serde(rename_all = "camelCase")]
-struct ContainerLine {
-    id: String,
-    state: &'static str,
-    pid: Option<i32>,
-    exit_code: Option<i32>,
-}
-
 fn show_status(path: &Path, output: Output) -> anyhow::Result<()> {
     let config = Config::load(path)?;
-    let agent_running = match state::lock(&config.paths.state) {
-        Ok(_) => false,
-        Err(OpenError::InUse(_)) => true,
+    let (agent_running, published) = match state::lock(&config.paths.state) {
+        // Only without an agent may its runtime be opened: that tidies up.
+        Ok(_lock) => (false, work_out(&config)?),
+        Err(OpenError::InUse(_)) => {
+            let said = status::published(&config.paths.run)
+                .context("the agent runs and has not said yet what it does; try again")?;
+            (true, said)
+        }
         Err(error) => return Err(error.into()),
-    };
-    let tokio = one_thread()?;
-    let containers = tokio::task::LocalSet::new().block_on(&tokio, async {
-        anyhow::Ok(open_runtime(&config)?.list().await?)
-    })?;
-    let said = status::published(&config.paths.run).filter(|_| agent_running);
-    let Published { version, apps } = match said {
-        Some(published) => published,
-        None => work_out(&config, &containers)?,
     };
     let status = Status {
         device: config.device.to_string(),
         agent_running,
-        version,
-        apps,
-        containers: containers.iter().map(ContainerLine::new).collect(),
+        version: published.version,
+        apps: published.apps,
+        containers: published.containers,
     };
     let mut out = std::io::stdout().lock();
     match output {
@@ -350,7 +337,12 @@ fn show_status(path: &Path, output: Output) -> anyhow::Result<()> {
 }
 
 /// What the agent would say if it ran, from what is on disk.
-fn work_out(config: &Config, containers: &[Container]) -> anyhow::Result<Published> {
+fn work_out(config: &Config) -> anyhow::Result<Published> {
+    need_root()?;
+    let tokio = one_thread()?;
+    let containers = tokio::task::LocalSet::new().block_on(&tokio, async {
+        anyhow::Ok(open_runtime(config)?.list().await?)
+    })?;
     let state::Peeked {
         head,
         history,
@@ -379,23 +371,8 @@ fn work_out(config: &Config, containers: &[Container]) -> anyhow::Result<Publish
     Ok(Published {
         version: desired.version,
         apps: plan::plan(&desired, &observed, &history, now).status,
+        containers: containers.iter().map(ContainerLine::from).collect(),
     })
-}
-
-impl ContainerLine {
-    fn new(container: &Container) -> Self {
-        let (state, pid, exit_code) = match container.state {
-            ContainerState::Running { pid, .. } => ("running", Some(pid), None),
-            ContainerState::Exited(exit) => ("exited", None, Some(exit.code)),
-            ContainerState::Broken => ("broken", None, None),
-        };
-        Self {
-            id: container.id.to_string(),
-            state,
-            pid,
-            exit_code,
-        }
-    }
 }
 
 fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Result<()> {

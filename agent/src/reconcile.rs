@@ -18,7 +18,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use foreshore_protocol::message::{
-    AppStatus, Command, Event as Happening, EventKind, Head, HubInfo,
+    AppStatus, Command, Event as Happening, EventKind, Head, HubInfo, ServiceState,
 };
 use foreshore_protocol::release::{Release, ReleaseError};
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
@@ -37,6 +37,7 @@ use crate::plan::{
 };
 use crate::runtime::{Container, ContainerId, ContainerState, Runtime};
 use crate::state::{AcceptError, Loaded, Outbox, State};
+use crate::status::{self, ContainerLine, Published};
 
 mod probes;
 mod uplink;
@@ -177,7 +178,7 @@ pub struct Agent<R> {
     connected_at: Option<Instant>,
     refused: bool,
     wake_at: Option<Instant>,
-    status: Vec<AppStatus>,
+    said: Option<Published>,
     disk_trouble: bool,
     list_trouble: bool,
 }
@@ -210,7 +211,7 @@ impl<R: Runtime + 'static> Agent<R> {
             connected_at: None,
             refused: false,
             wake_at: None,
-            status: Vec::new(),
+            said: None,
             disk_trouble: false,
             list_trouble: false,
         }
@@ -638,12 +639,13 @@ impl<R: Runtime + 'static> Agent<R> {
         };
         self.probes
             .follow(&self.tools.runtime, &containers, &self.releases);
+        let lines = containers.iter().map(ContainerLine::from).collect();
         let observed = self.observe(containers);
         let desired = self.head.as_ref().map(Desired::from).unwrap_or_default();
         let now = clock::now(self.boot);
         let plan = plan::plan(&desired, &observed, &self.history, now);
         debug_assert_eq!(plan::check::check(&observed, &self.history, &plan), vec![]);
-        self.carry_out(plan, now.ms);
+        self.carry_out(plan, lines, now.ms);
     }
 
     fn observe(&self, containers: Vec<Container>) -> Observed {
@@ -662,7 +664,7 @@ impl<R: Runtime + 'static> Agent<R> {
         }
     }
 
-    fn carry_out(&mut self, plan: Plan, now: BootMs) {
+    fn carry_out(&mut self, plan: Plan, containers: Vec<ContainerLine>, now: BootMs) {
         self.wake_at = plan
             .wake_at
             .map(|at| Instant::now() + Duration::from_millis(at.since(now)));
@@ -686,7 +688,7 @@ impl<R: Runtime + 'static> Agent<R> {
             self.event(kind, app, service, message);
         }
         self.fetch(plan.fetch);
-        self.tell_status(plan.status);
+        self.tell_status(plan.status, containers);
         for step in plan.steps {
             if may == May::All || self.is_healing(&step) {
                 self.begin(step);
@@ -802,9 +804,10 @@ impl<R: Runtime + 'static> Agent<R> {
         self.fetching = wanted;
     }
 
-    fn tell_status(&mut self, status: Vec<AppStatus>) {
+    fn tell_status(&mut self, status: Vec<AppStatus>, containers: Vec<ContainerLine>) {
         let version = self.head.as_ref().map(|head| head.version);
-        for (app, service, ready) in readiness_changes(&self.status, &status) {
+        let before = self.said.as_ref().map_or(&[][..], |said| &said.apps);
+        for (app, service, ready) in readiness_changes(before, &status) {
             let (kind, word) = if ready {
                 (EventKind::Ready, "is ready")
             } else {
@@ -813,10 +816,15 @@ impl<R: Runtime + 'static> Agent<R> {
             let message = format!("service {service} of app {app} {word}");
             self.event(kind, Some(app), Some(service), message);
         }
-        if status != self.status {
-            crate::status::publish(&self.config.paths.run, version, &status);
+        let said = Published {
+            version,
+            apps: status.clone(),
+            containers,
+        };
+        if self.said.as_ref() != Some(&said) {
+            status::publish(&self.config.paths.run, &said);
+            self.said = Some(said);
         }
-        self.status.clone_from(&status);
         self.uplink.set_status(version, status);
     }
 
@@ -893,7 +901,9 @@ fn readiness_changes(
         .flat_map(|app| app.services.iter().map(move |service| (&app.app, service)))
         .filter(|(app, service)| {
             let was = ready.get(&(*app, &service.service)).copied();
+            // A service that waits for its first start was not ready before either: its spec is a new one.
             was.unwrap_or(false) != service.ready
+                && (service.ready || service.state != ServiceState::Waiting)
         })
         .map(|(app, service)| (app.clone(), service.service.clone(), service.ready))
         .collect()

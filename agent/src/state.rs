@@ -109,22 +109,22 @@ pub enum AcceptError {
 }
 
 impl State {
-    /// Opens the directory, makes it if needed, and reads everything. `unix_secs` is the wall clock: where
+    /// Opens the directory, makes it if needed, and reads everything. `unix_ms` is the wall clock in milliseconds: where
     /// no counters are left (a new or a wiped device), they begin there, so that the hub does not take the
     /// device's reports for old ones.
     ///
     /// # Errors
     ///
     /// When another agent has the directory, or it cannot be read or written. Damaged files are no error.
-    pub fn open(dir: &Path, unix_secs: u64) -> Result<(Self, Loaded), OpenError> {
+    pub fn open(dir: &Path, unix_ms: u64) -> Result<(Self, Loaded), OpenError> {
         let lock = lock(dir)?.0;
-        Self::load(dir, lock, unix_secs).map_err(OpenError::File)
+        Self::load(dir, lock, unix_ms).map_err(OpenError::File)
     }
 
     fn load(
         dir: &Path,
         lock: Flock<std::fs::File>,
-        unix_secs: u64,
+        unix_ms: u64,
     ) -> Result<(Self, Loaded), FileError> {
         file::sweep(dir)?;
         file::sweep(&dir.join("releases"))?;
@@ -132,11 +132,11 @@ impl State {
         let counters: Option<Counters> = read_framed(&dir.join("counters"), &mut damage)?;
         let head: Option<Head> = read_framed(&dir.join("head"), &mut damage)?;
         let history: Option<History> = read_framed(&dir.join("history"), &mut damage)?;
-        let outbox = Outbox::open(&dir.join("events"), &mut damage)?;
+        let outbox = Outbox::open(&dir.join("events"), unix_ms, &mut damage)?;
         let releases = read_releases(&dir.join("releases"), &mut damage)?;
         let begin = Counters {
-            boot: unix_secs,
-            session: unix_secs,
+            boot: unix_ms,
+            session: unix_ms,
             floor: None,
         };
         let mut counters = counters.unwrap_or(begin);
@@ -148,7 +148,7 @@ impl State {
                 History::default()
             } else {
                 // No instance number may be used twice, and the ones used are not known.
-                History::rebuilt(unix_secs)
+                History::rebuilt(unix_ms / 1000)
             }
         });
         let state = Self {

@@ -1,6 +1,12 @@
 //! The agent's loop with a real broker, a real registry endpoint and the real image store; only containers
 //! are fake. Needs `mosquitto`.
 
+#![expect(
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "this is a test in several files"
+)]
+
 #[path = "device/bed.rs"]
 mod bed;
 #[path = "device/hub.rs"]
@@ -309,10 +315,7 @@ fn a_clean_end_says_so_at_once_and_a_dead_agent_is_told_by_its_will() {
         let bed = Bed::new();
         let mut device = Device::start(&bed).await;
         let birth = wait_for("the birth", || {
-            bed.hub
-                .presences()
-                .pop()
-                .filter(|presence| presence.online)
+            bed.hub.presences().pop().filter(|presence| presence.online)
         })
         .await;
         device.stop().await;

@@ -44,11 +44,13 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    pub(super) fn open(path: &Path, damage: &mut Damage) -> Result<Self, FileError> {
+    /// Reads what is kept. Where nothing is, numbers begin at `first`: above all that were ever used, as
+    /// far as can be known, lest an old acknowledgement be taken for one of new events.
+    pub(super) fn open(path: &Path, first: u64, damage: &mut Damage) -> Result<Self, FileError> {
         let mut outbox = Self {
             path: path.to_owned(),
             events: VecDeque::new(),
-            next_seq: 1,
+            next_seq: first.max(1),
             written: 0,
             stale: 0,
         };

@@ -112,7 +112,7 @@ impl<'a> Device<'a> {
         self.kill().await;
         let path = self.bed.dir.path().join("agent.toml");
         let config = Config::load(&path).unwrap();
-        let (state, loaded) = State::open(&config.paths.state, clock::unix_ms() / 1000).unwrap();
+        let (state, loaded) = State::open(&config.paths.state, clock::unix_ms()).unwrap();
         let images = Arc::new(Store::open(&stage::store_path(&config)).unwrap());
         let ((to_link, from_link), ends) = link::channels();
         let memory = Memory::new(state);
