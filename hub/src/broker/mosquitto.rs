@@ -17,8 +17,12 @@ use base64::engine::general_purpose::STANDARD;
 use foreshore_protocol::topic::{self, Leaf};
 use foreshore_protocol::{DeviceId, Digest};
 
+use account::Account;
+
 use super::authorize::{Action, HUB_NAME, Identity, authorize};
 use crate::secrets::Secret;
+
+mod account;
 
 /// Bytes of a salt, as `mosquitto_passwd` makes them.
 pub const SALT_BYTES: usize = 12;
@@ -124,31 +128,45 @@ pub fn render(
 /// Writes the files into `directory`, which is made if missing; only their owner can read them. Each is replaced
 /// whole.
 ///
+/// mosquitto gives up root before it reads its files. So when root writes them into a directory of its own, they are
+/// given to the account `mosquitto`, if there is one and it can reach the directory; otherwise the configuration
+/// tells mosquitto to run as the owner of the directory.
+///
 /// # Errors
 ///
 /// [`MosquittoError::Write`].
 pub fn write(files: &Files, directory: &Path) -> Result<(), MosquittoError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| MosquittoError::Write { path, source }
+    };
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(directory)
-        .map_err(|source| MosquittoError::Write {
-            path: directory.to_owned(),
-            source,
-        })?;
+        .map_err(failed(directory))?;
+    let account = account::of(directory).map_err(failed(directory))?;
+    account.own(directory).map_err(failed(directory))?;
+    let conf = match &account.name {
+        Some(name) => format!(
+            "{}\n# Whose files these are; mosquitto gives up root before it reads them.\nuser {name}\n",
+            files.conf
+        ),
+        None => files.conf.clone(),
+    };
     // The configuration last: it names the others.
     for (name, content) in [
         ("passwd", &files.passwd),
         ("acl", &files.acl),
-        ("mosquitto.conf", &files.conf),
+        ("mosquitto.conf", &conf),
     ] {
         let path = directory.join(name);
-        write_private(&path, content).map_err(|source| MosquittoError::Write { path, source })?;
+        write_private(&path, content, &account).map_err(failed(&path))?;
     }
     Ok(())
 }
 
-fn write_private(path: &Path, content: &str) -> std::io::Result<()> {
+fn write_private(path: &Path, content: &str, account: &Account) -> std::io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
     match std::fs::remove_file(&temporary) {
@@ -162,6 +180,7 @@ fn write_private(path: &Path, content: &str) -> std::io::Result<()> {
         .open(&temporary)?;
     file.write_all(content.as_bytes())?;
     file.sync_all()?;
+    account.own(Path::new(&temporary))?;
     std::fs::rename(&temporary, path)
 }
 

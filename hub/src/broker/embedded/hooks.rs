@@ -92,7 +92,7 @@ impl Hooks {
             tracing::warn!(client = %identity, "a client came to the wrong listener and was refused");
             return AuthResult::NotAuthorized;
         }
-        if let Some((topic, retain)) = info.last_will().map(will)
+        if let Some((topic, retain)) = info.last_will().as_ref().map(will)
             && let Err(reason) = authorize(&identity, Action::PublishWill { retain }, topic)
         {
             tracing::warn!(client = %identity, topic = %shown(topic), %reason, "a Will was refused");
@@ -226,7 +226,7 @@ fn check(session: &Session, action: Action, subject: &str) -> Result<(), Denied>
     })
 }
 
-fn will(will: LastWill<'_>) -> (&str, bool) {
+fn will<'a>(will: &LastWill<'a>) -> (&'a str, bool) {
     match will {
         LastWill::V3(will) => (&*will.topic, will.retain),
         LastWill::V5(will) => (&*will.topic, will.retain),
