@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -15,7 +16,7 @@ use foreshore_agent::plan::{Busy, Desired, Observed, ObservedContainer, ProbeSta
 use foreshore_agent::reconcile::{Agent, Memory, Parts};
 use foreshore_agent::runtime::Runtime as _;
 use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
-use foreshore_agent::state::{OpenError, State};
+use foreshore_agent::state::{Loaded, OpenError, State};
 use foreshore_agent::status::{ContainerLine, Published};
 use foreshore_agent::{clock, exec, link, plan, removal, shim, stage, state, status};
 use foreshore_images::store::Store;
@@ -152,7 +153,7 @@ fn one_thread() -> anyhow::Result<tokio::runtime::Runtime> {
         .enable_all()
         // Garbage collection and name lookups; seldom, and gone soon after.
         .max_blocking_threads(2)
-        .thread_keep_alive(std::time::Duration::from_secs(1))
+        .thread_keep_alive(Duration::from_secs(1))
         .build()
         .context("failed to start the event loop")
 }
@@ -192,7 +193,7 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
     config.registry_client()?;
     need_root()?;
     let boot = clock::boot_id().context("failed to read the boot id")?;
-    let (state, loaded) = State::open(&config.paths.state, clock::unix_ms())?;
+    let (state, loaded) = open_state(&config.paths.state)?;
     let images = Store::open(&stage::store_path(&config))?;
     let tokio = one_thread()?;
     let local = tokio::task::LocalSet::new();
@@ -233,6 +234,22 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
         }
         Ok(())
     })
+}
+
+/// How long an agent waits for the state directory: `status` holds it for a moment, and so does an agent
+/// that is about to be gone.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+
+fn open_state(dir: &Path) -> Result<(State, Loaded), OpenError> {
+    let begin = Instant::now();
+    loop {
+        match State::open(dir, clock::unix_ms()) {
+            Err(OpenError::InUse(_)) if begin.elapsed() < LOCK_WAIT => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            opened => return opened,
+        }
+    }
 }
 
 /// Ready when the agent is asked to end.

@@ -176,7 +176,8 @@ pub struct Agent<R> {
     fetching: BTreeSet<Digest>,
     offered: Option<Offered>,
     connected_at: Option<Instant>,
-    refused: bool,
+    /// Why there is no connection, once that was told: whether the broker refused us.
+    offline: Option<bool>,
     wake_at: Option<Instant>,
     said: Option<Published>,
     disk_trouble: bool,
@@ -209,7 +210,7 @@ impl<R: Runtime + 'static> Agent<R> {
             fetching: BTreeSet::new(),
             offered: None,
             connected_at: None,
-            refused: false,
+            offline: None,
             wake_at: None,
             said: None,
             disk_trouble: false,
@@ -348,7 +349,7 @@ impl<R: Runtime + 'static> Agent<R> {
             port = self.config.hub.broker.port,
             "connected to the hub's broker"
         );
-        self.refused = false;
+        self.offline = None;
         self.connected_at = Some(Instant::now());
         self.uplink.connected();
         for release in &self.fetching {
@@ -357,22 +358,24 @@ impl<R: Runtime + 'static> Agent<R> {
     }
 
     fn handle_disconnected(&mut self, why: &str, refused: bool) {
-        self.connected_at = None;
+        let was_connected = self.connected_at.take().is_some();
         // Receipts of a connection that is gone are worth nothing; the heads come again.
         self.uplink.disconnected();
-        if refused && !self.refused {
-            tracing::error!(
+        let token_file = self.config.hub.join_token_file.display();
+        match self.offline.replace(refused) {
+            Some(before) if before == refused && !was_connected => {
+                tracing::debug!(why, "still not connected to the hub's broker");
+            }
+            _ if refused => tracing::error!(
                 why,
-                token_file = %self.config.hub.join_token_file.display(),
+                %token_file,
                 "the broker refuses this device: check that the token file holds the hub's join token"
-            );
-        } else {
-            tracing::info!(
+            ),
+            _ => tracing::info!(
                 why,
                 "not connected to the hub's broker; what runs keeps running"
-            );
+            ),
         }
-        self.refused = refused;
     }
 
     fn handle_hub(&mut self, info: &HubInfo) {
