@@ -40,6 +40,9 @@ pub(crate) struct Options {
     /// End a demo that was kept, or that was killed, and leave nothing of it behind
     #[arg(long, value_name = "DIR", conflicts_with_all = ["keep", "dir"])]
     stop: Option<PathBuf>,
+    /// Use foreshore-hub, foreshore-agent and foreshore from this directory instead of building them
+    #[arg(long, value_name = "DIR", conflicts_with = "stop")]
+    programs: Option<PathBuf>,
     /// Use this empty directory [default: a fresh one in /tmp]
     #[arg(long)]
     dir: Option<PathBuf>,
@@ -75,7 +78,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         return Ok(());
     }
     interrupt::listen();
-    let programs = Programs::build()?;
+    let programs = match &options.programs {
+        Some(dir) => Programs::find(dir)?,
+        None => Programs::build()?,
+    };
     let stage = Stage::new(programs, options.dir.as_deref())?;
     let dir = stage.dir.clone();
     println!("==> demo in {}", dir.display());

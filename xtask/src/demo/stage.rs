@@ -26,6 +26,20 @@ pub(super) struct Programs {
 }
 
 impl Programs {
+    /// Takes them from a directory.
+    pub(super) fn find(dir: &Path) -> anyhow::Result<Self> {
+        let find = |name: &str| {
+            let path = dir.join(name);
+            path.canonicalize()
+                .with_context(|| format!("there is no program {}", path.display()))
+        };
+        Ok(Self {
+            hub: find("foreshore-hub")?,
+            agent: find("foreshore-agent")?,
+            cli: find("foreshore")?,
+        })
+    }
+
     /// Builds them, cargo's progress on our stderr, and asks cargo where they are.
     pub(super) fn build() -> anyhow::Result<Self> {
         let packages = [
