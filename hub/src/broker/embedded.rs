@@ -29,6 +29,7 @@ mod gate;
 mod hooks;
 mod pace;
 mod retained;
+mod seldom;
 
 use gate::Gate;
 use hooks::Hooks;
@@ -85,22 +86,13 @@ impl Embedded {
     ///
     /// See [`StartError`].
     pub fn start(config: EmbeddedConfig) -> Result<Self, StartError> {
-        let workers =
-            std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4));
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(workers)
-            .thread_name("broker-worker")
-            .enable_all()
-            .build()
-            .map_err(StartError::Threads)?;
         let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
         let (stop, stopped) = oneshot::channel();
         let (has_ended, ended) = watch::channel(false);
         let thread = std::thread::Builder::new()
             .name("broker".to_owned())
             .spawn(move || {
-                runtime.block_on(serve(config, &ready, stopped));
-                runtime.shutdown_timeout(SHUTDOWN_WITHIN);
+                run(config, &ready, stopped);
                 has_ended.send_replace(true);
             })
             .map_err(StartError::Threads)?;
@@ -160,12 +152,30 @@ impl Drop for Embedded {
     }
 }
 
+type Ready = std::sync::mpsc::SyncSender<Result<Addresses, StartError>>;
+
+/// The broker's thread: makes the runtime, and ends it.
+fn run(config: EmbeddedConfig, ready: &Ready, stopped: oneshot::Receiver<()>) {
+    let workers = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 4));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .thread_name("broker-worker")
+        .enable_all()
+        .build();
+    match runtime {
+        Ok(runtime) => {
+            runtime.block_on(serve(config, ready, stopped));
+            runtime.shutdown_timeout(SHUTDOWN_WITHIN);
+        }
+        Err(error) => {
+            // Whoever started this thread waits for an answer.
+            let _ = ready.send(Err(StartError::Threads(error)));
+        }
+    }
+}
+
 /// Listens, reports where, and serves until told to stop.
-async fn serve(
-    config: EmbeddedConfig,
-    ready: &std::sync::mpsc::SyncSender<Result<Addresses, StartError>>,
-    stopped: oneshot::Receiver<()>,
-) {
+async fn serve(config: EmbeddedConfig, ready: &Ready, stopped: oneshot::Receiver<()>) {
     let (server, gate, addresses) = match listen(config).await {
         Ok(parts) => parts,
         Err(error) => {
@@ -307,6 +317,7 @@ fn hub_settings(limits: &Limits) -> Builder {
         .session_expiry_interval(Duration::from_secs(60))
         .min_keepalive(5)
         .max_keepalive(300)
-        // The hub reads as fast as SQLite commits; a slow disk is no reason to cut it off.
-        .send_timeout(Duration::from_secs(60))
+        // The hub reads as fast as SQLite commits, and a slow disk is no reason to cut it off. But what waits for
+        // it meanwhile is bounded in number only.
+        .send_timeout(Duration::from_secs(30))
 }

@@ -205,7 +205,7 @@ persistence false
 max_queued_messages 100000
 max_queued_bytes 268435456
 max_inflight_messages 1000
-# 0 would be \"as many as fit\" and is what a hostile device would choose.
+# Bounds on what one client can take from the others.
 max_connections 10000
 max_packet_size 73728
 max_keepalive 1800

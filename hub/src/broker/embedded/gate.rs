@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -17,6 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use super::Limits;
+use super::seldom::Seldom;
 
 /// The largest CONNECT: names, a token and a Will of some hundred bytes.
 const CONNECT_MAX: usize = 16 * 1024;
@@ -39,6 +40,9 @@ const DESCRIPTORS_KEPT: u64 = 512;
 /// File descriptors of one device: the gate's two and rmqtt's one.
 const DESCRIPTORS_EACH: u64 = 3;
 
+/// Connections that came to nothing are logged so often at most.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+
 /// A listening gate.
 #[derive(Debug)]
 pub(super) struct Gate {
@@ -49,6 +53,8 @@ pub(super) struct Gate {
     connections: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     by_address: Arc<ByAddress>,
+    turned_away: Seldom,
+    given_up: Arc<Seldom>,
 }
 
 impl Gate {
@@ -75,6 +81,8 @@ impl Gate {
             connections: Arc::new(Semaphore::new(connections(limits.connections))),
             handshakes: Arc::new(Semaphore::new(limits.handshakes)),
             by_address: Arc::new(ByAddress::new(limits.handshakes_per_address)),
+            turned_away: Seldom::new(LOG_EVERY),
+            given_up: Arc::new(Seldom::new(LOG_EVERY)),
         })
     }
 
@@ -97,27 +105,37 @@ impl Gate {
                 }
             };
             let Some(turn) = self.by_address.enter(peer.ip()) else {
-                tracing::info!(%peer, "too many unfinished connections from this address");
+                self.turn_away(peer, "too many unfinished connections from this address");
                 continue;
             };
             let Ok(connection) = self.connections.clone().try_acquire_owned() else {
-                tracing::warn!(%peer, "the broker has as many connections as it may; one was closed");
+                self.turn_away(peer, "the broker has as many connections as it may");
                 continue;
             };
             let (behind, within) = (self.behind, self.handshake_timeout);
+            let given_up = self.given_up.clone();
             tokio::spawn(async move {
-                match timeout(within, introduce(stream, behind)).await {
-                    Ok(Ok((device, broker))) => {
-                        drop((place, turn));
-                        carry(device, broker).await;
-                    }
+                let introduced = timeout(within, introduce(stream, behind)).await;
+                drop((place, turn));
+                match introduced {
+                    Ok(Ok((device, broker))) => carry(device, broker).await,
                     Ok(Err(error)) => {
-                        tracing::debug!(%peer, %error, "a connection did not become an MQTT session")
+                        tracing::debug!(%peer, %error, "a connection did not become an MQTT session");
                     }
-                    Err(_) => tracing::info!(%peer, "a client took too long to introduce itself"),
+                    Err(_) => {
+                        if let Some(left_out) = given_up.due(Instant::now()) {
+                            tracing::info!(%peer, left_out, "a client took too long to introduce itself");
+                        }
+                    }
                 }
                 drop(connection);
             });
+        }
+    }
+
+    fn turn_away(&self, peer: SocketAddr, reason: &str) {
+        if let Some(left_out) = self.turned_away.due(Instant::now()) {
+            tracing::warn!(%peer, reason, left_out, "the broker turned a connection away");
         }
     }
 }

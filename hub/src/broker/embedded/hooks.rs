@@ -23,9 +23,13 @@ use rmqtt::types::{
 };
 
 use super::pace::Pace;
+use super::seldom::Seldom;
 use super::{DEVICES, HUB, Limits};
-use crate::broker::authenticate::{Authenticator, Credentials};
+use crate::broker::authenticate::{Authenticator, Credentials, Refused};
 use crate::broker::authorize::{Action, Denied, HUB_NAME, Identity, authorize};
+
+/// Refusals are logged so often at most: a client decides how many there are.
+const LOG_EVERY: Duration = Duration::from_secs(1);
 
 /// Our side of all hooks; clones share their state.
 #[derive(Clone)]
@@ -37,6 +41,8 @@ struct Shared {
     bytes_per_second: u32,
     /// The newest connection of each client id. As many entries as there are sessions.
     clients: Mutex<HashMap<String, Client>>,
+    refused: Seldom,
+    denied: Seldom,
 }
 
 struct Client {
@@ -67,39 +73,73 @@ impl Hooks {
             messages_per_second: limits.device_messages_per_second,
             bytes_per_second: limits.device_bytes_per_second,
             clients: Mutex::default(),
+            refused: Seldom::new(LOG_EVERY),
+            denied: Seldom::new(LOG_EVERY),
         }))
     }
 
     fn authenticate(&self, info: &ConnectInfo) -> AuthResult {
+        let id = info.id();
+        match self.identify(info) {
+            // Not a superuser: that would skip the hooks below.
+            Ok(_) => AuthResult::Allow(false, None),
+            Err(refusal) => {
+                if let Some(left_out) = self.0.refused.due(Instant::now()) {
+                    let client_id = shown(&id.client_id);
+                    tracing::info!(%client_id, reason = %refusal, left_out, "the broker refused a client");
+                }
+                match refusal {
+                    Refusal::Nobody(_) => AuthResult::BadUsernameOrPassword,
+                    Refusal::Door | Refusal::Will(_) => AuthResult::NotAuthorized,
+                }
+            }
+        }
+    }
+
+    fn identify(&self, info: &ConnectInfo) -> Result<Identity, Refusal> {
         let id = info.id();
         let credentials = Credentials {
             client_id: &id.client_id,
             user: info.username().map(|user| &**user),
             password: info.password().map(|password| &**password),
         };
-        let identity = match self.0.authenticator.authenticate(credentials) {
-            Ok(identity) => identity,
-            Err(reason) => {
-                tracing::info!(client_id = %shown(&id.client_id), %reason, "a client was refused");
-                return AuthResult::BadUsernameOrPassword;
-            }
-        };
+        let identity = self.0.authenticator.authenticate(credentials)?;
         let door = match identity {
             Identity::Device(_) => DEVICES,
             Identity::Hub => HUB,
         };
         if id.lid != door {
-            tracing::warn!(client = %identity, "a client came to the wrong listener and was refused");
-            return AuthResult::NotAuthorized;
+            return Err(Refusal::Door);
         }
-        if let Some((topic, retain)) = info.last_will().as_ref().map(will)
-            && let Err(reason) = authorize(&identity, Action::PublishWill { retain }, topic)
-        {
-            tracing::warn!(client = %identity, topic = %shown(topic), %reason, "a Will was refused");
-            return AuthResult::NotAuthorized;
+        if let Some((topic, retain)) = info.last_will().as_ref().map(will) {
+            authorize(&identity, Action::PublishWill { retain }, topic).map_err(Refusal::Will)?;
         }
-        // Not a superuser: that would skip the hooks below.
-        AuthResult::Allow(false, None)
+        Ok(identity)
+    }
+
+    /// Whether the client of this session may do that. Its client id is its proven name since it was authenticated.
+    fn check(&self, session: &Session, action: Action, subject: &str) -> Result<(), Denied> {
+        let identity = match &*session.id.client_id {
+            HUB_NAME if session.id.lid == HUB => Identity::Hub,
+            device => Identity::Device(device.parse::<DeviceId>().map_err(|_| Denied::ClientId)?),
+        };
+        authorize(&identity, action, subject).inspect_err(|reason| {
+            if let Some(left_out) = self.0.denied.due(Instant::now()) {
+                let subject = shown(subject);
+                tracing::warn!(
+                    client = %identity, ?action, %subject, %reason, left_out,
+                    "the broker denied a client something"
+                );
+            }
+        })
+    }
+
+    /// Slows down a client that does too much. Before the answer, so that it holds for what is denied too.
+    async fn slow_down(&self, id: &Id, bytes: usize) {
+        let wait = self.wait(id, bytes);
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
     }
 
     fn connected(&self, id: &Id) {
@@ -125,12 +165,11 @@ impl Hooks {
         }
     }
 
-    /// How long this message of this client must wait.
-    fn wait(&self, id: &Id, publish: &Publish) -> Duration {
+    /// How long a message of this client, of so many bytes, must wait.
+    fn wait(&self, id: &Id, bytes: usize) -> Duration {
         if id.lid == HUB {
             return Duration::ZERO;
         }
-        let bytes = publish.topic.len() + publish.payload.len();
         self.clients()
             .get_mut(&*id.client_id)
             .map_or(Duration::ZERO, |client| {
@@ -183,7 +222,10 @@ impl Handler for Hooks {
                 (true, acc)
             }
             Parameter::ClientSubscribeCheckAcl(session, subscribe) => {
-                let result = check(session, Action::Subscribe, &subscribe.topic_filter)
+                self.slow_down(&session.id, subscribe.topic_filter.len())
+                    .await;
+                let result = self
+                    .check(session, Action::Subscribe, &subscribe.topic_filter)
                     .map_or_else(
                         |_| SubscribeAclResult::new_failure(SubscribeAckReason::NotAuthorized),
                         |()| SubscribeAclResult::new_success(subscribe.opts.qos(), None),
@@ -196,15 +238,12 @@ impl Handler for Hooks {
                     .map(HookResult::Publish),
             ),
             Parameter::MessagePublishCheckAcl(session, publish) => {
-                // Before the answer, so that a stream of denied messages is slowed down too.
-                let wait = self.wait(&session.id, publish);
-                if !wait.is_zero() {
-                    tokio::time::sleep(wait).await;
-                }
+                self.slow_down(&session.id, publish.topic.len() + publish.payload.len())
+                    .await;
                 let action = Action::Publish {
                     retain: publish.retain,
                 };
-                let result = check(session, action, &publish.topic).map_or_else(
+                let result = self.check(session, action, &publish.topic).map_or_else(
                     |reason| PublishAclResult::rejected(false, Some(reason.to_string().into())),
                     |()| PublishAclResult::allow(),
                 );
@@ -215,15 +254,15 @@ impl Handler for Hooks {
     }
 }
 
-/// Whether the client of this session may do that. Its client id is its proven name since it was authenticated.
-fn check(session: &Session, action: Action, subject: &str) -> Result<(), Denied> {
-    let identity = match &*session.id.client_id {
-        HUB_NAME if session.id.lid == HUB => Identity::Hub,
-        device => Identity::Device(device.parse::<DeviceId>().map_err(|_| Denied::ClientId)?),
-    };
-    authorize(&identity, action, subject).inspect_err(|reason| {
-        tracing::warn!(client = %identity, ?action, subject = %shown(subject), %reason, "a client was denied something");
-    })
+/// Why a client was not let in.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("{0}")]
+    Nobody(#[from] Refused),
+    #[error("devices and the hub have a listener each, and this was the other's")]
+    Door,
+    #[error("its Will: {0}")]
+    Will(Denied),
 }
 
 fn will<'a>(will: &LastWill<'a>) -> (&'a str, bool) {

@@ -16,8 +16,10 @@ use rmqtt::retain::RetainStorage;
 use rmqtt::types::{Retain, TopicFilter, TopicName};
 
 use super::Limits;
+use super::seldom::Seldom;
 
-/// What a kept message takes beside topic and payload, roughly: measured as the growth of the process.
+/// What a kept message takes beside topic and payload: the packet, who sent it, its place in the map. A guess on the
+/// safe side.
 const OVERHEAD_BYTES: usize = 512;
 
 /// A warning about a full store is written at most so often.
@@ -28,6 +30,7 @@ pub(super) struct Retained {
     messages_max: usize,
     bytes_max: usize,
     kept: Mutex<Kept>,
+    full: Seldom,
 }
 
 #[derive(Default)]
@@ -35,7 +38,6 @@ struct Kept {
     by_topic: BTreeMap<String, Message>,
     bytes: usize,
     most: usize,
-    warned: Option<Instant>,
 }
 
 struct Message {
@@ -50,6 +52,7 @@ impl Retained {
             messages_max: limits.retained_messages,
             bytes_max: limits.retained_bytes,
             kept: Mutex::default(),
+            full: Seldom::new(WARN_EVERY),
         }
     }
 
@@ -68,15 +71,12 @@ impl Retained {
         }
         let message = Message::new(topic, retain, now);
         if kept.by_topic.len() >= self.messages_max || kept.bytes + message.bytes > self.bytes_max {
-            if kept
-                .warned
-                .is_none_or(|warned| now.duration_since(warned) >= WARN_EVERY)
-            {
-                kept.warned = Some(now);
+            if let Some(left_out) = self.full.due(now) {
                 tracing::warn!(
                     topic,
                     messages = kept.by_topic.len(),
                     bytes = kept.bytes,
+                    left_out,
                     "the broker's store of retained messages is full; a message was not kept"
                 );
             }
