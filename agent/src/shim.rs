@@ -37,7 +37,9 @@ use crate::runtime::process::{Identity, PidFd};
 use crate::runtime::request::{
     CONFIG, LIBRARY, RECORD, REQUEST, ROOTFS, Record, Request, StartReport, read_json, write_json,
 };
-use crate::runtime::rootfs::{Root, Seclusion, Step as _, StepError, make_volume, mount_overlay};
+use crate::runtime::rootfs::{
+    Root, Seclusion, Step as _, StepError, make_volume, mount_overlay, mount_scratch,
+};
 use crate::runtime::spec::{self, Refusal};
 use crate::runtime::user::{self, User};
 use crate::runtime::workload::{REFUSED, Workload};
@@ -176,10 +178,14 @@ fn prepare(dir: &Path, request: &Request) -> Result<(), Failure> {
     let Request { service, image, .. } = request;
     let rootfs = dir.join(ROOTFS);
     fs::create_dir_all(&rootfs).step(|| format!("create {}", rootfs.display()))?;
-    let writable = request
-        .writable
-        .clone()
-        .unwrap_or_else(|| dir.join("layer"));
+    let writable = match &request.writable {
+        Some(dir) => dir.clone(),
+        None => {
+            let dir = dir.join("layer");
+            mount_scratch(&dir)?;
+            dir
+        }
+    };
     mount_overlay(&request.layers, &writable, &rootfs)?;
     let root = Root::open(&rootfs)?;
     root.check_plain()?;

@@ -77,6 +77,23 @@ impl Seclusion {
     }
 }
 
+/// Mounts a small file system in memory on `dir`, which is made, for the writable layer of a container whose root is
+/// read-only: it only ever holds mount points and files in `/etc`. Like every mount of the seclusion it goes with the
+/// container, so nothing of it has to be deleted and nothing wears out flash.
+pub(crate) fn mount_scratch(dir: &Path) -> Result<(), StepError> {
+    let act = || format!("mount a tmpfs on {}", dir.display());
+    fs::create_dir_all(dir).step(act)?;
+    let options = Some("size=16m,mode=0755");
+    mount(
+        Some("tmpfs"),
+        dir,
+        Some("tmpfs"),
+        MsFlags::MS_NODEV | MsFlags::MS_NOSUID,
+        options,
+    )
+    .step(act)
+}
+
 /// Mounts an overlay of `layers` (lowest first) on `target`, with its writable layer in `writable`, which
 /// is made.
 ///

@@ -390,3 +390,211 @@ pub fn mount_point(text: &str) -> Result<String, Refusal> {
     }
     Ok(format!("/{}", parts.join("/")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(more: Value) -> Service {
+        let mut value = json!({"image": "x"});
+        let (Value::Object(into), Value::Object(from)) = (&mut value, more) else {
+            panic!("objects")
+        };
+        into.extend(from);
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn image() -> ImageConfig {
+        ImageConfig {
+            entrypoint: vec!["/entry".to_owned()],
+            cmd: vec!["by".to_owned(), "default".to_owned()],
+            env: vec![
+                "A=image".to_owned(),
+                "B=image".to_owned(),
+                "nonsense".to_owned(),
+            ],
+            user: String::new(),
+            working_dir: "/image".to_owned(),
+        }
+    }
+
+    fn configured(service: &Service, image: &ImageConfig) -> Result<Value, Refusal> {
+        configuration(&Input {
+            id: &"shop.web.7".parse().unwrap(),
+            service,
+            image,
+            user: &User {
+                uid: 5,
+                gid: 6,
+                groups: vec![7],
+                home: "/home/x".to_owned(),
+            },
+            cgroup: "/parent/shop.web.7",
+            volumes: Path::new("/state/volumes/shop"),
+            swap_limit: true,
+            cgroup_namespace: true,
+            max_nofile: 4096,
+            host_files: &["/etc/hosts"],
+        })
+    }
+
+    #[test]
+    fn arguments_follow_compose() {
+        for (service_part, expected) in [
+            (json!({}), vec!["/entry", "by", "default"]),
+            (json!({"command": ["own"]}), vec!["/entry", "own"]),
+            (json!({"command": []}), vec!["/entry"]),
+            (json!({"entrypoint": ["/mine"]}), vec!["/mine"]),
+            (
+                json!({"entrypoint": ["/mine"], "command": ["own"]}),
+                vec!["/mine", "own"],
+            ),
+            (json!({"entrypoint": [], "command": ["own"]}), vec!["own"]),
+        ] {
+            assert_eq!(
+                arguments(&service(service_part.clone()), &image()).unwrap(),
+                expected,
+                "{service_part}"
+            );
+        }
+        let none = ImageConfig::default();
+        for service_part in [
+            json!({}),
+            json!({"entrypoint": []}),
+            json!({"command": [""]}),
+        ] {
+            assert_eq!(
+                arguments(&service(service_part), &none),
+                Err(Refusal::NoCommand)
+            );
+        }
+        let nul = service(json!({"command": ["a\0b"]}));
+        assert_eq!(arguments(&nul, &none), Err(Refusal::Nul("an argument")));
+    }
+
+    #[test]
+    fn the_service_wins_over_the_image_and_the_image_over_defaults() {
+        let wanted = service(
+            json!({"environment": {"B": "service", "HOME": "/elsewhere"}, "working_dir": "relative"}),
+        );
+        let configuration = configured(&wanted, &image()).unwrap();
+        let environment: Vec<&str> = configuration["process"]["env"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(Value::as_str)
+            .collect();
+        let path = format!("PATH={DEFAULT_PATH}");
+        assert_eq!(
+            environment,
+            [
+                &path,
+                "HOSTNAME=web",
+                "A=image",
+                "B=service",
+                "HOME=/elsewhere"
+            ]
+        );
+        assert_eq!(configuration["process"]["cwd"], "/relative");
+        let plain = configured(
+            &service(json!({})),
+            &ImageConfig {
+                env: vec!["PATH=/own".to_owned()],
+                ..image()
+            },
+        );
+        let plain = plain.unwrap();
+        assert_eq!(plain["process"]["cwd"], "/image");
+        assert_eq!(
+            plain["process"]["env"],
+            json!(["HOME=/home/x", "HOSTNAME=web", "PATH=/own"])
+        );
+    }
+
+    #[test]
+    fn limits_are_always_there() {
+        let configuration = configured(
+            &service(json!({"mem_limit": "32m", "cpus": "0.25", "pids_limit": 9})),
+            &image(),
+        )
+        .unwrap();
+        let resources = &configuration["linux"]["resources"];
+        assert_eq!(
+            resources["memory"],
+            json!({"limit": 32 << 20, "swap": 32 << 20})
+        );
+        assert_eq!(
+            resources["cpu"],
+            json!({"quota": 25_000, "period": 100_000})
+        );
+        assert_eq!(resources["pids"], json!({"limit": 9}));
+        assert_eq!(
+            resources["devices"][0],
+            json!({"allow": false, "access": "rwm"})
+        );
+        // The kernel refuses a quota below a millisecond.
+        let least = configured(&service(json!({"cpus": "0.001"})), &image()).unwrap();
+        assert_eq!(least["linux"]["resources"]["cpu"]["quota"], 1000);
+        // And a limit above the process's own.
+        assert_eq!(configuration["process"]["rlimits"][0]["hard"], 4096);
+    }
+
+    #[test]
+    fn the_devices_network_brings_its_name_and_files() {
+        let own = configured(&service(json!({})), &image()).unwrap();
+        let host = configured(&service(json!({"network_mode": "host"})), &image()).unwrap();
+        let types = |configuration: &Value| configuration["linux"]["namespaces"].to_string();
+        let destinations = |configuration: &Value| configuration["mounts"].to_string();
+        assert!(types(&own).contains("network") && !types(&host).contains("network"));
+        assert!(
+            !destinations(&own).contains("/etc/hosts")
+                && destinations(&host).contains("/etc/hosts")
+        );
+        assert_eq!(
+            (&own["hostname"], &host["hostname"]),
+            (&json!("web"), &Value::Null)
+        );
+    }
+
+    #[test]
+    fn mounts_are_ordered_and_restricted() {
+        let wanted = service(json!({
+            "tmpfs": ["/data/inner/deep:size=1m"],
+            "volumes": ["named:/data/inner", "/srv:/data:ro"],
+        }));
+        let configuration = configured(&wanted, &image()).unwrap();
+        let mounts = configuration["mounts"].as_array().unwrap();
+        let own = &mounts[mounts.len() - 3..];
+        assert_eq!(own[0]["destination"], "/data");
+        assert_eq!(
+            own[0]["options"],
+            json!(["rbind", "rnosuid", "rnodev", "rro"])
+        );
+        assert_eq!(own[1]["source"], "/state/volumes/shop/named");
+        assert_eq!(own[1]["options"], json!(["bind", "nosuid", "nodev", "rw"]));
+        assert_eq!(own[2]["destination"], "/data/inner/deep");
+    }
+
+    #[test]
+    fn mount_points_cannot_undo_the_confinement() {
+        for good in ["/data", "/dev/shm", "//data/./x/", "/procedure", "/var/sys"] {
+            assert!(mount_point(good).is_ok(), "{good}");
+        }
+        assert_eq!(mount_point("//data/./x/").unwrap(), "/data/x");
+        for bad in [
+            "/",
+            "",
+            "data",
+            "/dev",
+            "/dev/",
+            "/proc",
+            "/proc/self",
+            "/sys/fs/cgroup",
+            "/a/../proc",
+            "/./proc",
+            "/a\0b",
+        ] {
+            assert!(mount_point(bad).is_err(), "{bad}");
+        }
+    }
+}
