@@ -7,6 +7,7 @@ use clap::Args;
 
 use crate::{packages, step};
 
+mod conmon;
 mod footprint;
 
 /// Options of `bench`.

@@ -18,14 +18,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 
-mod image;
-mod interrupt;
-mod process;
+pub(crate) mod image;
+pub(crate) mod interrupt;
+pub(crate) mod process;
 mod record;
-mod stage;
+pub(crate) mod stage;
 mod story;
-mod sweep;
-mod witness;
+pub(crate) mod sweep;
+pub(crate) mod witness;
 
 use stage::{Programs, Stage};
 use story::Story;

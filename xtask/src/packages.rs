@@ -81,6 +81,16 @@ pub(crate) const FOR_TESTS: &[Package] = &[
 /// What `cargo xtask bench` compares with.
 pub(crate) const FOR_BENCH: &[Package] = &[
     Package {
+        name: "conmon",
+        file: "/usr/bin/conmon",
+        why: "a peer of the shim",
+    },
+    Package {
+        name: "busybox-static",
+        file: "/bin/busybox",
+        why: "what runs inside the peers' containers",
+    },
+    Package {
         name: "crun",
         file: "/usr/bin/crun",
         why: "a peer in the container lifecycle",

@@ -1,198 +1,161 @@
-//! Sizes, memory and wake-ups of the programs on a device, built with the `device` profile.
+//! Sizes, memory and wake-ups of the programs on a device, built with the `device` profile, beside those
+//! of peers that are there.
 
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
 
+use super::conmon::Conmon;
+use crate::demo::image::{self, Version};
+use crate::demo::interrupt::{self, wait_for};
+use crate::demo::process::Process;
+use crate::demo::stage::{Programs, Stage};
+use crate::demo::sweep::{Keep, sweep};
+use crate::demo::witness;
 use crate::step;
+
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Builds agent and hub, runs one of each with a container, and reports.
 ///
 /// # Errors
 ///
-/// When they cannot be built or do not connect.
+/// When they cannot be built or the container does not come up.
 pub(super) fn run(idle_secs: u64) -> anyhow::Result<()> {
-    step::run(
-        "build the agent for devices",
-        &mut step::cargo(&[
-            "build",
-            "--quiet",
-            "--profile",
-            "device",
-            "-p",
-            "foreshore-agent",
-        ]),
-    )?;
-    step::run(
-        "build the hub",
-        &mut step::cargo(&["build", "--quiet", "--release", "-p", "foreshore-hub"]),
-    )?;
+    let device = ["build", "--profile", "device", "-p", "foreshore-agent"];
+    step::run("build the agent for devices", &mut step::cargo(&device))?;
+    let release = [
+        "build",
+        "--release",
+        "-p",
+        "foreshore-hub",
+        "-p",
+        "foreshore",
+    ];
+    step::run("build hub and command line", &mut step::cargo(&release))?;
     let target = target_dir()?;
-    let (agent, hub) = (
-        target.join("device/foreshore-agent"),
-        target.join("release/foreshore-hub"),
-    );
+    let programs = Programs {
+        hub: target.join("release/foreshore-hub"),
+        agent: target.join("device/foreshore-agent"),
+        cli: target.join("release/foreshore"),
+    };
     println!("\nfootprint");
-    for (name, path) in [("agent, shim embedded", &agent), ("hub", &hub)] {
-        println!(
-            "{name:<34} {:>9.2} MiB on disk",
-            megabytes(std::fs::metadata(path)?.len())
-        );
+    for (name, path) in [
+        ("agent, shim inside", &programs.agent),
+        ("hub", &programs.hub),
+        ("foreshore", &programs.cli),
+    ] {
+        let bytes = fs::metadata(path)?.len();
+        println!("{name:<38} {:>9.2} MiB on disk", mebibytes(bytes));
     }
-
-    let dir = tempdir()?;
-    let result = measure(&dir, &agent, &hub, idle_secs);
-    let _best_effort = Command::new(&agent)
-        .args(["remove-all", "--config"])
-        .arg(dir.join("agent.toml"))
-        .output();
-    std::fs::remove_dir_all(&dir).with_context(|| format!("failed to remove {}", dir.display()))?;
-    result
+    interrupt::listen();
+    let mut stage = Stage::new(programs, None)?;
+    let measured = measure(&mut stage, idle_secs);
+    stage.stop();
+    let swept = sweep(&stage.dir, Keep::Nothing);
+    measured.and(swept)
 }
 
-fn measure(dir: &Path, agent: &Path, hub: &Path, idle_secs: u64) -> anyhow::Result<()> {
-    let config = dir.join("hub.toml");
-    std::fs::write(
-        &config,
-        format!(
-            "data = \"{}\"\n[api]\nlisten = \"127.0.0.1:0\"\n[broker]\nkind = \"embedded\"\nlisten = \"127.0.0.1:0\"\n",
-            dir.join("hub").display()
-        ),
-    )?;
-    let hub = Killed(start(hub, &config, &dir.join("hub.log"))?);
-    let endpoints = wait_for("the hub", || {
-        let text = std::fs::read_to_string(dir.join("hub/endpoints.json")).ok()?;
-        serde_json::from_str::<serde_json::Value>(&text).ok()
-    })?;
-    let config = dir.join("agent.toml");
-    let parent = format!("foreshore-bench-{}", std::process::id());
-    std::fs::write(
-        &config,
-        format!(
-            "device = \"bench\"\n[hub]\nbroker = {}\nregistry = {}\njoin_token_file = \"{}\"\n[paths]\nstate = \"{}\"\nrun = \"{}\"\n[cgroup]\nparent = \"{parent}\"\n",
-            endpoints["broker"],
-            endpoints["api"],
-            dir.join("hub/join-token").display(),
-            dir.join("state").display(),
-            dir.join("run").display(),
-        ),
-    )?;
-    let agent = Killed(start(agent, &config, &dir.join("agent.log"))?);
-    let log = dir.join("agent.log");
-    wait_for("the agent to connect", || {
-        std::fs::read_to_string(&log)
-            .ok()?
-            .contains("connected")
-            .then_some(())
-    })?;
+fn measure(stage: &mut Stage, idle_secs: u64) -> anyhow::Result<()> {
+    stage.start_hub()?;
+    // No hurry: the pace of a device as it is by default.
+    stage.start_device_with("bench", "")?;
+    let container = start_container(stage)?;
+    let shim = parent(container).context("the container has no shim")?;
+    let device = stage.device("bench")?;
+    let agent = device.agent.process().context("the agent does not run")?;
+    let conmon = Conmon::start(&stage.dir.join("conmon"));
 
-    let before = switches(agent.pid())?;
+    let before = switches(agent)?;
     let begin = Instant::now();
     eprintln!("    watching the idle agent for {idle_secs} s");
-    // The one thing here that is a wait: an idle window has to pass.
-    std::thread::sleep(Duration::from_secs(idle_secs));
-    let seconds = begin.elapsed().as_secs_f64();
-    for (name, pid) in [
-        ("agent, idle, connected, plain MQTT", agent.pid()),
-        ("hub, idle, one device", hub.pid()),
-    ] {
-        let (pss, private) = memory(pid)?;
-        println!("{name:<34} {pss:>9} KiB Pss {private:>8} KiB private dirty");
+    let window = Duration::from_secs(idle_secs);
+    while begin.elapsed() < window {
+        interrupt::check()?;
+        // The one thing here that is a wait: an idle window has to pass.
+        std::thread::sleep(Duration::from_millis(100).min(window));
     }
-    for daemon in ["dockerd", "containerd"] {
-        if let Some(pid) = find(daemon) {
-            let (pss, private) = memory(pid)?;
-            println!("{daemon:<34} {pss:>9} KiB Pss {private:>8} KiB private dirty");
+    let wakes = switches(agent)?.saturating_sub(before);
+    report("agent, one container, connected", agent)?;
+    report("foreshore-shim, per container", shim)?;
+    match &conmon {
+        Ok(conmon) => report("conmon, per container", conmon.process)?,
+        Err(why) => println!("{:<38} left out: {why:#}", "conmon, per container"),
+    }
+    for peer in ["containerd-shim", "dockerd", "containerd"] {
+        match find(peer) {
+            Some(process) => report(&format!("{peer} (as it runs here)"), process)?,
+            None => println!("{peer:<38} does not run here"),
         }
     }
-    let wakes = (switches(agent.pid())?.saturating_sub(before)) as f64 / seconds;
+    let seconds = begin.elapsed().as_secs_f64();
+    let rate = f64::from(u32::try_from(wakes).unwrap_or(u32::MAX)) / seconds;
     println!(
-        "{:<34} {wakes:>9.3} wake-ups a second over {seconds:.0} s",
+        "{:<38} {rate:>9.3} wake-ups a second over {seconds:.0} s",
         "agent, idle"
     );
     Ok(())
 }
 
-/// A child that does not outlive this.
-struct Killed(Child);
-
-impl Killed {
-    fn pid(&self) -> u32 {
-        self.0.id()
-    }
+/// Imports the demo's image, applies an app and waits for its container.
+fn start_container(stage: &Stage) -> anyhow::Result<Process> {
+    let version = Version {
+        name: "v1",
+        ready: true,
+    };
+    let archives = image::build(&stage.dir, &[version])?;
+    let archive = archives[0].display().to_string();
+    let import = ["image", "import", &archive, "--name", "web:v1"];
+    ensure!(
+        stage.show(&import)?.success(),
+        "the image could not be imported"
+    );
+    wait_for("the device to join", PATIENCE, || {
+        let devices = stage.json(&["get", "devices"])?;
+        Ok((devices["items"][0]["online"] == true).then_some(()))
+    })?;
+    let manifest = stage.dir.join("web.yaml");
+    fs::copy(step::root().join("configs/demo/web.yaml"), &manifest)?;
+    // The demo's selector wants a label, which `start_device_with` gives.
+    stage.json(&["apply", "-f", &manifest.display().to_string()])?;
+    wait_for("the rollout to complete", PATIENCE, || {
+        let rollout = stage.json(&["rollout", "status", "web"])?;
+        Ok((rollout["state"] == "completed").then_some(()))
+    })?;
+    witness::service_in(&stage.device("bench")?.cgroup)
 }
 
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _gone_already = self.0.kill();
-        let _reaped = self.0.wait();
-    }
-}
-
-fn start(program: &Path, config: &Path, log: &Path) -> anyhow::Result<Child> {
-    let file = std::fs::File::create(log)?;
-    Command::new(program)
-        .args(["run", "--config"])
-        .arg(config)
-        .stdin(Stdio::null())
-        .stdout(file.try_clone()?)
-        .stderr(file)
-        .spawn()
-        .with_context(|| format!("failed to start {}", program.display()))
-}
-
-fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> anyhow::Result<T> {
-    let begin = Instant::now();
-    loop {
-        if let Some(found) = probe() {
-            return Ok(found);
-        }
-        if begin.elapsed() > Duration::from_secs(30) {
-            bail!("waited 30 s for {what}");
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn tempdir() -> anyhow::Result<PathBuf> {
-    let dir = std::env::temp_dir().join(format!("foreshore-bench-{}", std::process::id()));
-    std::fs::create_dir(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
-    Ok(dir)
-}
-
-fn target_dir() -> anyhow::Result<PathBuf> {
-    let output = step::cargo(&["metadata", "--format-version", "1", "--no-deps"]).output()?;
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    metadata["target_directory"]
-        .as_str()
-        .map(PathBuf::from)
-        .context("cargo names its target directory")
-}
-
-fn megabytes(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
-
-/// Pss and private dirty memory in KiB (proc_pid_smaps(5)).
-fn memory(pid: u32) -> anyhow::Result<(u64, u64)> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let field = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+fn report(name: &str, process: Process) -> anyhow::Result<()> {
+    let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", process.pid))
+        .with_context(|| format!("failed to read the memory of {name}"))?;
+    let field = |key: &str| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
         line.trim().strip_suffix(" kB")?.trim().parse().ok()
     };
-    Ok((
-        field("Pss:").context("no Pss")?,
-        field("Private_Dirty:").context("no Private_Dirty")?,
-    ))
+    let sum = |keys: &[&str]| keys.iter().filter_map(|key| field(key)).sum::<u64>();
+    let pss = field("Pss:").context("no Pss in smaps_rollup")?;
+    let private = sum(&["Private_Dirty:", "Private_Clean:"]);
+    let dirty = sum(&["Private_Dirty:"]);
+    println!("{name:<38} {pss:>9} KiB Pss {private:>8} KiB private, {dirty} of it dirty");
+    Ok(())
+}
+
+/// The parent of a process (proc_pid_stat(5), field 4).
+fn parent(process: Process) -> Option<Process> {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid)).ok()?;
+    let pid = stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()?;
+    Process::of(pid)
 }
 
 /// Voluntary context switches of all threads: how often it woke up.
-fn switches(pid: u32) -> anyhow::Result<u64> {
+fn switches(process: Process) -> anyhow::Result<u64> {
     let mut total = 0;
-    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let status = std::fs::read_to_string(task?.path().join("status"))?;
+    for task in fs::read_dir(format!("/proc/{}/task", process.pid))? {
+        let status = fs::read_to_string(task?.path().join("status"))?;
         let line = status
             .lines()
             .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
@@ -203,13 +166,33 @@ fn switches(pid: u32) -> anyhow::Result<u64> {
     Ok(total)
 }
 
-fn find(name: &str) -> Option<u32> {
-    std::fs::read_dir("/proc")
-        .ok()?
-        .flatten()
-        .find_map(|entry| {
-            let pid = entry.file_name().to_str()?.parse().ok()?;
-            let comm = std::fs::read_to_string(entry.path().join("comm")).ok()?;
-            (comm.trim() == name).then_some(pid)
-        })
+/// A process by its name (proc_pid_comm(5) cuts it at 15 bytes).
+fn find(name: &str) -> Option<Process> {
+    let name = &name[..name.len().min(15)];
+    let all = fs::read_dir("/proc").ok()?.flatten();
+    all.filter_map(|entry| {
+        let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
+        (comm.trim() == name).then_some(())?;
+        Process::of(entry.file_name().to_str()?.parse().ok()?)
+    })
+    .next()
+}
+
+fn target_dir() -> anyhow::Result<PathBuf> {
+    let metadata: Value = json_of(&mut step::cargo(&[
+        "metadata",
+        "--format-version",
+        "1",
+        "--no-deps",
+    ]))?;
+    let dir = metadata["target_directory"].as_str();
+    Ok(Path::new(dir.context("cargo names its target directory")?).to_owned())
+}
+
+fn json_of(command: &mut Command) -> anyhow::Result<Value> {
+    Ok(serde_json::from_slice(&command.output()?.stdout)?)
+}
+
+fn mebibytes(bytes: u64) -> f64 {
+    f64::from(u32::try_from(bytes >> 10).unwrap_or(u32::MAX)) / 1024.0
 }

@@ -15,15 +15,15 @@ use serde_json::{Value, json};
 
 /// A version of the demo image.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Version {
+pub(crate) struct Version {
     /// What `/version` answers, and the image's tag.
-    pub(super) name: &'static str,
+    pub(crate) name: &'static str,
     /// Whether `/ready` answers 200.
-    pub(super) ready: bool,
+    pub(crate) ready: bool,
 }
 
 /// Compiles the service and writes one OCI archive per version into `dir`; their paths in order.
-pub(super) fn build(dir: &Path, versions: &[Version]) -> anyhow::Result<Vec<PathBuf>> {
+pub(crate) fn build(dir: &Path, versions: &[Version]) -> anyhow::Result<Vec<PathBuf>> {
     let program = compile(dir)?;
     let layer = Layer::of(&program)?;
     versions

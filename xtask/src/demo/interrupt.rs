@@ -12,7 +12,7 @@ extern "C" fn note(_signal: libc::c_int) {
 }
 
 /// From now on SIGINT, SIGTERM and SIGHUP only set the flag.
-pub(super) fn listen() {
+pub(crate) fn listen() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         let handler: extern "C" fn(libc::c_int) = note;
         #[expect(
@@ -27,18 +27,18 @@ pub(super) fn listen() {
 }
 
 /// Whether one of them came.
-pub(super) fn came() -> bool {
+pub(crate) fn came() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
 
 /// Fails once one of them came.
-pub(super) fn check() -> anyhow::Result<()> {
+pub(crate) fn check() -> anyhow::Result<()> {
     ensure!(!came(), "interrupted");
     Ok(())
 }
 
 /// Asks `probe` until it answers with a value, at most `timeout`; an error of the probe ends it at once.
-pub(super) fn wait_for<T>(
+pub(crate) fn wait_for<T>(
     what: &str,
     timeout: Duration,
     mut probe: impl FnMut() -> anyhow::Result<Option<T>>,

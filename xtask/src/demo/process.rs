@@ -12,15 +12,15 @@ use anyhow::Context as _;
 
 /// One process in the whole life of this boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Process {
-    pub(super) pid: i32,
+pub(crate) struct Process {
+    pub(crate) pid: i32,
     /// Clock ticks since boot (proc_pid_stat(5), field 22).
-    pub(super) start: u64,
+    pub(crate) start: u64,
 }
 
 impl Process {
     /// The process that has this pid now; `None` when there is none, or only a zombie.
-    pub(super) fn of(pid: i32) -> Option<Self> {
+    pub(crate) fn of(pid: i32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
         let running = !matches!(*fields.first()?, "Z" | "X");
@@ -31,12 +31,12 @@ impl Process {
     }
 
     /// Whether it still runs.
-    pub(super) fn runs(self) -> bool {
+    pub(crate) fn runs(self) -> bool {
         Self::of(self.pid) == Some(self)
     }
 
     /// Sends a signal, if it still runs.
-    pub(super) fn signal(self, signal: i32) {
+    pub(crate) fn signal(self, signal: i32) {
         if self.pid > 1 && self.runs() {
             #[expect(
                 unsafe_code,
@@ -48,7 +48,7 @@ impl Process {
     }
 
     /// Waits until it is gone; false when it is still there after `timeout`.
-    pub(super) fn gone_within(self, timeout: Duration) -> bool {
+    pub(crate) fn gone_within(self, timeout: Duration) -> bool {
         let begin = Instant::now();
         while self.runs() {
             if begin.elapsed() >= timeout {
@@ -62,12 +62,12 @@ impl Process {
 
 /// How a program is started, each time.
 #[derive(Debug, Clone)]
-pub(super) struct Recipe {
-    pub(super) name: String,
-    pub(super) program: PathBuf,
-    pub(super) arguments: Vec<String>,
-    pub(super) environment: Vec<(String, String)>,
-    pub(super) log: PathBuf,
+pub(crate) struct Recipe {
+    pub(crate) name: String,
+    pub(crate) program: PathBuf,
+    pub(crate) arguments: Vec<String>,
+    pub(crate) environment: Vec<(String, String)>,
+    pub(crate) log: PathBuf,
 }
 
 impl Recipe {
@@ -102,7 +102,7 @@ fn append(path: &Path) -> anyhow::Result<File> {
 
 /// A program that is started again when it ends, as systemd would with `Restart=always`.
 #[derive(Debug)]
-pub(super) struct Supervised {
+pub(crate) struct Supervised {
     shared: Arc<Mutex<Shared>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -116,7 +116,7 @@ struct Shared {
 impl Supervised {
     /// Starts it; `restart_after` is how long it stays away after it ended (`RestartSec=`), `None` for a
     /// program that must not end.
-    pub(super) fn start(recipe: Recipe, restart_after: Option<Duration>) -> anyhow::Result<Self> {
+    pub(crate) fn start(recipe: Recipe, restart_after: Option<Duration>) -> anyhow::Result<Self> {
         let child = recipe.start()?;
         let shared = Arc::new(Mutex::new(Shared {
             now: running(&child),
@@ -131,7 +131,7 @@ impl Supervised {
     }
 
     /// Its process, if it runs at the moment.
-    pub(super) fn process(&self) -> Option<Process> {
+    pub(crate) fn process(&self) -> Option<Process> {
         self.shared
             .lock()
             .ok()?
@@ -140,7 +140,7 @@ impl Supervised {
     }
 
     /// SIGTERM, after `grace` SIGKILL; waits for its end.
-    pub(super) fn stop(&mut self, grace: Duration) {
+    pub(crate) fn stop(&mut self, grace: Duration) {
         let process = match self.shared.lock() {
             Ok(mut shared) => {
                 shared.stopping = true;

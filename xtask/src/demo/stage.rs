@@ -15,19 +15,22 @@ use crate::step;
 /// How long a killed agent stays away: systemd's `RestartSec=2`.
 const RESTART_AFTER: Duration = Duration::from_secs(2);
 /// Set for every program of a demo and so for all they start: how stray processes are found.
-pub(super) const MARK: &str = "FORESHORE_DEMO_DIR";
+pub(crate) const MARK: &str = "FORESHORE_DEMO_DIR";
 
 /// The programs that the demo runs.
 #[derive(Debug)]
-pub(super) struct Programs {
-    hub: PathBuf,
-    agent: PathBuf,
-    cli: PathBuf,
+pub(crate) struct Programs {
+    /// `foreshore-hub`.
+    pub(crate) hub: PathBuf,
+    /// `foreshore-agent`.
+    pub(crate) agent: PathBuf,
+    /// `foreshore`.
+    pub(crate) cli: PathBuf,
 }
 
 impl Programs {
     /// Takes them from a directory.
-    pub(super) fn find(dir: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn find(dir: &Path) -> anyhow::Result<Self> {
         let find = |name: &str| {
             let path = dir.join(name);
             path.canonicalize()
@@ -41,7 +44,7 @@ impl Programs {
     }
 
     /// Builds them, cargo's progress on our stderr, and asks cargo where they are.
-    pub(super) fn build() -> anyhow::Result<Self> {
+    pub(crate) fn build() -> anyhow::Result<Self> {
         let packages = [
             "-p",
             "foreshore-hub",
@@ -79,27 +82,27 @@ impl Programs {
 
 /// A device of the demo.
 #[derive(Debug)]
-pub(super) struct Device {
-    pub(super) name: String,
+pub(crate) struct Device {
+    pub(crate) name: String,
     /// Relative to the cgroup hierarchies.
-    pub(super) cgroup: String,
-    pub(super) agent: Supervised,
+    pub(crate) cgroup: String,
+    pub(crate) agent: Supervised,
 }
 
 /// The demo's directory and everything that runs in it.
 #[derive(Debug)]
-pub(super) struct Stage {
-    pub(super) dir: PathBuf,
+pub(crate) struct Stage {
+    pub(crate) dir: PathBuf,
     cgroup: String,
     programs: Programs,
     hub: Option<Supervised>,
     url: String,
-    pub(super) devices: Vec<Device>,
+    pub(crate) devices: Vec<Device>,
 }
 
 impl Stage {
     /// Makes the directory. `dir` must not exist, or be empty.
-    pub(super) fn new(programs: Programs, dir: Option<&Path>) -> anyhow::Result<Self> {
+    pub(crate) fn new(programs: Programs, dir: Option<&Path>) -> anyhow::Result<Self> {
         let dir = match dir {
             Some(dir) => {
                 fs::create_dir_all(dir)
@@ -147,7 +150,7 @@ impl Stage {
     }
 
     /// Starts the hub on free ports and waits until it serves.
-    pub(super) fn start_hub(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn start_hub(&mut self) -> anyhow::Result<()> {
         let (data, config) = (self.dir.join("hub"), self.dir.join("hub.toml"));
         let text = format!(
             "data = {data:?}\n\n[api]\nlisten = \"127.0.0.1:0\"\n\n[broker]\nkind = \"embedded\"\nlisten = \"127.0.0.1:0\"\n"
@@ -168,8 +171,14 @@ impl Stage {
         Ok(())
     }
 
-    /// Starts a device named `name`.
-    pub(super) fn start_device(&mut self, name: &str) -> anyhow::Result<()> {
+    /// Starts a device named `name`, quick to report and to notice.
+    pub(crate) fn start_device(&mut self, name: &str) -> anyhow::Result<()> {
+        let pace = "report_interval = \"500ms\"\nreconnect_max = \"2s\"\nkeepalive = \"10s\"\n";
+        self.start_device_with(name, pace)
+    }
+
+    /// Starts a device named `name` with these lines in the `[hub]` part of its configuration.
+    pub(crate) fn start_device_with(&mut self, name: &str, pace: &str) -> anyhow::Result<()> {
         let (home, cgroup) = (self.dir.join(name), format!("{}/{name}", self.cgroup));
         fs::create_dir(&home)?;
         let broker = fs::read_to_string(self.dir.join("broker-url"))?;
@@ -181,7 +190,7 @@ impl Stage {
         let text = format!(
             "device = \"{name}\"\n\n\
              [hub]\nbroker = \"{broker}\"\nregistry = \"{url}\"\njoin_token_file = {token:?}\n\
-             report_interval = \"500ms\"\nreconnect_max = \"2s\"\nkeepalive = \"10s\"\n\n\
+             {pace}\n\
              [labels]\nrole = \"demo\"\n\n\
              [paths]\nstate = {state:?}\nrun = {run:?}\n\n\
              [cgroup]\nparent = \"{cgroup}\"\n",
@@ -200,13 +209,13 @@ impl Stage {
     }
 
     /// The device with this name.
-    pub(super) fn device(&self, name: &str) -> anyhow::Result<&Device> {
+    pub(crate) fn device(&self, name: &str) -> anyhow::Result<&Device> {
         (self.devices.iter().find(|device| device.name == name))
             .with_context(|| format!("there is no device {name}"))
     }
 
     /// `foreshore` with the demo's hub and token.
-    pub(super) fn foreshore(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn foreshore(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.programs.cli);
         command
             .args(arguments)
@@ -217,7 +226,7 @@ impl Stage {
     }
 
     /// What `foreshore … -o json` prints.
-    pub(super) fn json(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+    pub(crate) fn json(&self, arguments: &[&str]) -> anyhow::Result<Value> {
         let output = self.foreshore(arguments).args(["-o", "json"]).output()?;
         if !output.status.success() {
             bail!(
@@ -231,7 +240,7 @@ impl Stage {
     }
 
     /// Runs `foreshore` on this terminal; how it ended.
-    pub(super) fn show(&self, arguments: &[&str]) -> anyhow::Result<ExitStatus> {
+    pub(crate) fn show(&self, arguments: &[&str]) -> anyhow::Result<ExitStatus> {
         let mut child = self.foreshore(arguments).stdin(Stdio::null()).spawn()?;
         let end = wait_for("foreshore to end", Duration::from_secs(300), || {
             Ok(child.try_wait()?)
@@ -244,7 +253,7 @@ impl Stage {
     }
 
     /// Stops supervising; agents and hub end, containers run on.
-    pub(super) fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         for device in &mut self.devices {
             device.agent.stop(Duration::from_secs(5));
         }
@@ -254,7 +263,7 @@ impl Stage {
     }
 
     /// What a person needs to look around in a demo that was kept.
-    pub(super) fn print_directions(&self) {
+    pub(crate) fn print_directions(&self) {
         let (dir, cli) = (self.dir.display(), self.programs.cli.display());
         println!("\nThe hub and its devices keep running. To look around:\n");
         println!("  export FORESHORE_HUB={}", self.url);
@@ -285,6 +294,6 @@ fn text_of(value: &Value, key: &str) -> anyhow::Result<String> {
 }
 
 /// Fails once Ctrl-C was pressed; for chapters that do not wait.
-pub(super) fn go_on() -> anyhow::Result<()> {
+pub(crate) fn go_on() -> anyhow::Result<()> {
     interrupt::check()
 }

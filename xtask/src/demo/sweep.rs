@@ -16,7 +16,7 @@ use super::witness::{hierarchies, mounts, processes_in};
 
 /// What of a demo is to be kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Keep {
+pub(crate) enum Keep {
     /// Nothing.
     Nothing,
     /// The logs.
@@ -24,7 +24,7 @@ pub(super) enum Keep {
 }
 
 /// Ends the demo in `dir`. Fails with a list of what could not be removed.
-pub(super) fn sweep(dir: &Path, keep: Keep) -> anyhow::Result<()> {
+pub(crate) fn sweep(dir: &Path, keep: Keep) -> anyhow::Result<()> {
     let note: Value =
         serde_json::from_slice(&fs::read(dir.join("demo.json")).with_context(|| {
             format!(

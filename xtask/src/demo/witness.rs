@@ -16,7 +16,7 @@ use super::process::Process;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Every mounted cgroup hierarchy, v1 and v2.
-pub(super) fn hierarchies() -> Vec<PathBuf> {
+pub(crate) fn hierarchies() -> Vec<PathBuf> {
     mounts()
         .into_iter()
         .filter(|(_, kind)| kind.starts_with("cgroup"))
@@ -25,7 +25,7 @@ pub(super) fn hierarchies() -> Vec<PathBuf> {
 }
 
 /// Mount points and file system types, as proc_pid_mounts(5) lists them.
-pub(super) fn mounts() -> Vec<(PathBuf, String)> {
+pub(crate) fn mounts() -> Vec<(PathBuf, String)> {
     let text = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     text.lines()
         .filter_map(|line| {
@@ -45,7 +45,7 @@ fn unescape(text: &str) -> String {
 }
 
 /// The processes in `cgroup` (relative to the hierarchies) and below it.
-pub(super) fn processes_in(cgroup: &str) -> Vec<Process> {
+pub(crate) fn processes_in(cgroup: &str) -> Vec<Process> {
     let mut found = Vec::new();
     for hierarchy in hierarchies() {
         collect(&hierarchy.join(cgroup), &mut found);
@@ -69,7 +69,7 @@ fn collect(dir: &Path, into: &mut Vec<Process>) {
 }
 
 /// The one process in `cgroup` that runs the demo's service.
-pub(super) fn service_in(cgroup: &str) -> anyhow::Result<Process> {
+pub(crate) fn service_in(cgroup: &str) -> anyhow::Result<Process> {
     let is_service = |process: &Process| {
         fs::read_link(format!("/proc/{}/exe", process.pid)).is_ok_and(|exe| exe.ends_with("web"))
     };
@@ -85,7 +85,7 @@ pub(super) fn service_in(cgroup: &str) -> anyhow::Result<Process> {
 }
 
 /// What the service of `process` answers at `path`: the status and the body.
-pub(super) fn ask(process: Process, path: &str) -> anyhow::Result<(u16, String)> {
+pub(crate) fn ask(process: Process, path: &str) -> anyhow::Result<(u16, String)> {
     let request = format!("GET {path} HTTP/1.1\r\nhost: container\r\nconnection: close\r\n\r\n");
     // A thread of its own: it stays in the container's network namespace and ends there.
     std::thread::spawn(move || -> anyhow::Result<(u16, String)> {
