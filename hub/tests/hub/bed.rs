@@ -176,10 +176,6 @@ impl Bed {
             "{}",
             String::from_utf8_lossy(&output.stderr)
         );
-        // Started by root, mosquitto becomes another user, who may not enter a test's private directory.
-        let path = self.path("mosquitto/mosquitto.conf");
-        let conf = std::fs::read_to_string(&path).unwrap();
-        std::fs::write(path, format!("user root\n{conf}")).unwrap();
     }
 
     pub(crate) fn start_mosquitto(&mut self) {
