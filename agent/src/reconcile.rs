@@ -17,10 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
-use foreshore_protocol::message::{
-    AppStatus, Command, Event as Happening, EventKind, Head, HubInfo, ServiceState,
-};
-use foreshore_protocol::release::{Release, ReleaseError};
+use foreshore_protocol::message::{Event as Happening, EventKind, Head};
+use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
@@ -28,38 +26,27 @@ use tokio::time::Instant;
 
 use crate::clock;
 use crate::config::Config;
-use crate::execute::{Task, Tools, chain, execute};
+use crate::execute::{Tools, chain};
 use crate::inventory;
 use crate::link::{Birth, Incoming, Link, Outgoing, Receipt};
-use crate::plan::{
-    self, BootId, BootMs, Busy, Desired, History, Notice, Observed, ObservedContainer, Outcome,
-    Plan, Step,
-};
-use crate::runtime::{Container, ContainerId, ContainerState, Runtime};
-use crate::state::{AcceptError, Loaded, Outbox, State};
-use crate::status::{self, ContainerLine, Published};
+use crate::plan::{BootId, BootMs, Busy, History, Outcome};
+use crate::runtime::{ContainerState, Runtime};
+use crate::state::{Loaded, Outbox, State};
+use crate::status::Published;
 
+mod downlink;
 mod probes;
+mod steps;
 mod uplink;
 
 use probes::Probes;
 use uplink::{Gauges, Uplink};
-
-/// After connecting, heads are collected for this long and only the newest is taken: a broker may hand over
-/// all that a session missed.
-const SETTLE: Duration = Duration::from_millis(300);
-
-/// How long after connecting that holds; later heads are taken at once.
-const SETTLING: Duration = Duration::from_secs(2);
 
 /// After the disk or the runtime failed, everything is tried again after this.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// How often to send a beacon before the hub says otherwise.
 const BEACON_INTERVAL: Duration = Duration::from_mins(15);
-
-/// What the hub may ask for.
-const BEACON_RANGE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_hours(24));
 
 /// How long a goodbye to the broker may take.
 const GOODBYE: Duration = Duration::from_secs(3);
@@ -322,239 +309,6 @@ impl<R: Runtime + 'static> Agent<R> {
         }
     }
 
-    fn handle_link(&mut self, message: Incoming) -> Next {
-        match message {
-            Incoming::Connected => self.handle_connected(),
-            Incoming::Disconnected { why, refused } => self.handle_disconnected(&why, refused),
-            Incoming::Head(head, receipt) => return self.handle_head(head, receipt),
-            Incoming::Command(Command::Ack { event, reported }) => {
-                let stored = self.outbox.acknowledge(event);
-                self.note_disk(stored);
-                self.uplink.acknowledged(reported);
-            }
-            Incoming::Command(Command::Resync) => self.uplink.resync(),
-            Incoming::Hub(info) => self.handle_hub(&info),
-            Incoming::Release(digest, bytes) => return self.handle_release(digest, &bytes),
-            Incoming::Unreadable { topic, why } => {
-                tracing::warn!(topic, why, "a message from the hub was not understood");
-            }
-            Incoming::Closed => {}
-        }
-        Next::Nothing
-    }
-
-    fn handle_connected(&mut self) {
-        tracing::info!(
-            host = self.config.hub.broker.host,
-            port = self.config.hub.broker.port,
-            "connected to the hub's broker"
-        );
-        self.offline = None;
-        self.connected_at = Some(Instant::now());
-        self.uplink.connected();
-        for release in &self.fetching {
-            let _asked_again_after_reconnecting = self.uplink.send(Outgoing::Fetch(*release));
-        }
-    }
-
-    fn handle_disconnected(&mut self, why: &str, refused: bool) {
-        let was_connected = self.connected_at.take().is_some();
-        // Receipts of a connection that is gone are worth nothing; the heads come again.
-        self.uplink.disconnected();
-        let token_file = self.config.hub.join_token_file.display();
-        match self.offline.replace(refused) {
-            Some(before) if before == refused && !was_connected => {
-                tracing::debug!(why, "still not connected to the hub's broker");
-            }
-            _ if refused => tracing::error!(
-                why,
-                %token_file,
-                "the broker refuses this device: check that the token file holds the hub's join token"
-            ),
-            _ => tracing::info!(
-                why,
-                "not connected to the hub's broker; what runs keeps running"
-            ),
-        }
-    }
-
-    fn handle_hub(&mut self, info: &HubInfo) {
-        let asked = Duration::from_millis(info.beacon_interval_ms.into());
-        self.uplink
-            .set_beacon_interval(asked.clamp(BEACON_RANGE.0, BEACON_RANGE.1));
-    }
-
-    fn handle_head(&mut self, head: Head, receipt: Receipt) -> Next {
-        let known = self.head.as_ref().map(|head| head.version);
-        if known.is_some_and(|known| head.version <= known) {
-            let _sent_again_if_lost = self.uplink.send(Outgoing::Accepted(receipt));
-            return Next::Nothing;
-        }
-        let now = Instant::now();
-        let settling = self.connected_at.is_some_and(|at| now < at + SETTLING);
-        let due = if settling { now + SETTLE } else { now };
-        match &mut self.offered {
-            Some(offered) => {
-                offered.receipts.push(receipt);
-                if head.version > offered.head.version {
-                    offered.head = head;
-                }
-            }
-            None => {
-                self.offered = Some(Offered {
-                    head,
-                    receipts: vec![receipt],
-                    due,
-                });
-            }
-        }
-        if self.accept_offered(now) {
-            Next::Plan
-        } else {
-            Next::Nothing
-        }
-    }
-
-    /// Stores the newest head that was offered, then acknowledges it. True when there is a new one.
-    fn accept_offered(&mut self, now: Instant) -> bool {
-        let Some(offered) = self.offered.take_if(|offered| now >= offered.due) else {
-            return false;
-        };
-        let current = self.head.as_ref().map(|head| head.version);
-        let stored = self
-            .memory
-            .state
-            .borrow_mut()
-            .accept(&offered.head, current);
-        let accepted = match stored {
-            Ok(()) => true,
-            Err(AcceptError::NotNewer { offered, stored }) => {
-                tracing::info!(%offered, %stored, "an old head was ignored");
-                false
-            }
-            Err(AcceptError::File(error)) => {
-                // Neither stored nor acknowledged: it is tried again, and the broker sends it again.
-                self.note_disk(Err(error));
-                self.offered = Some(Offered {
-                    due: now + RETRY,
-                    ..offered
-                });
-                return false;
-            }
-        };
-        for receipt in offered.receipts {
-            let _sent_again_if_lost = self.uplink.send(Outgoing::Accepted(receipt));
-        }
-        if accepted {
-            let version = offered.head.version;
-            tracing::info!(%version, apps = offered.head.apps.len(), "accepted a new desired state");
-            self.head = Some(offered.head);
-            self.event(
-                EventKind::Accepted,
-                None,
-                None,
-                format!("accepted {version}"),
-            );
-        }
-        accepted
-    }
-
-    fn handle_release(&mut self, digest: Digest, bytes: &[u8]) -> Next {
-        if !self.fetching.remove(&digest) {
-            return Next::Nothing;
-        }
-        let _harmless_if_lost = self.uplink.send(Outgoing::Fetched(digest));
-        match Release::from_bytes(bytes, &digest) {
-            Ok(release) => {
-                let stored = self.memory.state.borrow().store_release(&digest, bytes);
-                if self.note_disk(stored) {
-                    self.releases.insert(digest, release);
-                }
-            }
-            Err(error) => {
-                // Right bytes that do not decode come from a newer hub; wrong bytes may come right.
-                let schema_unknown =
-                    matches!(error, ReleaseError::Schema(_) | ReleaseError::Decode(_));
-                let message = format!("manifest of release {}: {}", digest.short(), chain(&error));
-                tracing::warn!(message, "a release manifest was refused");
-                self.event(EventKind::StagingFailed, None, None, message.clone());
-                self.record(&Outcome::BadRelease {
-                    release: digest,
-                    message,
-                    schema_unknown,
-                });
-            }
-        }
-        Next::Plan
-    }
-
-    fn handle_end(&mut self, ended: &Ended) {
-        match &ended.work {
-            Work::Service(app, service) => {
-                self.busy.services.remove(&(app.clone(), service.clone()));
-            }
-            Work::Staging(release) => {
-                if self.busy.staging == Some(*release) {
-                    self.busy.staging = None;
-                    self.staging = None;
-                }
-                self.look_at_images();
-            }
-            Work::Collecting => {
-                self.busy.collecting = false;
-                self.look_at_images();
-            }
-        }
-        self.tell(&ended.outcome);
-        self.record(&ended.outcome);
-    }
-
-    fn record(&mut self, outcome: &Outcome) {
-        self.history.record(outcome, clock::now(self.boot));
-    }
-
-    /// Logs an outcome and makes it an event.
-    fn tell(&mut self, outcome: &Outcome) {
-        let of = |id: &ContainerId| (Some(id.app.clone()), Some(id.service.clone()));
-        match outcome {
-            Outcome::Staged { release } => {
-                let message = format!("all images of release {} are here", release.short());
-                self.event(EventKind::ImageStaged, None, None, message);
-            }
-            Outcome::StagingFailed { release, reason } => {
-                let message = format!("release {}: {}", release.short(), reason.message);
-                self.event(EventKind::StagingFailed, None, None, message);
-            }
-            Outcome::Started { id } => {
-                let (app, service) = of(id);
-                self.event(
-                    EventKind::Started,
-                    app,
-                    service,
-                    format!("container {id} started"),
-                );
-            }
-            Outcome::StartFailed { id, message, .. } => {
-                let (app, service) = of(id);
-                let message = format!("container {id} did not start: {message}");
-                self.event(EventKind::Exited, app, service, message);
-            }
-            Outcome::Removed { id } => {
-                let (app, service) = of(id);
-                self.event(
-                    EventKind::Removed,
-                    app,
-                    service,
-                    format!("container {id} removed"),
-                );
-            }
-            Outcome::Stuck { id, message } => {
-                tracing::error!(container = %id, message, "a container could not be stopped or removed");
-            }
-            Outcome::Stopped { .. } | Outcome::Collected | Outcome::BadRelease { .. } => {}
-        }
-    }
-
     fn event(
         &mut self,
         kind: EventKind,
@@ -603,13 +357,6 @@ impl<R: Runtime + 'static> Agent<R> {
         }
     }
 
-    fn look_at_images(&mut self) {
-        match self.tools.images.list() {
-            Ok(images) => self.images = images.into_iter().map(|image| image.digest).collect(),
-            Err(error) => tracing::error!(error = chain(&error), "images cannot be listed"),
-        }
-    }
-
     /// Takes over the containers that outlived the agent before.
     async fn greet_containers(&mut self) {
         let Ok(containers) = self.tools.runtime.list().await else {
@@ -623,212 +370,6 @@ impl<R: Runtime + 'static> Agent<R> {
                 self.event(EventKind::Adopted, Some(app), Some(service), message);
             }
         }
-    }
-
-    /// Looks, plans, stores and begins the steps.
-    async fn turn(&mut self) {
-        let containers = match self.tools.runtime.list().await {
-            Ok(containers) => {
-                self.list_trouble = false;
-                containers
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut self.list_trouble, true) {
-                    tracing::error!(error = chain(&error), "containers cannot be listed");
-                }
-                self.wake_at = Some(Instant::now() + RETRY);
-                return;
-            }
-        };
-        self.probes
-            .follow(&self.tools.runtime, &containers, &self.releases);
-        let lines = containers.iter().map(ContainerLine::from).collect();
-        let observed = self.observe(containers);
-        let desired = self.head.as_ref().map(Desired::from).unwrap_or_default();
-        let now = clock::now(self.boot);
-        let plan = plan::plan(&desired, &observed, &self.history, now);
-        debug_assert_eq!(plan::check::check(&observed, &self.history, &plan), vec![]);
-        self.carry_out(plan, lines, now.ms);
-    }
-
-    fn observe(&self, containers: Vec<Container>) -> Observed {
-        Observed {
-            watching_since: self.watching_since,
-            containers: containers
-                .into_iter()
-                .map(|container| ObservedContainer {
-                    probe: self.probes.state(&container.id),
-                    container,
-                })
-                .collect(),
-            releases: self.releases.clone(),
-            images: self.images.clone(),
-            busy: self.busy.clone(),
-        }
-    }
-
-    fn carry_out(&mut self, plan: Plan, containers: Vec<ContainerLine>, now: BootMs) {
-        self.wake_at = plan
-            .wake_at
-            .map(|at| Instant::now() + Duration::from_millis(at.since(now)));
-        self.history = plan.history;
-        let stored = self.memory.state.borrow_mut().remember(&self.history);
-        let may = if self.note_disk(stored) {
-            self.stored.clone_from(&self.history);
-            May::All
-        } else {
-            let retry = Instant::now() + RETRY;
-            self.wake_at = Some(self.wake_at.map_or(retry, |at| at.min(retry)));
-            May::Heal
-        };
-        for Notice {
-            kind,
-            app,
-            service,
-            message,
-        } in plan.notices
-        {
-            self.event(kind, app, service, message);
-        }
-        self.fetch(plan.fetch);
-        self.tell_status(plan.status, containers);
-        for step in plan.steps {
-            if may == May::All || self.is_healing(&step) {
-                self.begin(step);
-            }
-        }
-    }
-
-    /// Whether a step rests on no decision that is not on disk yet: a full disk must not keep a service down.
-    fn is_healing(&self, step: &Step) -> bool {
-        let app = match step {
-            Step::Stage { .. } => return false,
-            Step::AbandonStaging { .. } | Step::Collect { .. } => return true,
-            Step::Stop { id, .. } | Step::Remove { id } | Step::Start { id, .. } => &id.app,
-        };
-        let decided = |history: &History| {
-            history.apps.get(app).map(|app| {
-                (
-                    app.current,
-                    app.trial.as_ref().map(|trial| (trial.since, trial.release)),
-                    app.poisoned.clone(),
-                )
-            })
-        };
-        decided(&self.stored) == decided(&self.history)
-    }
-
-    fn begin(&mut self, step: Step) {
-        tracing::debug!(?step, "begin");
-        let service = |id: &ContainerId| Work::Service(id.app.clone(), id.service.clone());
-        let (work, task) = match step {
-            Step::Stage {
-                release, images, ..
-            } => (Work::Staging(release), Task::Stage { release, images }),
-            Step::AbandonStaging { release } => return self.abandon_staging(release),
-            Step::Stop {
-                id,
-                signal,
-                grace_ms,
-            } => {
-                let grace = Duration::from_millis(grace_ms);
-                (service(&id), Task::Stop { id, signal, grace })
-            }
-            Step::Remove { id } => (service(&id), Task::Remove { id }),
-            Step::Start { id, release } => {
-                let wanted = self
-                    .releases
-                    .get(&release)
-                    .and_then(|release| release.services.get(&id.service))
-                    .cloned()
-                    .expect("a plan starts services of releases on disk only");
-                let task = Task::Start {
-                    release,
-                    service: Box::new(wanted),
-                    id: id.clone(),
-                };
-                (service(&id), task)
-            }
-            Step::Collect {
-                keep_images,
-                keep_releases,
-            } => {
-                self.collect_releases(&keep_releases);
-                (Work::Collecting, Task::Collect { keep: keep_images })
-            }
-        };
-        match &work {
-            Work::Service(app, service) => {
-                self.busy.services.insert((app.clone(), service.clone()));
-            }
-            Work::Staging(release) => self.busy.staging = Some(*release),
-            Work::Collecting => self.busy.collecting = true,
-        }
-        let tools = self.tools.clone();
-        let handle = self.tasks.spawn_local({
-            let work = work.clone();
-            async move {
-                let outcome = execute(&tools, task).await;
-                Ended { work, outcome }
-            }
-        });
-        if let Work::Staging(release) = work {
-            self.staging = Some((release, handle));
-        }
-    }
-
-    /// The child is killed when its task is dropped.
-    fn abandon_staging(&mut self, release: Digest) {
-        if let Some((_, handle)) = self.staging.take_if(|(staging, _)| *staging == release) {
-            handle.abort();
-        }
-        self.busy.staging = None;
-        self.wake_at = Some(Instant::now());
-    }
-
-    fn collect_releases(&mut self, keep: &BTreeSet<Digest>) {
-        let removed = self
-            .memory
-            .state
-            .borrow()
-            .remove_releases(self.releases.keys(), keep);
-        if self.note_disk(removed) {
-            self.releases.retain(|release, _| keep.contains(release));
-        }
-    }
-
-    fn fetch(&mut self, wanted: BTreeSet<Digest>) {
-        for release in self.fetching.difference(&wanted) {
-            let _harmless_if_lost = self.uplink.send(Outgoing::Fetched(*release));
-        }
-        for release in wanted.difference(&self.fetching) {
-            let _asked_again_after_reconnecting = self.uplink.send(Outgoing::Fetch(*release));
-        }
-        self.fetching = wanted;
-    }
-
-    fn tell_status(&mut self, status: Vec<AppStatus>, containers: Vec<ContainerLine>) {
-        let version = self.head.as_ref().map(|head| head.version);
-        let before = self.said.as_ref().map_or(&[][..], |said| &said.apps);
-        for (app, service, ready) in readiness_changes(before, &status) {
-            let (kind, word) = if ready {
-                (EventKind::Ready, "is ready")
-            } else {
-                (EventKind::NotReady, "is not ready any more")
-            };
-            let message = format!("service {service} of app {app} {word}");
-            self.event(kind, Some(app), Some(service), message);
-        }
-        let said = Published {
-            version,
-            apps: status.clone(),
-            containers,
-        };
-        if self.said.as_ref() != Some(&said) {
-            status::publish(&self.config.paths.run, &said);
-            self.said = Some(said);
-        }
-        self.uplink.set_status(version, status);
     }
 
     fn flush(&mut self) {
@@ -877,37 +418,4 @@ impl std::ops::BitOrAssign for Next {
     fn bitor_assign(&mut self, other: Self) {
         *self = (*self).max(other);
     }
-}
-
-/// Which steps may begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum May {
-    All,
-    Heal,
-}
-
-/// Services that became ready or ceased to be.
-fn readiness_changes(
-    before: &[AppStatus],
-    after: &[AppStatus],
-) -> Vec<(AppName, ServiceName, bool)> {
-    let ready: BTreeMap<(&AppName, &ServiceName), bool> = before
-        .iter()
-        .flat_map(|app| {
-            app.services
-                .iter()
-                .map(|service| ((&app.app, &service.service), service.ready))
-        })
-        .collect();
-    after
-        .iter()
-        .flat_map(|app| app.services.iter().map(move |service| (&app.app, service)))
-        .filter(|(app, service)| {
-            let was = ready.get(&(*app, &service.service)).copied();
-            // A service that waits for its first start was not ready before either: its spec is a new one.
-            was.unwrap_or(false) != service.ready
-                && (service.ready || service.state != ServiceState::Waiting)
-        })
-        .map(|(app, service)| (app.clone(), service.service.clone(), service.ready))
-        .collect()
 }

@@ -104,3 +104,78 @@ fn stop_of(container: &Container, releases: &BTreeMap<Digest, Release>) -> (i32,
             )
         })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::ContainerSpec;
+    use crate::runtime::fake::{Call, FakeRuntime, Fault};
+    use foreshore_protocol::manifest::Service;
+
+    fn spec(id: &str) -> ContainerSpec {
+        let service: Service =
+            serde_json::from_value(serde_json::json!({"image": "x", "stop_signal": "SIGINT"}))
+                .unwrap();
+        ContainerSpec {
+            id: id.parse().unwrap(),
+            release: Digest::of(b"release"),
+            service_digest: service_digest(&service),
+            service,
+            image: crate::runtime::ImageConfig::default(),
+            layers: Vec::new(),
+        }
+    }
+
+    fn run<T>(test: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap()
+            .block_on(test)
+    }
+
+    #[test]
+    fn everything_is_removed_and_one_that_will_not_go_does_not_keep_the_others() {
+        run(async {
+            let runtime = FakeRuntime::new();
+            for id in ["shop.web.1", "shop.db.4", "till.web.2"] {
+                runtime.start(&spec(id)).await.unwrap();
+            }
+            let stubborn: ContainerId = "shop.web.1".parse().unwrap();
+            runtime.inject(
+                Call::Remove(stubborn.clone()),
+                Fault::Fail("busy".to_owned()),
+            );
+            let error = remove_all(&runtime, &BTreeMap::new()).await.unwrap_err();
+            assert!(error.to_string().contains("shop.web.1"), "{error}");
+            let left: Vec<_> = runtime
+                .containers()
+                .into_iter()
+                .map(|left| left.id)
+                .collect();
+            assert_eq!(left, [stubborn]);
+            assert_eq!(remove_all(&runtime, &BTreeMap::new()).await.unwrap(), 1);
+            assert!(runtime.containers().is_empty());
+        });
+    }
+
+    #[test]
+    fn containers_are_stopped_as_their_service_says() {
+        run(async {
+            let runtime = FakeRuntime::new();
+            let spec = spec("shop.web.1");
+            runtime.start(&spec).await.unwrap();
+            let release = Release {
+                schema: 1,
+                app: "shop".parse().unwrap(),
+                services: [("web".parse().unwrap(), spec.service.clone())].into(),
+            };
+            let releases = [(spec.release, release)].into();
+            assert_eq!(stop_all(&runtime, &releases).await.unwrap(), 1);
+            let ContainerState::Exited(exit) = runtime.containers()[0].state else {
+                panic!("still runs");
+            };
+            assert_eq!(exit.code, 128 + 2);
+            assert_eq!(stop_all(&runtime, &releases).await.unwrap(), 0);
+        });
+    }
+}

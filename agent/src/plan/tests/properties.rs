@@ -1,0 +1,228 @@
+//! What holds for every sequence of assignments, cuts, crashes, reboots and losses.
+
+use super::*;
+use proptest::prelude::*;
+
+#[derive(Debug, Clone)]
+enum Op {
+    Assign(u8, u8, u32),
+    Unassign(u8),
+    Run(u64),
+    Cut(usize),
+    Crash,
+    Reboot,
+    Registry(Option<ReasonCode>),
+    HubReachable(bool),
+    Kill(usize),
+    LoseHistory,
+}
+
+const APPS: [&str; 2] = ["shop", "till"];
+const BEHAVIOURS: [&str; 6] = [
+    "good",
+    "good",
+    "never-ready",
+    "exit 1 700",
+    "unready 2500",
+    "refuse",
+];
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        6 => (0..2_u8, 0..6_u8, 0..6_u32).prop_map(|(app, what, seed)| Op::Assign(app, what, seed)),
+        1 => (0..2_u8).prop_map(Op::Unassign),
+        6 => (0..40_000_u64).prop_map(Op::Run),
+        6 => (0..4_usize).prop_map(Op::Cut),
+        3 => Just(Op::Crash),
+        2 => Just(Op::Reboot),
+        2 => prop_oneof![
+            Just(None),
+            Just(Some(ReasonCode::RegistryUnreachable)),
+            Just(Some(ReasonCode::DiskFull)),
+            Just(Some(ReasonCode::BadImage)),
+        ].prop_map(Op::Registry),
+        2 => any::<bool>().prop_map(Op::HubReachable),
+        2 => (0..4_usize).prop_map(Op::Kill),
+        1 => Just(Op::LoseHistory),
+    ]
+}
+
+fn of(app: u8, behaviour: u8, seed: u32) -> Release {
+    release(
+        APPS[usize::from(app)],
+        &[
+            ("steady", always("good", 100 + seed % 2)),
+            ("web", always(BEHAVIOURS[usize::from(behaviour)], seed)),
+        ],
+    )
+}
+
+fn apply(world: &mut World, op: &Op) {
+    match op {
+        Op::Assign(app, behaviour, seed) => {
+            world.assign(&of(*app, *behaviour, *seed));
+        }
+        Op::Unassign(app) => {
+            let app = APPS[usize::from(*app)].parse().unwrap();
+            if world.desired.apps.contains_key(&app) {
+                world.unassign(&app);
+            }
+        }
+        Op::Run(ms) => {
+            world.run(*ms);
+        }
+        Op::Cut(steps) => {
+            world.turn(*steps);
+        }
+        Op::Crash => world.crash(),
+        Op::Reboot => world.reboot(),
+        Op::Registry(state) => world.registry = *state,
+        Op::HubReachable(state) => world.hub_reachable = *state,
+        Op::Kill(which) => {
+            if *which < world.containers.len() {
+                world.containers.remove(*which);
+            }
+        }
+        Op::LoseHistory => world.lose_history(),
+    }
+}
+
+/// Everything heals, and what is wanted is assigned once more, so that no trial was spoiled by it.
+fn heal(world: &mut World) {
+    world.registry = None;
+    world.hub_reachable = true;
+    world.run(HOUR);
+    let wanted: Vec<Release> = world
+        .desired
+        .apps
+        .values()
+        .map(|app| world.hub[&app.release].clone())
+        .collect();
+    for release in wanted {
+        world.assign(&release);
+    }
+    world.run(HOUR);
+}
+
+fn is_good(release: &Release) -> bool {
+    release
+        .services
+        .values()
+        .all(|service| service.command.as_ref().unwrap()[0] == "good")
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    /// Whatever was cut, crashed, rebooted or lost: in the end every good release runs and every bad one
+    /// is given up. Each plan on the way passes `check` (no poisoned start, no live image collected, one
+    /// instance at a time, the last-known-good kept).
+    #[test]
+    fn settles_from_anywhere(ops in prop::collection::vec(op(), 0..40)) {
+        let mut world = World::new();
+        for op in &ops {
+            apply(&mut world, op);
+        }
+        heal(&mut world);
+        for app in world.desired.apps.clone().into_values() {
+            let release = world.hub[&app.release].clone();
+            let status = world.status(app.app.as_str());
+            prop_assert_eq!(status.since, app.since);
+            prop_assert!(status.phase.is_final(), "{:?}", status);
+            if is_good(&release) {
+                prop_assert_eq!(status.phase, Phase::Succeeded, "{:?}", status);
+                prop_assert_eq!(status.running, Some(app.release));
+                prop_assert!(status.services.iter().all(|service| service.ready));
+            } else {
+                prop_assert!(matches!(status.phase, Phase::RolledBack | Phase::Failed), "{:?}", status);
+            }
+            if status.phase == Phase::RolledBack {
+                prop_assert_eq!(status.running, status.last_known_good);
+            }
+        }
+        let known: Vec<_> = world.desired.apps.keys().collect();
+        prop_assert!(world.containers.iter().all(|(container, ..)| known.contains(&&container.id.app)));
+    }
+
+    /// At the desired state planning changes nothing, and neither does an agent crash.
+    #[test]
+    fn quiet_when_settled(ops in prop::collection::vec(op(), 0..30)) {
+        let mut world = World::new();
+        for op in &ops {
+            apply(&mut world, op);
+        }
+        for app in 0..2 {
+            world.assign(&of(app, 0, u32::from(app)));
+        }
+        heal(&mut world);
+        world.run(HOUR);
+        let (starts, stops) = (world.started.len(), world.stopped.len());
+        let plan = world.turn(usize::MAX);
+        prop_assert_eq!(plan.steps, vec![]);
+        prop_assert_eq!(plan.wake_at, None);
+        world.crash();
+        world.run(24 * HOUR);
+        prop_assert_eq!((world.started.len(), world.stopped.len()), (starts, stops));
+    }
+
+    /// Stopping after any number of steps of each plan, with an agent crash or a reboot there, settles
+    /// just the same.
+    #[test]
+    fn prefix_safe(cuts in prop::collection::vec((0..3_usize, 0..3_u8), 1..25), behaviour in 0..6_u8) {
+        let mut world = settled(&release("shop", &[("steady", always("good", 100)), ("web", always("good", 1))]));
+        world.assign(&of(0, behaviour, 2));
+        for (cut, then) in &cuts {
+            world.turn(*cut);
+            match then {
+                0 => {}
+                1 => world.crash(),
+                _ => world.reboot(),
+            }
+        }
+        heal(&mut world);
+        let expected = if behaviour < 2 { Phase::Succeeded } else { Phase::RolledBack };
+        prop_assert_eq!(world.phase("shop"), expected);
+    }
+
+    /// A release that failed in an assignment is never started again in it.
+    #[test]
+    fn poisoned_is_never_tried_again(events in prop::collection::vec(0..4_u8, 0..20), behaviour in 2..6_u8) {
+        let mut world = settled(&web("good", 1));
+        let bad = world.assign(&web(BEHAVIOURS[usize::from(behaviour)], 2));
+        world.run(HOUR);
+        prop_assert_eq!(world.phase("shop"), Phase::RolledBack);
+        let tried = |world: &World| world.started.iter().filter(|(_, release)| *release == bad).count();
+        let before = tried(&world);
+        for event in events {
+            match event {
+                0 => world.crash(),
+                1 => world.reboot(),
+                2 => { world.assign(&release("till", &[("web", always("good", 5))])); }
+                _ => world.containers.clear(),
+            }
+            world.run(HOUR);
+        }
+        prop_assert_eq!(tried(&world), before);
+        prop_assert_eq!(world.phase("shop"), Phase::RolledBack);
+    }
+
+    /// A device whose hub is gone keeps a release running over any number of crashes and reboots.
+    #[test]
+    fn something_always_runs_offline(events in prop::collection::vec(0..3_u8, 1..20), behaviour in 0..6_u8) {
+        let mut world = settled(&web("good", 1));
+        world.assign(&web(BEHAVIOURS[usize::from(behaviour)], 2));
+        world.run(2_000);
+        world.hub_reachable = false;
+        world.registry = Some(ReasonCode::RegistryUnreachable);
+        for event in events {
+            match event {
+                0 => world.crash(),
+                1 => world.reboot(),
+                _ => world.containers.clear(),
+            }
+            world.run(HOUR);
+            let status = world.status("shop");
+            prop_assert!(status.services.iter().all(|service| service.ready), "{:?}", status);
+        }
+    }
+}

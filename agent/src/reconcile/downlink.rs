@@ -1,0 +1,193 @@
+//! What comes from the hub, and what the agent takes from it.
+
+use std::time::Duration;
+
+use foreshore_protocol::Digest;
+use foreshore_protocol::message::{Command, EventKind, Head, HubInfo};
+use foreshore_protocol::release::{Release, ReleaseError};
+use tokio::time::Instant;
+
+use super::{Agent, Next, Offered, RETRY};
+use crate::execute::chain;
+use crate::link::{Incoming, Outgoing, Receipt};
+use crate::plan::Outcome;
+use crate::runtime::Runtime;
+use crate::state::AcceptError;
+
+/// After connecting, heads are collected for this long and only the newest is taken: a broker may hand over
+/// all that a session missed.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// How long after connecting that holds; later heads are taken at once.
+const SETTLING: Duration = Duration::from_secs(2);
+
+/// What the hub may ask for.
+const BEACON_RANGE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_hours(24));
+
+impl<R: Runtime + 'static> Agent<R> {
+    pub(super) fn handle_link(&mut self, message: Incoming) -> Next {
+        match message {
+            Incoming::Connected => self.handle_connected(),
+            Incoming::Disconnected { why, refused } => self.handle_disconnected(&why, refused),
+            Incoming::Head(head, receipt) => return self.handle_head(head, receipt),
+            Incoming::Command(Command::Ack { event, reported }) => {
+                let stored = self.outbox.acknowledge(event);
+                self.note_disk(stored);
+                self.uplink.acknowledged(reported);
+            }
+            Incoming::Command(Command::Resync) => self.uplink.resync(),
+            Incoming::Hub(info) => self.handle_hub(&info),
+            Incoming::Release(digest, bytes) => return self.handle_release(digest, &bytes),
+            Incoming::Unreadable { topic, why } => {
+                tracing::warn!(topic, why, "a message from the hub was not understood");
+            }
+            Incoming::Closed => {}
+        }
+        Next::Nothing
+    }
+
+    fn handle_connected(&mut self) {
+        tracing::info!(
+            host = self.config.hub.broker.host,
+            port = self.config.hub.broker.port,
+            "connected to the hub's broker"
+        );
+        self.offline = None;
+        self.connected_at = Some(Instant::now());
+        self.uplink.connected();
+        for release in &self.fetching {
+            let _asked_again_after_reconnecting = self.uplink.send(Outgoing::Fetch(*release));
+        }
+    }
+
+    fn handle_disconnected(&mut self, why: &str, refused: bool) {
+        let was_connected = self.connected_at.take().is_some();
+        // Receipts of a connection that is gone are worth nothing; the heads come again.
+        self.uplink.disconnected();
+        let token_file = self.config.hub.join_token_file.display();
+        match self.offline.replace(refused) {
+            Some(before) if before == refused && !was_connected => {
+                tracing::debug!(why, "still not connected to the hub's broker");
+            }
+            _ if refused => tracing::error!(
+                why,
+                %token_file,
+                "the broker refuses this device: check that the token file holds the hub's join token"
+            ),
+            _ => tracing::info!(
+                why,
+                "not connected to the hub's broker; what runs keeps running"
+            ),
+        }
+    }
+
+    fn handle_hub(&mut self, info: &HubInfo) {
+        let asked = Duration::from_millis(info.beacon_interval_ms.into());
+        self.uplink
+            .set_beacon_interval(asked.clamp(BEACON_RANGE.0, BEACON_RANGE.1));
+    }
+
+    fn handle_head(&mut self, head: Head, receipt: Receipt) -> Next {
+        let known = self.head.as_ref().map(|head| head.version);
+        if known.is_some_and(|known| head.version <= known) {
+            let _sent_again_if_lost = self.uplink.send(Outgoing::Accepted(receipt));
+            return Next::Nothing;
+        }
+        let now = Instant::now();
+        let settling = self.connected_at.is_some_and(|at| now < at + SETTLING);
+        let due = if settling { now + SETTLE } else { now };
+        match &mut self.offered {
+            Some(offered) => {
+                offered.receipts.push(receipt);
+                if head.version > offered.head.version {
+                    offered.head = head;
+                }
+            }
+            None => {
+                self.offered = Some(Offered {
+                    head,
+                    receipts: vec![receipt],
+                    due,
+                });
+            }
+        }
+        if self.accept_offered(now) {
+            Next::Plan
+        } else {
+            Next::Nothing
+        }
+    }
+
+    /// Stores the newest head that was offered, then acknowledges it. True when there is a new one.
+    pub(super) fn accept_offered(&mut self, now: Instant) -> bool {
+        let Some(offered) = self.offered.take_if(|offered| now >= offered.due) else {
+            return false;
+        };
+        let current = self.head.as_ref().map(|head| head.version);
+        let stored = self
+            .memory
+            .state
+            .borrow_mut()
+            .accept(&offered.head, current);
+        let accepted = match stored {
+            Ok(()) => true,
+            Err(AcceptError::NotNewer { offered, stored }) => {
+                tracing::info!(%offered, %stored, "an old head was ignored");
+                false
+            }
+            Err(AcceptError::File(error)) => {
+                // Neither stored nor acknowledged: it is tried again, and the broker sends it again.
+                self.note_disk(Err(error));
+                self.offered = Some(Offered {
+                    due: now + RETRY,
+                    ..offered
+                });
+                return false;
+            }
+        };
+        for receipt in offered.receipts {
+            let _sent_again_if_lost = self.uplink.send(Outgoing::Accepted(receipt));
+        }
+        if accepted {
+            let version = offered.head.version;
+            tracing::info!(%version, apps = offered.head.apps.len(), "accepted a new desired state");
+            self.head = Some(offered.head);
+            self.event(
+                EventKind::Accepted,
+                None,
+                None,
+                format!("accepted {version}"),
+            );
+        }
+        accepted
+    }
+
+    fn handle_release(&mut self, digest: Digest, bytes: &[u8]) -> Next {
+        if !self.fetching.remove(&digest) {
+            return Next::Nothing;
+        }
+        let _harmless_if_lost = self.uplink.send(Outgoing::Fetched(digest));
+        match Release::from_bytes(bytes, &digest) {
+            Ok(release) => {
+                let stored = self.memory.state.borrow().store_release(&digest, bytes);
+                if self.note_disk(stored) {
+                    self.releases.insert(digest, release);
+                }
+            }
+            Err(error) => {
+                // Right bytes that do not decode come from a newer hub; wrong bytes may come right.
+                let schema_unknown =
+                    matches!(error, ReleaseError::Schema(_) | ReleaseError::Decode(_));
+                let message = format!("manifest of release {}: {}", digest.short(), chain(&error));
+                tracing::warn!(message, "a release manifest was refused");
+                self.event(EventKind::StagingFailed, None, None, message.clone());
+                self.record(&Outcome::BadRelease {
+                    release: digest,
+                    message,
+                    schema_unknown,
+                });
+            }
+        }
+        Next::Plan
+    }
+}

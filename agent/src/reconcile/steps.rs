@@ -1,0 +1,333 @@
+//! From a plan to steps under way, and back from a step that ended.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use foreshore_protocol::message::{AppStatus, EventKind, ServiceState};
+use foreshore_protocol::{AppName, Digest, ServiceName};
+use tokio::time::Instant;
+
+use super::{Agent, Ended, RETRY, Work};
+use crate::clock;
+use crate::execute::{Task, chain, execute};
+use crate::link::Outgoing;
+use crate::plan::{
+    self, BootMs, Desired, History, Notice, Observed, ObservedContainer, Outcome, Plan, Step,
+};
+use crate::runtime::{Container, ContainerId, Runtime};
+use crate::status::{self, ContainerLine, Published};
+
+/// Which steps may begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum May {
+    All,
+    Heal,
+}
+
+impl<R: Runtime + 'static> Agent<R> {
+    /// Looks, plans, stores and begins the steps.
+    pub(super) async fn turn(&mut self) {
+        let containers = match self.tools.runtime.list().await {
+            Ok(containers) => {
+                self.list_trouble = false;
+                containers
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.list_trouble, true) {
+                    tracing::error!(error = chain(&error), "containers cannot be listed");
+                }
+                self.wake_at = Some(Instant::now() + RETRY);
+                return;
+            }
+        };
+        self.probes
+            .follow(&self.tools.runtime, &containers, &self.releases);
+        let lines = containers.iter().map(ContainerLine::from).collect();
+        let observed = self.observe(containers);
+        let desired = self.head.as_ref().map(Desired::from).unwrap_or_default();
+        let now = clock::now(self.boot);
+        let plan = plan::plan(&desired, &observed, &self.history, now);
+        debug_assert_eq!(plan::check::check(&observed, &self.history, &plan), vec![]);
+        self.carry_out(plan, lines, now.ms);
+    }
+
+    fn observe(&self, containers: Vec<Container>) -> Observed {
+        Observed {
+            watching_since: self.watching_since,
+            containers: containers
+                .into_iter()
+                .map(|container| ObservedContainer {
+                    probe: self.probes.state(&container.id),
+                    container,
+                })
+                .collect(),
+            releases: self.releases.clone(),
+            images: self.images.clone(),
+            busy: self.busy.clone(),
+        }
+    }
+
+    fn carry_out(&mut self, plan: Plan, containers: Vec<ContainerLine>, now: BootMs) {
+        self.wake_at = plan
+            .wake_at
+            .map(|at| Instant::now() + Duration::from_millis(at.since(now)));
+        self.history = plan.history;
+        let stored = self.memory.state.borrow_mut().remember(&self.history);
+        let may = if self.note_disk(stored) {
+            self.stored.clone_from(&self.history);
+            May::All
+        } else {
+            let retry = Instant::now() + RETRY;
+            self.wake_at = Some(self.wake_at.map_or(retry, |at| at.min(retry)));
+            May::Heal
+        };
+        for Notice {
+            kind,
+            app,
+            service,
+            message,
+        } in plan.notices
+        {
+            self.event(kind, app, service, message);
+        }
+        self.fetch(plan.fetch);
+        self.tell_status(plan.status, containers);
+        for step in plan.steps {
+            if may == May::All || self.is_healing(&step) {
+                self.begin(step);
+            }
+        }
+    }
+
+    /// Whether a step rests on no decision that is not on disk yet: a full disk must not keep a service down.
+    fn is_healing(&self, step: &Step) -> bool {
+        let app = match step {
+            Step::Stage { .. } => return false,
+            Step::AbandonStaging { .. } | Step::Collect { .. } => return true,
+            Step::Stop { id, .. } | Step::Remove { id } | Step::Start { id, .. } => &id.app,
+        };
+        let decided = |history: &History| {
+            history.apps.get(app).map(|app| {
+                (
+                    app.current,
+                    app.trial.as_ref().map(|trial| (trial.since, trial.release)),
+                    app.poisoned.clone(),
+                )
+            })
+        };
+        decided(&self.stored) == decided(&self.history)
+    }
+
+    fn begin(&mut self, step: Step) {
+        tracing::debug!(?step, "begin");
+        let service = |id: &ContainerId| Work::Service(id.app.clone(), id.service.clone());
+        let (work, task) = match step {
+            Step::Stage {
+                release, images, ..
+            } => (Work::Staging(release), Task::Stage { release, images }),
+            Step::AbandonStaging { release } => return self.abandon_staging(release),
+            Step::Stop {
+                id,
+                signal,
+                grace_ms,
+            } => {
+                let grace = Duration::from_millis(grace_ms);
+                (service(&id), Task::Stop { id, signal, grace })
+            }
+            Step::Remove { id } => (service(&id), Task::Remove { id }),
+            Step::Start { id, release } => {
+                let wanted = self
+                    .releases
+                    .get(&release)
+                    .and_then(|release| release.services.get(&id.service))
+                    .cloned()
+                    .expect("a plan starts services of releases on disk only");
+                let task = Task::Start {
+                    release,
+                    service: Box::new(wanted),
+                    id: id.clone(),
+                };
+                (service(&id), task)
+            }
+            Step::Collect {
+                keep_images,
+                keep_releases,
+            } => {
+                self.collect_releases(&keep_releases);
+                (Work::Collecting, Task::Collect { keep: keep_images })
+            }
+        };
+        match &work {
+            Work::Service(app, service) => {
+                self.busy.services.insert((app.clone(), service.clone()));
+            }
+            Work::Staging(release) => self.busy.staging = Some(*release),
+            Work::Collecting => self.busy.collecting = true,
+        }
+        let tools = self.tools.clone();
+        let handle = self.tasks.spawn_local({
+            let work = work.clone();
+            async move {
+                let outcome = execute(&tools, task).await;
+                Ended { work, outcome }
+            }
+        });
+        if let Work::Staging(release) = work {
+            self.staging = Some((release, handle));
+        }
+    }
+
+    /// The child is killed when its task is dropped.
+    fn abandon_staging(&mut self, release: Digest) {
+        if let Some((_, handle)) = self.staging.take_if(|(staging, _)| *staging == release) {
+            handle.abort();
+        }
+        self.busy.staging = None;
+        self.wake_at = Some(Instant::now());
+    }
+
+    fn collect_releases(&mut self, keep: &BTreeSet<Digest>) {
+        let removed = self
+            .memory
+            .state
+            .borrow()
+            .remove_releases(self.releases.keys(), keep);
+        if self.note_disk(removed) {
+            self.releases.retain(|release, _| keep.contains(release));
+        }
+    }
+
+    fn fetch(&mut self, wanted: BTreeSet<Digest>) {
+        for release in self.fetching.difference(&wanted) {
+            let _harmless_if_lost = self.uplink.send(Outgoing::Fetched(*release));
+        }
+        for release in wanted.difference(&self.fetching) {
+            let _asked_again_after_reconnecting = self.uplink.send(Outgoing::Fetch(*release));
+        }
+        self.fetching = wanted;
+    }
+
+    fn tell_status(&mut self, status: Vec<AppStatus>, containers: Vec<ContainerLine>) {
+        let version = self.head.as_ref().map(|head| head.version);
+        let before = self.said.as_ref().map_or(&[][..], |said| &said.apps);
+        for (app, service, ready) in readiness_changes(before, &status) {
+            let (kind, word) = if ready {
+                (EventKind::Ready, "is ready")
+            } else {
+                (EventKind::NotReady, "is not ready any more")
+            };
+            let message = format!("service {service} of app {app} {word}");
+            self.event(kind, Some(app), Some(service), message);
+        }
+        let said = Published {
+            version,
+            apps: status.clone(),
+            containers,
+        };
+        if self.said.as_ref() != Some(&said) {
+            status::publish(&self.config.paths.run, &said);
+            self.said = Some(said);
+        }
+        self.uplink.set_status(version, status);
+    }
+
+    pub(super) fn handle_end(&mut self, ended: &Ended) {
+        match &ended.work {
+            Work::Service(app, service) => {
+                self.busy.services.remove(&(app.clone(), service.clone()));
+            }
+            Work::Staging(release) => {
+                if self.busy.staging == Some(*release) {
+                    self.busy.staging = None;
+                    self.staging = None;
+                }
+                self.look_at_images();
+            }
+            Work::Collecting => {
+                self.busy.collecting = false;
+                self.look_at_images();
+            }
+        }
+        self.tell(&ended.outcome);
+        self.record(&ended.outcome);
+    }
+
+    pub(super) fn record(&mut self, outcome: &Outcome) {
+        self.history.record(outcome, clock::now(self.boot));
+    }
+
+    /// Logs an outcome and makes it an event.
+    fn tell(&mut self, outcome: &Outcome) {
+        let of = |id: &ContainerId| (Some(id.app.clone()), Some(id.service.clone()));
+        match outcome {
+            Outcome::Staged { release } => {
+                let message = format!("all images of release {} are here", release.short());
+                self.event(EventKind::ImageStaged, None, None, message);
+            }
+            Outcome::StagingFailed { release, reason } => {
+                let message = format!("release {}: {}", release.short(), reason.message);
+                self.event(EventKind::StagingFailed, None, None, message);
+            }
+            Outcome::Started { id } => {
+                let (app, service) = of(id);
+                self.event(
+                    EventKind::Started,
+                    app,
+                    service,
+                    format!("container {id} started"),
+                );
+            }
+            Outcome::StartFailed { id, message, .. } => {
+                let (app, service) = of(id);
+                let message = format!("container {id} did not start: {message}");
+                self.event(EventKind::Exited, app, service, message);
+            }
+            Outcome::Removed { id } => {
+                let (app, service) = of(id);
+                self.event(
+                    EventKind::Removed,
+                    app,
+                    service,
+                    format!("container {id} removed"),
+                );
+            }
+            Outcome::Stuck { id, message } => {
+                tracing::error!(container = %id, message, "a container could not be stopped or removed");
+            }
+            Outcome::Stopped { .. } | Outcome::Collected | Outcome::BadRelease { .. } => {}
+        }
+    }
+
+    pub(super) fn look_at_images(&mut self) {
+        match self.tools.images.list() {
+            Ok(images) => self.images = images.into_iter().map(|image| image.digest).collect(),
+            Err(error) => tracing::error!(error = chain(&error), "images cannot be listed"),
+        }
+    }
+}
+
+/// Services that became ready or ceased to be.
+fn readiness_changes(
+    before: &[AppStatus],
+    after: &[AppStatus],
+) -> Vec<(AppName, ServiceName, bool)> {
+    let ready: BTreeMap<(&AppName, &ServiceName), bool> = before
+        .iter()
+        .flat_map(|app| {
+            app.services
+                .iter()
+                .map(|service| ((&app.app, &service.service), service.ready))
+        })
+        .collect();
+    after
+        .iter()
+        .flat_map(|app| app.services.iter().map(move |service| (&app.app, service)))
+        .filter(|(app, service)| {
+            let was = ready.get(&(*app, &service.service)).copied();
+            // A service that waits for its first start was not ready before either: its spec is a new one.
+            was.unwrap_or(false) != service.ready
+                && (service.ready || service.state != ServiceState::Waiting)
+        })
+        .map(|(app, service)| (app.clone(), service.service.clone(), service.ready))
+        .collect()
+}
