@@ -70,8 +70,8 @@ impl EmbeddedConfig {
 /// expense of the others.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Devices that are connected at once. Each takes three file descriptors, so the limit of the process may
-    /// lower it. Default: 10,000; a fleet beyond that wants an external broker.
+    /// Devices that are connected at once; twice as many sessions are kept. Each takes five file descriptors, so the
+    /// limit of the process may lower it. Default: 10,000; a fleet beyond that wants an external broker.
     pub connections: usize,
     /// Connections that have not shown a whole CONNECT yet. Beyond it new ones wait in the kernel's queue.
     /// Default: 2,048, of at most 16 KiB each.

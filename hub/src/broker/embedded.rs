@@ -25,6 +25,7 @@ use tokio::sync::{oneshot, watch};
 use super::authenticate::SharedToken;
 use super::{EmbeddedConfig, Limits, StartError};
 
+mod descriptors;
 mod gate;
 mod hooks;
 mod pace;
@@ -200,8 +201,9 @@ async fn listen(config: EmbeddedConfig) -> Result<(MqttServer, Gate, Addresses),
         listen,
         join_token,
         hub_secret,
-        limits,
+        mut limits,
     } = config;
+    limits.connections = descriptors::connections(limits.connections);
     let inner = |error: rmqtt::Error| StartError::Inner(format!("{error:#}"));
     let devices = bind(device_settings(&limits)).map_err(inner)?;
     let hub = bind(hub_settings(&limits)).map_err(inner)?;
@@ -252,6 +254,7 @@ async fn context(limits: &Limits, tokens: SharedToken) -> ServerContext {
         register.add(hook, Box::new(hooks.clone())).await;
     }
     register.start().await;
+    hooks.attach(&context);
     context
 }
 

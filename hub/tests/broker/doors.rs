@@ -193,6 +193,33 @@ fn the_embedded_broker_takes_only_so_many_connections() {
 }
 
 #[test]
+fn the_embedded_broker_keeps_only_so_many_sessions() {
+    let bed = embedded(Limits {
+        connections: 3,
+        ..Limits::default()
+    });
+    let lasting =
+        |number: usize| Connect::new(Version::V5, &format!("dev{number}"), JOIN).lasting(3600);
+    for number in 0..6 {
+        bed.connect(&lasting(number))
+            .expect("there is room")
+            .disconnect();
+    }
+    for refused in [lasting(6), Connect::new(Version::V3, "dev6", JOIN)] {
+        assert!(matches!(bed.connect(&refused), Err(Refused::Code(_))));
+    }
+    // Whoever has a session may use it, and give it up; the hub is not counted.
+    bed.hub().disconnect();
+    assert!(
+        bed.connect(&lasting(0))
+            .expect("it has one")
+            .session_present
+    );
+    bed.device(Version::V5, "dev0").disconnect();
+    wait_for("a session to end", || bed.connect(&lasting(6)).is_ok());
+}
+
+#[test]
 fn the_embedded_brokers_two_doors_are_for_two_kinds_of_client() {
     let bed = embedded(Limits::default());
     assert!(bed.hub.ip().is_loopback());

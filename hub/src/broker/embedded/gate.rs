@@ -34,12 +34,6 @@ const BROKER_WRITE_WITHIN: Duration = Duration::from_secs(60);
 /// How long the broker's last words may take after a device has closed its side.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// File descriptors for everything but devices: SQLite, HTTP, images.
-const DESCRIPTORS_KEPT: u64 = 512;
-
-/// File descriptors of one device: the gate's two and rmqtt's one.
-const DESCRIPTORS_EACH: u64 = 3;
-
 /// Connections that came to nothing are logged so often at most.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
@@ -78,7 +72,7 @@ impl Gate {
             listener,
             behind,
             handshake_timeout: limits.handshake_timeout,
-            connections: Arc::new(Semaphore::new(connections(limits.connections))),
+            connections: Arc::new(Semaphore::new(limits.connections)),
             handshakes: Arc::new(Semaphore::new(limits.handshakes)),
             by_address: Arc::new(ByAddress::new(limits.handshakes_per_address)),
             turned_away: Seldom::new(LOG_EVERY),
@@ -146,33 +140,6 @@ async fn acquire(places: &Arc<Semaphore>) -> OwnedSemaphorePermit {
         .acquire_owned()
         .await
         .expect("the semaphore is never closed")
-}
-
-/// As many devices as the process has file descriptors for, after raising its soft limit to the hard one.
-fn connections(wanted: usize) -> usize {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    let current = match setrlimit(Resource::Nofile, raised) {
-        Ok(()) => limit.maximum,
-        Err(_) => limit.current,
-    };
-    let Some(descriptors) = current else {
-        return wanted;
-    };
-    let fit = descriptors.saturating_sub(DESCRIPTORS_KEPT) / DESCRIPTORS_EACH;
-    let fit = usize::try_from(fit).unwrap_or(usize::MAX).max(16);
-    if fit < wanted {
-        tracing::info!(
-            descriptors,
-            connections = fit,
-            "the limit of open files (ulimit -n) bounds the devices"
-        );
-    }
-    fit.min(wanted)
 }
 
 /// Reads a whole CONNECT and opens a connection to the broker with it.

@@ -9,12 +9,13 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use foreshore_protocol::DeviceId;
 use rmqtt::codec::v5::SubscribeAckReason;
+use rmqtt::context::ServerContext;
 use rmqtt::hook::{Handler, HookResult, Parameter, ReturnType};
 use rmqtt::session::Session;
 use rmqtt::types::{
@@ -22,6 +23,7 @@ use rmqtt::types::{
     SubscribeAclResult,
 };
 
+use super::descriptors::SESSIONS_EACH;
 use super::pace::Pace;
 use super::seldom::Seldom;
 use super::{DEVICES, HUB, Limits};
@@ -39,6 +41,9 @@ struct Shared {
     authenticator: Arc<dyn Authenticator>,
     messages_per_second: u32,
     bytes_per_second: u32,
+    sessions_max: isize,
+    /// rmqtt itself, once it is made.
+    context: OnceLock<ServerContext>,
     /// The newest connection of each client id. As many entries as there are sessions.
     clients: Mutex<HashMap<String, Client>>,
     refused: Seldom,
@@ -72,15 +77,25 @@ impl Hooks {
             authenticator,
             messages_per_second: limits.device_messages_per_second,
             bytes_per_second: limits.device_bytes_per_second,
+            sessions_max: isize::try_from(limits.connections.saturating_mul(SESSIONS_EACH))
+                .unwrap_or(isize::MAX),
+            context: OnceLock::new(),
             clients: Mutex::default(),
             refused: Seldom::new(LOG_EVERY),
             denied: Seldom::new(LOG_EVERY),
         }))
     }
 
-    fn authenticate(&self, info: &ConnectInfo) -> AuthResult {
+    /// Tells the hooks whose hooks they are. Each holds the other from here on, for the life of the process: so do
+    /// other parts of rmqtt.
+    pub(super) fn attach(&self, context: &ServerContext) {
+        // Only the first call counts, and there is only one.
+        let _ = self.0.context.set(context.clone());
+    }
+
+    async fn authenticate(&self, info: &ConnectInfo) -> AuthResult {
         let id = info.id();
-        match self.identify(info) {
+        match self.admit(info).await {
             // Not a superuser: that would skip the hooks below.
             Ok(_) => AuthResult::Allow(false, None),
             Err(refusal) => {
@@ -90,10 +105,23 @@ impl Hooks {
                 }
                 match refusal {
                     Refusal::Nobody(_) => AuthResult::BadUsernameOrPassword,
-                    Refusal::Door | Refusal::Will(_) => AuthResult::NotAuthorized,
+                    Refusal::Door | Refusal::Will(_) | Refusal::Full => AuthResult::NotAuthorized,
                 }
             }
         }
+    }
+
+    async fn admit(&self, info: &ConnectInfo) -> Result<Identity, Refusal> {
+        let identity = self.identify(info)?;
+        // rmqtt's own limit would shut out the hub too.
+        if matches!(identity, Identity::Device(_))
+            && let Some(context) = self.0.context.get()
+            && context.sessions.count() >= self.0.sessions_max
+            && !context.extends.shared().await.exist(&info.id().client_id)
+        {
+            return Err(Refusal::Full);
+        }
+        Ok(identity)
     }
 
     fn identify(&self, info: &ConnectInfo) -> Result<Identity, Refusal> {
@@ -210,9 +238,10 @@ impl Handler for Hooks {
     )]
     async fn hook(&self, parameter: &Parameter, acc: Option<HookResult>) -> ReturnType {
         match parameter {
-            Parameter::ClientAuthenticate(info) => {
-                (false, Some(HookResult::AuthResult(self.authenticate(info))))
-            }
+            Parameter::ClientAuthenticate(info) => (
+                false,
+                Some(HookResult::AuthResult(self.authenticate(info).await)),
+            ),
             Parameter::ClientConnected(session) => {
                 self.connected(&session.id);
                 (true, acc)
@@ -263,6 +292,8 @@ enum Refusal {
     Door,
     #[error("its Will: {0}")]
     Will(Denied),
+    #[error("the broker keeps as many sessions as it may")]
+    Full,
 }
 
 fn will<'a>(will: &LastWill<'a>) -> (&'a str, bool) {
