@@ -86,6 +86,15 @@ pub enum StoreError {
     Stopped,
 }
 
+impl StoreError {
+    fn of_commit(error: &rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DiskFull) => Self::Full,
+            _ => Self::Commit(error.to_string()),
+        }
+    }
+}
+
 impl From<rusqlite::Error> for StoreError {
     fn from(error: rusqlite::Error) -> Self {
         match error.sqlite_error_code() {
@@ -96,10 +105,11 @@ impl From<rusqlite::Error> for StoreError {
 }
 
 /// What a change leaves behind: called with `None` after the commit, or with why there was none.
-type Answer = Box<dyn FnOnce(Option<&str>) + Send>;
+type Answer = Box<dyn FnOnce(Option<&rusqlite::Error>) + Send>;
 
-/// A change: whether it wants to be kept, and its answer.
-type Job = Box<dyn FnOnce(&Connection) -> (bool, Answer) + Send>;
+/// A change: whether it wants to be kept, and its answer. Without a connection it does not run, and only the
+/// answer is wanted.
+type Job = Box<dyn FnOnce(Option<&Connection>) -> (bool, Answer) + Send>;
 
 /// A handle to the store. Cheap to clone; the writer ends when the last one is dropped.
 #[derive(Clone)]
@@ -185,12 +195,14 @@ impl Store {
     {
         let (sender, receiver) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
-            let result = change(connection);
-            let keep = result.is_ok();
+            let result = connection.map(change);
+            let keep = matches!(result, Some(Ok(_)));
             let answer: Answer = Box::new(move |failed| {
-                let result = match failed {
-                    Some(why) if keep => Err(StoreError::Commit(why.to_owned()).into()),
-                    _ => result,
+                let result = match (result, failed) {
+                    (Some(result), None) => result,
+                    (Some(Err(error)), Some(_)) => Err(error),
+                    (_, Some(why)) => Err(StoreError::of_commit(why).into()),
+                    (None, None) => Err(StoreError::Stopped.into()),
                 };
                 // The caller may have gone away; the change stands all the same.
                 drop(sender.send(result));
@@ -281,9 +293,8 @@ fn write_all(mut connection: Connection, queue: &mpsc::Receiver<Job>) {
         if let Some(error) = &failed {
             tracing::error!(%error, "failed to commit a batch of changes");
         }
-        let why = failed.map(|error| error.to_string());
         for answer in answers {
-            answer(why.as_deref());
+            answer(failed.as_ref());
         }
     }
     if let Err((_, error)) = connection.close() {
@@ -297,21 +308,30 @@ fn write_batch(
     queue: &mpsc::Receiver<Job>,
     answers: &mut Vec<Answer>,
 ) -> rusqlite::Result<()> {
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let begun = connection.transaction_with_behavior(TransactionBehavior::Immediate);
+    let transaction = match begun {
+        Ok(transaction) => transaction,
+        Err(error) => {
+            answers.push(first(None).1);
+            return Err(error);
+        }
+    };
     let mut next = Some(first);
     while let Some(job) = next.take() {
-        transaction.execute_batch("SAVEPOINT change")?;
-        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(&transaction))) {
-            Ok((true, answer)) => answers.push(answer),
-            Ok((false, answer)) => {
-                transaction.execute_batch("ROLLBACK TO change")?;
-                answers.push(answer);
-            }
-            // The caller learns of it as its channel closes; the others in the batch are not harmed.
-            Err(_) => {
-                tracing::error!("a change panicked and was rolled back");
-                transaction.execute_batch("ROLLBACK TO change")?;
-            }
+        if let Err(error) = transaction.execute_batch("SAVEPOINT change") {
+            answers.push(job(None).1);
+            return Err(error);
+        }
+        let done =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(Some(&transaction))));
+        // The caller of one that panicked learns of it as its channel closes.
+        let keep = done.is_ok_and(|(keep, answer)| {
+            answers.push(answer);
+            keep
+        });
+        if !keep {
+            // Fails when SQLite rolled everything back by itself (a full disk): then nothing of the batch stands.
+            transaction.execute_batch("ROLLBACK TO change")?;
         }
         transaction.execute_batch("RELEASE change")?;
         if answers.len() < BATCH_MAX {
@@ -386,6 +406,40 @@ pub(crate) mod tests {
             40,
             "everything that was answered is on disk"
         );
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_said_to_be_one_and_what_was_there_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _writer) = Store::open(&dir.path().join("hub.db")).unwrap();
+        let limit = |pages: i64| {
+            store.write(move |connection| {
+                connection.query_row(
+                    &format!("PRAGMA max_page_count = {pages}"),
+                    [],
+                    |_| Ok(()),
+                )?;
+                Ok::<_, StoreError>(())
+            })
+        };
+        store
+            .write(|connection| put(connection, "t-before"))
+            .await
+            .unwrap();
+        limit(1).await.unwrap();
+        let fill = |key: &'static str| {
+            store.write(move |connection| {
+                let text = format!("{key}{}", "x".repeat(1 << 20));
+                put(connection, &text)
+            })
+        };
+        let (first, second) = tokio::join!(fill("t-first"), fill("t-second"));
+        for result in [first, second] {
+            assert!(matches!(result, Err(StoreError::Full)), "{result:?}");
+        }
+        limit(1 << 20).await.unwrap();
+        fill("t-after").await.unwrap();
+        assert_eq!(store.read(keys).await.unwrap(), 2);
     }
 
     #[test]
