@@ -73,6 +73,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         "--test-threads=2",
     ];
     step("end-to-end tests with real parts", &mut step::cargo(&real));
+    // The demo checks what it shows, so it is a test too: command line, hub and devices together.
+    let demo = ["run", "--quiet", "--package", "xtask", "--", "demo"];
+    step("the demo", &mut step::cargo(&demo));
     eprintln!("==> {} s in all", begin.elapsed().as_secs());
     ensure!(failed.is_empty(), "failed: {}", failed.join("; "));
     eprintln!("==> all passed");

@@ -53,6 +53,12 @@ pub(super) fn read(file: &Path) -> Result<Manifest, Complaint> {
         message,
     };
     let bytes = load(file).map_err(|error| complain(format!("cannot be read: {error}")))?;
+    if bytes.len() > MAX_MANIFEST_BYTES {
+        // Only so much was read that the true size is not known.
+        return Err(complain(format!(
+            "has more than {MAX_MANIFEST_BYTES} bytes; a manifest has fewer"
+        )));
+    }
     match manifest::parse(&bytes) {
         Ok(app) => Ok(Manifest { app, bytes }),
         Err(ManifestError::Syntax {
