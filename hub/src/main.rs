@@ -27,9 +27,9 @@ struct Arguments {
 enum Command {
     /// Run the hub until SIGTERM or SIGINT.
     ///
-    /// On the first start it makes its data directory and in it api-token (for operators), join-token (for
-    /// devices) and hub-secret, each readable only by its owner. When it serves, it writes endpoints.json there
-    /// with the addresses of its API and broker.
+    /// On the first start it makes its data directory and in it api-token (for operators), join-token
+    /// (for devices) and hub-secret, each readable only by its owner. When it serves, it writes
+    /// endpoints.json there with the addresses of its API and broker.
     ///
     /// A smallest configuration:
     ///
@@ -50,9 +50,10 @@ enum Command {
     NewEpoch(Data),
     /// Write a configuration for mosquitto, to be used as an external broker.
     ///
-    /// It holds the same rules as the embedded broker: a device reads and writes nothing but its own topics. The
-    /// join token and the hub's secret come from the hub's data directory (made when missing). Run it again with
-    /// every device when one joins, then make mosquitto read it again (SIGHUP).
+    /// It holds the same rules as the embedded broker: a device reads and writes nothing but its own
+    /// topics. The join token and the hub's secret come from the hub's data directory (made when
+    /// missing). Run it again with every device when one joins, then make mosquitto read it again
+    /// (SIGHUP).
     ///
     /// Then run `mosquitto -c DIRECTORY/mosquitto.conf`, and give the hub
     ///

@@ -17,7 +17,7 @@
 //! | [`rollout`] | rollouts, waves, assignments and the facts they are decided on |
 //! | [`event`] | what happened |
 //! | [`image`] | images imported into the hub |
-//! | [`column`] | between SQL and Rust types |
+//! | [`column`](mod@column) | between SQL and Rust types |
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, mpsc};
