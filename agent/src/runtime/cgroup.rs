@@ -155,9 +155,22 @@ impl Cgroups {
     }
 
     /// Whether any process is in it.
-    pub(crate) fn populated(&self, id: &str) -> bool {
-        self.dirs(id)
-            .any(|dir| pids(&dir).is_ok_and(|pids| !pids.is_empty()))
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be read.
+    pub(crate) fn populated(&self, id: &str) -> io::Result<bool> {
+        for dir in self.dirs(id) {
+            match pids(&dir) {
+                Ok(pids) if pids.is_empty() => {}
+                Ok(_) => return Ok(true),
+                // Removed meanwhile.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => {
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
     }
 
     /// Sends SIGKILL to every process in it, once. New ones may appear meanwhile on cgroup v1; call it again

@@ -31,16 +31,17 @@ use foreshore_protocol::Digest;
 use foreshore_protocol::manifest::NetworkMode;
 
 use super::cgroup::Cgroups;
-use super::process::{Identity, boot_id, half_made};
-use super::request::{EXIT, RECORD, REQUEST, Record, Request, read_json, write_json};
+use super::process::{Identity, PidFd, boot_id, half_made};
+use super::request::{RECORD, REQUEST, Record, Request, read_json, write_json};
 use super::{
-    Container, ContainerId, ContainerSpec, ContainerState, ExecError, Exit, ListError, RemoveError,
-    Runtime, StartError, StopError,
+    Container, ContainerId, ContainerSpec, ExecError, ListError, RemoveError, Runtime, StartError,
+    StopError,
 };
 use watch::Watch;
 
 mod children;
 mod connection;
+mod observation;
 mod watch;
 
 /// How long a start may take. Far more than any start needs; a device under full load must not fail for it.
@@ -190,75 +191,12 @@ impl OciRuntime {
             }
             // Processes there were started by somebody else with the same parent, or their records were deleted by
             // hand. Killing them unasked could hit a healthy container of another agent.
-            if self.cgroups.populated(&name) {
+            if self.cgroups.populated(&name).unwrap_or(true) {
                 tracing::warn!(cgroup = %self.cgroups.path(&name), "a cgroup holds processes but no container of this agent");
             } else {
                 let _ = self.cgroups.remove(&name);
             }
         }
-    }
-
-    fn record(&self, id: &ContainerId) -> Option<Record> {
-        read_json(&self.dir(id).join(RECORD)).ok()
-    }
-
-    /// The record, if it was made since the last boot; otherwise its pids mean nothing.
-    fn current_record(&self, id: &ContainerId) -> Option<Record> {
-        self.record(id)
-            .filter(|record| record.boot_id == self.boot_id)
-    }
-
-    fn exit(&self, id: &ContainerId) -> Option<Exit> {
-        let text = fs::read_to_string(self.dir(id).join(EXIT)).ok()?;
-        let code = text.trim().parse().ok()?;
-        Some(Exit {
-            code,
-            oom: code != 0 && self.cgroups.oom_kills(&id.to_string()) > 0,
-        })
-    }
-
-    fn observe(&self, id: ContainerId) -> Container {
-        // A record that cannot be read belongs to no release that anyone wants.
-        let nothing = Digest::from_bytes([0; 32]);
-        let Some(record) = self.record(&id) else {
-            return Container {
-                id,
-                release: nothing,
-                service_digest: nothing,
-                state: ContainerState::Broken,
-            };
-        };
-        let state = self.state(&id, &record);
-        Container {
-            id,
-            release: record.release,
-            service_digest: record.service_digest,
-            state,
-        }
-    }
-
-    fn state(&self, id: &ContainerId, record: &Record) -> ContainerState {
-        if record.boot_id != self.boot_id {
-            return ContainerState::Broken;
-        }
-        if let Some(exit) = self.exit(id) {
-            return ContainerState::Exited(exit);
-        }
-        if let (Some(shim), Some(container)) = (record.shim, record.container)
-            && shim.runs()
-            && self.watch.add(shim)
-        {
-            return ContainerState::Running {
-                pid: container.pid,
-                started_ms: container.started_ms(),
-            };
-        }
-        if let Some(shim) = record.shim {
-            shim.reap();
-        }
-        // It may have ended between the two looks.
-        self.exit(id)
-            .map_or(ContainerState::Broken, ContainerState::Exited)
     }
 
     /// Writes the container's directory, complete before it has its name.
@@ -301,15 +239,17 @@ impl OciRuntime {
     /// Kills everything of a container and waits until it is gone.
     async fn kill(&self, id: &ContainerId) -> Result<(), StopError> {
         let name = id.to_string();
-        let record = self.current_record(id);
+        let looked = |source| io_stop("look at", &name, source);
+        let record = self.current_record(id).map_err(looked)?;
         let (shim, init) = record.map_or((None, None), |record| (record.shim, record.container));
-        let (unfinished, init) = (init.is_none(), init.and_then(|init| init.open()));
+        let unfinished = init.is_none();
+        let init = open(init).map_err(looked)?;
         if let Some(init) = &init {
             // The first process takes its whole PID namespace with it.
             init.signal(libc::SIGKILL)
                 .map_err(|source| io_stop("kill", &name, source))?;
         }
-        if let Some((identity, fd)) = shim.and_then(|shim| shim.open().map(|fd| (shim, fd))) {
+        if let (Some(identity), Some(fd)) = (shim, open(shim).map_err(looked)?) {
             // With a container to wait for, the shim ends by itself; without one it still is the starting process.
             let patience = if init.is_some() {
                 KILL_TIMEOUT
@@ -346,7 +286,12 @@ impl OciRuntime {
 
     async fn empty_cgroup(&self, name: &str) -> Result<(), StopError> {
         let mut pause = Duration::from_millis(1);
-        while self.cgroups.populated(name) {
+        let populated = || {
+            self.cgroups
+                .populated(name)
+                .map_err(|source| io_stop("look at", name, source))
+        };
+        while populated()? {
             self.cgroups.kill(name);
             if pause > KILL_TIMEOUT / 2 {
                 return Err(StopError::Survived(name.to_owned()));
@@ -416,7 +361,9 @@ impl Runtime for OciRuntime {
         drop(starting);
         let error = match outcome {
             children::Outcome::Started => {
-                if let Some(shim) = self.record(&spec.id).and_then(|record| record.shim) {
+                if let Ok(Some(record)) = self.record(&spec.id)
+                    && let Some(shim) = record.shim
+                {
                     self.watch.add(shim);
                 }
                 return Ok(());
@@ -431,15 +378,15 @@ impl Runtime for OciRuntime {
     }
 
     async fn stop(&self, id: &ContainerId, signal: i32, grace: Duration) -> Result<(), StopError> {
-        let Some(record) = self.current_record(id) else {
+        let name = id.to_string();
+        let looked = |source| io_stop("look at", &name, source);
+        let Some(record) = self.current_record(id).map_err(looked)? else {
             return Ok(());
         };
-        if self.exit(id).is_none()
-            && let (Some(shim), Some(init)) =
-                (record.shim.and_then(|shim| shim.open()), record.container)
-            && let Some(init) = init.open()
+        if self.exit(id).map_err(looked)?.is_none()
+            && let Some(shim) = open(record.shim).map_err(looked)?
+            && let Some(init) = open(record.container).map_err(looked)?
         {
-            let name = id.to_string();
             init.signal(signal)
                 .map_err(|source| io_stop("signal", &name, source))?;
             if watch::ended(shim.fd(), grace)
@@ -499,7 +446,15 @@ impl Runtime for OciRuntime {
             .filter(|id| !self.starting().contains(id))
             .collect();
         ids.sort();
-        Ok(ids.into_iter().map(|id| self.observe(id)).collect())
+        ids.into_iter()
+            .filter_map(|id| {
+                let path = self.dir(&id);
+                let observed = self.observe(id);
+                observed
+                    .map_err(|source| ListError { path, source })
+                    .transpose()
+            })
+            .collect()
     }
 
     async fn exec(
@@ -508,9 +463,9 @@ impl Runtime for OciRuntime {
         command: &[String],
         timeout: Duration,
     ) -> Result<i32, ExecError> {
-        let runs = self.current_record(id).is_some_and(|record| {
-            self.exit(id).is_none() && record.container.is_some_and(|init| init.runs())
-        });
+        let runs = self.runs(id).map_err(|error| {
+            ExecError::Failed(format!("failed to look at container {id}: {error}"))
+        })?;
         if !runs {
             return Err(ExecError::NotRunning(id.to_string()));
         }
@@ -523,18 +478,14 @@ impl Runtime for OciRuntime {
         port: u16,
         timeout: Duration,
     ) -> io::Result<tokio::net::TcpStream> {
-        let absent = || {
-            io::Error::new(
-                io::ErrorKind::NotFound,
-                format!("container {id} does not run"),
-            )
+        let init = self.current_record(id)?.and_then(|record| record.container);
+        let init = match open(init)? {
+            Some(fd) if self.runs(id)? => fd,
+            _ => {
+                let message = format!("container {id} does not run");
+                return Err(io::Error::new(io::ErrorKind::NotFound, message));
+            }
         };
-        let init = self
-            .current_record(id)
-            .and_then(|record| record.container)
-            .filter(Identity::runs)
-            .and_then(|init| init.open())
-            .ok_or_else(absent)?;
         let request: Request = read_json(&self.dir(id).join(REQUEST))?;
         // With the device's network there is nowhere to go.
         let network = (request.service.network_mode == NetworkMode::None).then_some(&init);
@@ -544,6 +495,10 @@ impl Runtime for OciRuntime {
     async fn changed(&self) {
         self.watch.changed().await;
     }
+}
+
+fn open(process: Option<Identity>) -> io::Result<Option<PidFd>> {
+    process.map_or(Ok(None), |process| process.open())
 }
 
 fn io_stop(verb: &str, name: &str, source: io::Error) -> StopError {

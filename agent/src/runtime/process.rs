@@ -25,14 +25,29 @@ impl Identity {
     }
 
     /// Whether it runs: a zombie does not.
-    pub(crate) fn runs(&self) -> bool {
-        stat(self.pid).is_ok_and(|stat| stat.start_ticks == self.start_ticks && !stat.ended())
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be told (out of descriptors, say). That must not be taken for an end: whoever believes a
+    /// container gone starts another.
+    pub(crate) fn runs(&self) -> io::Result<bool> {
+        let stat = absent_as_none(stat(self.pid))?;
+        Ok(stat.is_some_and(|stat| stat.start_ticks == self.start_ticks && !stat.ended()))
     }
 
     /// A pidfd, if it has not been reaped yet. Checked after opening, so it is this process's for certain.
-    pub(crate) fn open(&self) -> Option<PidFd> {
-        let fd = PidFd::open(self.pid).ok()?;
-        (stat(self.pid).ok()?.start_ticks == self.start_ticks).then_some(fd)
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be told.
+    pub(crate) fn open(&self) -> io::Result<Option<PidFd>> {
+        let Some(fd) = absent_as_none(PidFd::open(self.pid))? else {
+            return Ok(None);
+        };
+        let stat = absent_as_none(stat(self.pid))?;
+        Ok(stat
+            .is_some_and(|stat| stat.start_ticks == self.start_ticks)
+            .then_some(fd))
     }
 
     /// When it started, milliseconds of `CLOCK_BOOTTIME`.
@@ -53,6 +68,21 @@ impl Identity {
                 Some(nix::sys::wait::WaitPidFlag::WNOHANG),
             );
         }
+    }
+}
+
+/// A process that is gone is an answer; any other error is none.
+fn absent_as_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        // ESRCH: it went between opening and reading its file. EINVAL: the pid of a thread that is no process.
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                || matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -209,14 +239,14 @@ mod tests {
     fn this_process_runs_and_another_start_time_does_not() {
         let pid = i32::try_from(std::process::id()).unwrap();
         let me = Identity::of(pid).unwrap();
-        assert!(me.runs());
-        assert!(me.open().is_some());
+        assert!(me.runs().unwrap());
+        assert!(me.open().unwrap().is_some());
         let other = Identity {
             start_ticks: me.start_ticks + 1,
             ..me
         };
-        assert!(!other.runs());
-        assert!(other.open().is_none());
+        assert!(!other.runs().unwrap());
+        assert!(other.open().unwrap().is_none());
     }
 
     #[test]
@@ -227,7 +257,7 @@ mod tests {
     fn a_zombie_does_not_run_and_is_reaped() {
         let child = std::process::Command::new("/bin/true").spawn().unwrap();
         let identity = Identity::of(i32::try_from(child.id()).unwrap()).unwrap();
-        let fd = identity.open().unwrap();
+        let fd = identity.open().unwrap().unwrap();
         let mut poll = [libc::pollfd {
             fd: fd.fd().as_raw_fd(),
             events: libc::POLLIN,
@@ -237,8 +267,8 @@ mod tests {
         // SAFETY: one pollfd that lives through the call.
         let ready = unsafe { libc::poll(poll.as_mut_ptr(), 1, 10_000) };
         assert_eq!(ready, 1);
-        assert!(!identity.runs());
+        assert!(!identity.runs().unwrap());
         identity.reap();
-        assert!(identity.open().is_none());
+        assert!(identity.open().unwrap().is_none());
     }
 }

@@ -32,25 +32,23 @@ impl Watch {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Watches a process, once; whether it is still there to be watched.
-    pub(super) fn add(&self, identity: Identity) -> bool {
+    /// Watches a process, once. Without descriptors to spare its end goes unnoticed until the next look.
+    pub(super) fn add(&self, identity: Identity) {
         let mut watched = self.watched();
         if watched.values().any(|(known, _)| *known == identity) {
-            return true;
+            return;
         }
-        let Some(fd) = identity.open() else {
-            return false;
+        let Ok(Some(fd)) = identity.open() else {
+            return;
         };
         let key = watched.last_key_value().map_or(0, |(key, _)| key + 1);
-        if self
+        match self
             .epoll
             .add(fd.fd(), EpollEvent::new(EpollFlags::EPOLLIN, key))
-            .is_err()
         {
-            return false;
+            Ok(()) => drop(watched.insert(key, (identity, fd))),
+            Err(error) => tracing::warn!(pid = identity.pid, %error, "failed to watch a container"),
         }
-        watched.insert(key, (identity, fd));
-        true
     }
 
     /// Waits until one of the watched processes has ended, and reaps it if it is this process's child. Cancel safe.
