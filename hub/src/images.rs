@@ -15,7 +15,7 @@ use foreshore_images::registry::{Client, ClientConfig, FetchError};
 use foreshore_images::{Digest, Fault, Reference};
 use foreshore_protocol::api::ImageView;
 use foreshore_protocol::manifest::App;
-use foreshore_protocol::release::{MAX_RELEASE_BYTES, Release};
+use foreshore_protocol::release::{Release, ReleaseError};
 use tokio::sync::Semaphore;
 
 use crate::controller::apps::Resolved;
@@ -74,13 +74,16 @@ pub enum ResolveError {
         /// Its registry.
         host: String,
     },
-    /// The release is larger than what travels to devices.
+    /// What was resolved is no release that devices take: too large for the way to them, for example.
     #[error(
-        "the release has {size} bytes as JSON; at most {MAX_RELEASE_BYTES} travel to devices: use fewer services or shorter environments"
+        "app {app} makes no release that devices take; use fewer services or shorter environments"
     )]
-    TooLarge {
-        /// Its size.
-        size: usize,
+    Release {
+        /// Which app.
+        app: String,
+        /// What is wrong with it.
+        #[source]
+        source: ReleaseError,
     },
     /// The store failed.
     #[error(transparent)]
@@ -92,7 +95,7 @@ impl ResolveError {
     #[must_use]
     pub fn fault(&self) -> Fault {
         match self {
-            Self::Reference { .. } | Self::TooLarge { .. } => Fault::Config,
+            Self::Reference { .. } | Self::Release { .. } => Fault::Config,
             Self::NotImported { .. } => Fault::NotFound,
             Self::Fetch { source, .. } => source.fault(),
             Self::Timeout { .. } => Fault::Unreachable,
@@ -251,21 +254,17 @@ impl Images {
                 reference.with_digest(digest).to_string(),
             );
         }
-        let mut services = app.spec.services.clone();
-        for service in services.values_mut() {
-            if let Some(image) = pinned.get(&service.image) {
-                service.image.clone_from(image);
-            }
-        }
-        let release = Release {
-            schema: 1,
-            app: app.metadata.name.clone(),
-            services,
-        };
+        let images = app.spec.services.iter().filter_map(|(name, service)| {
+            pinned
+                .get(&service.image)
+                .map(|image| (name.clone(), image.clone()))
+        });
+        let release =
+            Release::from_app(&app, &images.collect()).map_err(|source| ResolveError::Release {
+                app: app.metadata.name.to_string(),
+                source,
+            })?;
         let bytes = release.to_canonical_json();
-        if bytes.len() > MAX_RELEASE_BYTES {
-            return Err(ResolveError::TooLarge { size: bytes.len() });
-        }
         Ok(Resolved {
             digest: Digest::of(&bytes),
             app,

@@ -200,7 +200,7 @@ impl From<ResolveError> for Failure {
                     detail,
                 );
             }
-            ResolveError::TooLarge { .. } => {
+            ResolveError::Release { .. } => {
                 return Self::new(
                     StatusCode::UNPROCESSABLE_ENTITY,
                     "release-too-large",
