@@ -250,6 +250,23 @@ mod tests {
     }
 
     #[test]
+    fn being_out_of_descriptors_is_no_answer() {
+        let failed = |errno| absent_as_none::<()>(Err(io::Error::from_raw_os_error(errno)));
+        for errno in [libc::ENOENT, libc::ESRCH] {
+            assert!(failed(errno).unwrap().is_none());
+        }
+        for errno in [
+            libc::EMFILE,
+            libc::ENFILE,
+            libc::ENOMEM,
+            libc::EIO,
+            libc::EACCES,
+        ] {
+            assert!(failed(errno).is_err());
+        }
+    }
+
+    #[test]
     #[expect(
         clippy::zombie_processes,
         reason = "the zombie is what is tested; it is reaped by pid"
