@@ -1,6 +1,5 @@
 //! Debian's `mosquitto` as a process, configured by `foreshore-hub mosquitto-config`.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -50,12 +49,6 @@ impl Mosquitto {
             "{}",
             String::from_utf8_lossy(&output.stderr)
         );
-        // Started as root, mosquitto becomes the user `mosquitto`, who may not read what root owns.
-        let mut conf = std::fs::File::options()
-            .append(true)
-            .open(dir.join("mosquitto.conf"))
-            .expect("just written");
-        conf.write_all(b"user root\n").expect("the bed is writable");
         let program = Self::spawn(&dir, &log);
         let broker = Self {
             program,

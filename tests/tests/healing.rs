@@ -1,7 +1,8 @@
 //! Containers, agents, hubs and brokers that die, and what must survive that.
 
 use e2e::fleet::{
-    Fleet, LONG, await_container, await_rollout, container, http_get, import, web_manifest,
+    Fleet, Identity, LONG, await_container, await_rollout, container, http_get, import,
+    web_manifest,
 };
 use e2e::hub::HubOptions;
 use e2e::image::Builder;
@@ -24,14 +25,8 @@ fn a_killed_container_comes_back_and_a_killed_agent_leaves_its_containers_alone(
 
     let first = await_container(&bed, "device-1", "shop", "server");
     signal(first.pid, libc::SIGKILL);
-    let second = wait_for("the container to come back", LONG, || {
-        container(&bed, "device-1", "shop", "server")
-            .filter(|found| *found != first)
-            .ok_or("not yet")
-    });
-    wait_until("it to serve", LONG, || {
-        http_get(second, "/version").is_ok_and(|version| version == "one")
-    });
+    let second = await_serving(&bed, "one");
+    assert_ne!(second, first);
 
     fleet.devices[0].kill9();
     assert_eq!(container(&bed, "device-1", "shop", "server"), Some(second));
@@ -124,11 +119,8 @@ fn a_device_starts_its_containers_with_no_hub_and_no_network() {
         container(&bed, "device-1", "shop", "server").is_none()
     });
     fleet.devices[0].restart();
-    let after = await_container(&bed, "device-1", "shop", "server");
+    let after = await_serving(&bed, "one");
     assert_ne!(before, after);
-    wait_until("it to serve", LONG, || {
-        http_get(after, "/version").is_ok_and(|version| version == "one")
-    });
 
     // The hub comes back: nothing is restarted.
     fleet.hub.restart();
@@ -270,4 +262,18 @@ fn a_device_with_a_wrong_token_is_refused_and_says_so() {
         "{devices}"
     );
     assert!(device.program().runs(), "a refused agent keeps trying");
+}
+
+/// The container of shop/server on device-1 once it answers with `version`. Looked up anew each time: the
+/// process that builds a container is in its cgroup for a moment, too.
+fn await_serving(bed: &Bed, version: &str) -> Identity {
+    wait_for("the container to serve", LONG, || {
+        let found = container(bed, "device-1", "shop", "server").ok_or("none")?;
+        let answer = http_get(found, "/version").map_err(|_| "no answer")?;
+        if answer == version {
+            Ok(found)
+        } else {
+            Err("another version")
+        }
+    })
 }

@@ -118,9 +118,17 @@ mod tests {
         }
     }
 
+    /// A directory that only root enters, whatever the umask.
+    fn private() -> tempfile::TempDir {
+        tempfile::Builder::new()
+            .permissions(std::fs::Permissions::from_mode(0o700))
+            .tempdir()
+            .unwrap()
+    }
+
     #[test]
     fn a_directory_behind_a_closed_door_is_not_reached() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = private();
         let inner = dir.path().join("inner");
         std::fs::create_dir(&inner).unwrap();
         let stranger = Account {
@@ -128,10 +136,7 @@ mod tests {
             uid: 54321,
             gid: 54321,
         };
-        assert!(
-            !reaches(&stranger, &inner).unwrap(),
-            "temporary directories are private"
-        );
+        assert!(!reaches(&stranger, &inner).unwrap(), "the door is closed");
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
         let above = std::fs::canonicalize(dir.path()).unwrap();
         let open = above
@@ -143,7 +148,7 @@ mod tests {
 
     #[test]
     fn what_is_not_reached_stays_with_its_owner() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = private();
         let inner = dir.path().join("inner");
         std::fs::create_dir(&inner).unwrap();
         let account = of(&inner).unwrap();
