@@ -44,6 +44,8 @@ impl Conmon {
         config["linux"]["cgroupsPath"] = format!("/{id}").into();
         fs::write(&path, serde_json::to_vec(&config)?)?;
 
+        let sockets = dir.join("attach");
+        fs::create_dir(&sockets)?;
         let (state, pid_file) = (dir.join("state"), dir.join("conmon.pid"));
         let runc = ["/usr/sbin/runc", "/usr/bin/runc"]
             .into_iter()
@@ -63,6 +65,8 @@ impl Conmon {
             .arg(format!("k8s-file:{}", dir.join("container.log").display()))
             .arg("--exit-dir")
             .arg(dir)
+            .arg("--socket-dir-path")
+            .arg(&sockets)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

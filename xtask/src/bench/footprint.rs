@@ -18,6 +18,16 @@ use crate::demo::sweep::{Keep, sweep};
 use crate::demo::witness;
 use crate::step;
 
+/// Without a probe, so that an idle window shows the agent and not what it was told to ask.
+const MANIFEST: &str = "\
+apiVersion: foreshore/v1
+kind: App
+metadata: {name: web}
+spec:
+  services:
+    web: {image: 'hub.internal/web:v1', mem_limit: 16m}
+  rollout: {waves: [{percent: 100}], soak: 1s, bake: 1s, maxUnavailable: 100%}
+";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Builds agent and hub, runs one of each with a container, and reports.
@@ -64,10 +74,15 @@ fn measure(stage: &mut Stage, idle_secs: u64) -> anyhow::Result<()> {
     stage.start_hub()?;
     // No hurry: the pace of a device as it is by default.
     stage.start_device_with("bench", "")?;
-    let container = start_container(stage)?;
-    let shim = parent(container).context("the container has no shim")?;
+    wait_for("the device to join", PATIENCE, || {
+        let devices = stage.json(&["get", "devices"])?;
+        Ok((devices["items"][0]["online"] == true).then_some(()))
+    })?;
     let device = stage.device("bench")?;
     let agent = device.agent.process().context("the agent does not run")?;
+    report("agent, connected, nothing to run yet", agent)?;
+    let container = start_container(stage)?;
+    let shim = parent(container).context("the container has no shim")?;
     let conmon = Conmon::start(&stage.dir.join("conmon"));
 
     let before = switches(agent)?;
@@ -80,7 +95,7 @@ fn measure(stage: &mut Stage, idle_secs: u64) -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis(100).min(window));
     }
     let wakes = switches(agent)?.saturating_sub(before);
-    report("agent, one container, connected", agent)?;
+    report("agent, connected, one container", agent)?;
     report("foreshore-shim, per container", shim)?;
     match &conmon {
         Ok(conmon) => report("conmon, per container", conmon.process)?,
@@ -114,13 +129,8 @@ fn start_container(stage: &Stage) -> anyhow::Result<Process> {
         stage.show(&import)?.success(),
         "the image could not be imported"
     );
-    wait_for("the device to join", PATIENCE, || {
-        let devices = stage.json(&["get", "devices"])?;
-        Ok((devices["items"][0]["online"] == true).then_some(()))
-    })?;
     let manifest = stage.dir.join("web.yaml");
-    fs::copy(step::root().join("configs/demo/web.yaml"), &manifest)?;
-    // The demo's selector wants a label, which `start_device_with` gives.
+    fs::write(&manifest, MANIFEST)?;
     stage.json(&["apply", "-f", &manifest.display().to_string()])?;
     wait_for("the rollout to complete", PATIENCE, || {
         let rollout = stage.json(&["rollout", "status", "web"])?;
