@@ -272,17 +272,32 @@ impl Controller {
     pub async fn round(&self) -> Result<Option<UnixMs>, ControlError> {
         let dirty = std::mem::take(&mut *lock(&self.inner.dirty));
         let again = dirty.clone();
-        let round = self.change(move |change| {
-            let (due, _) = store::rollout::due(change.connection, change.now)?;
-            let apps: BTreeSet<AppName> = dirty.into_iter().chain(due).collect();
-            for app in &apps {
-                rollouts::advance_newest(change, app)?;
-            }
-            Ok(store::rollout::due(change.connection, change.now)?.1)
-        });
-        round
+        let due = self.change(|change| Ok(store::rollout::due(change.connection, change.now)?.0));
+        let due = due
             .await
-            .inspect_err(|_| lock(&self.inner.dirty).extend(again))
+            .inspect_err(|_| lock(&self.inner.dirty).extend(again))?;
+        let apps: BTreeSet<AppName> = dirty.into_iter().chain(due).collect();
+        let mut failed = false;
+        for app in apps {
+            // Each in its own transaction: one that cannot be advanced stops no other app.
+            let name = app.clone();
+            let advanced = self.change(move |change| rollouts::advance_newest(change, &name));
+            if let Err(error) = advanced.await {
+                tracing::error!(
+                    app = app.as_str(),
+                    error = &error as &dyn std::error::Error,
+                    "failed to advance the rollout"
+                );
+                lock(&self.inner.dirty).insert(app);
+                failed = true;
+            }
+        }
+        if failed {
+            // Not at once: what failed is likely to fail again.
+            return Ok(None);
+        }
+        let next = self.change(|change| Ok(store::rollout::due(change.connection, change.now)?.1));
+        next.await
     }
 
     async fn keep_house(&self) {

@@ -173,8 +173,10 @@ impl Device<'_> {
     ) -> Result<(), ControlError> {
         let stale = presence.session < self.link.session;
         if !presence.online {
-            // The Will of an earlier connection, delivered after the birth of the one that stands.
-            if !stale {
+            // A Will ends the connection it belongs to. One of another connection is late, or of a life of
+            // the device whose counters are gone; only a retained one can be news of a connection that
+            // began and ended while the hub was away.
+            if presence.session == self.link.session || (retained && !stale) {
                 self.link.session = presence.session;
                 self.link.online = false;
             }

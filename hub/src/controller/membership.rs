@@ -8,8 +8,8 @@ use foreshore_protocol::api::RolloutState;
 use foreshore_protocol::id::Labels;
 use foreshore_protocol::{AppName, DeviceId};
 
-use super::{Change, ControlError};
-use crate::rollout::joiner_release;
+use super::{Change, ControlError, rollouts};
+use crate::rollout::{Action, Revert, Rollout, joiner_release};
 use crate::store::{self, app::AppRow};
 
 /// Brings the members of an app in step with its selector.
@@ -18,8 +18,9 @@ use crate::store::{self, app::AppRow};
 ///
 /// When the store fails.
 pub fn refresh_app(change: &mut Change<'_>, app: &AppRow) -> Result<(), ControlError> {
+    let mut live = None;
     for (device, labels) in store::device::all_labels(change.connection)? {
-        set(change, app, &device, &labels)?;
+        set(change, app, &device, &labels, &mut live)?;
     }
     Ok(())
 }
@@ -35,7 +36,7 @@ pub fn refresh_device(change: &mut Change<'_>, device: &DeviceId) -> Result<(), 
     };
     let labels = store::device::merged(operator, own);
     for app in store::app::list(change.connection)? {
-        set(change, &app, device, &labels)?;
+        set(change, &app, device, &labels, &mut None)?;
     }
     Ok(())
 }
@@ -45,6 +46,7 @@ fn set(
     app: &AppRow,
     device: &DeviceId,
     labels: &Labels,
+    live: &mut Option<Option<Rollout>>,
 ) -> Result<(), ControlError> {
     let selected = !app.deleting && app.manifest.spec.selector.matches(labels);
     let name = app.name();
@@ -58,8 +60,40 @@ fn set(
         if store::desired::remove(change.connection, device, name)?.is_some() {
             change.effects.publish = true;
         }
-        Ok(())
+        leave_rollout(change, name, device, live)
     }
+}
+
+/// Takes a device that is no longer selected out of the app's live rollout, in the same transaction: were
+/// that left to the next look at the fleet, a device that is selected again before it would keep its part
+/// in the rollout without having the release, and one that stays away could be given an old release back.
+/// `live` keeps the rollout from one device to the next.
+fn leave_rollout(
+    change: &mut Change<'_>,
+    app: &AppName,
+    device: &DeviceId,
+    live: &mut Option<Option<Rollout>>,
+) -> Result<(), ControlError> {
+    if live.is_none() {
+        let newest = store::rollout::newest(change.connection, app)?;
+        *live = Some(newest.filter(|rollout| !rollout.state.is_final()));
+    }
+    let Some(Some(rollout)) = live else {
+        return Ok(());
+    };
+    let takes_part = rollout
+        .assignments
+        .get(device)
+        .is_some_and(|assignment| assignment.revert != Some(Revert::Gone));
+    if !takes_part {
+        return Ok(());
+    }
+    let gone = Action::Reverted {
+        device: device.clone(),
+        revert: Revert::Gone,
+        message: Some("the app no longer selects it".to_owned()),
+    };
+    rollouts::act(change, rollout, &[gone])
 }
 
 fn place_newcomer(

@@ -377,6 +377,13 @@ fn an_old_will_never_overrides_a_newer_birth() {
     );
     hub.birth("a", 6, 1);
     assert!(online(&hub));
+    // The device lost its state and counts from 1 again; the Will of its life before comes late.
+    hub.birth("a", 1, 2);
+    hub.hear("a", false, Message::Presence(presence(6, 1, false)));
+    assert!(online(&hub));
+    hub.hear("a", false, Message::Presence(presence(1, 2, false)));
+    assert!(!online(&hub), "its own Will ends it");
+    hub.birth("a", 2, 2);
     // What is only retained makes no device.
     hub.hear("ghost", true, Message::Presence(presence(9, 1, false)));
     hub.hear(
@@ -494,4 +501,92 @@ fn a_device_ahead_of_a_restored_database_is_named_once_and_not_overwritten() {
         hub.head("a").unwrap().version > ahead,
         "epoch {epoch} is above everything"
     );
+}
+
+#[test]
+fn a_device_that_leaves_a_rollout_and_comes_back_in_one_breath_is_out_of_it() {
+    let mut hub = Hub::new();
+    let role = |hub: &Hub, name: &str, value: &str| {
+        let labels = Labels::from([("role".parse().unwrap(), value.parse().unwrap())]);
+        store::device::put_operator_labels(&hub.connection, &device(name), &labels).unwrap();
+    };
+    for name in ["a", "b"] {
+        hub.join(name);
+    }
+    hub.apply(&resolved("1", AT_ONCE));
+    for name in ["a", "b"] {
+        hub.obey(name, Phase::Succeeded);
+    }
+    let second = hub.apply(&resolved("2", AT_ONCE)).release;
+    hub.obey("b", Phase::Activating);
+    // Out and in again before the rollout is looked at.
+    role(&hub, "b", "other");
+    let connection = &hub.connection;
+    let mut change = Change {
+        connection,
+        now: hub.now,
+        listening: Listening {
+            since: Some(UnixMs(0)),
+            settle_ms: 0,
+        },
+        effects: Effects::default(),
+    };
+    membership::refresh_device(&mut change, &device("b")).unwrap();
+    role(&hub, "b", "web");
+    membership::refresh_device(&mut change, &device("b")).unwrap();
+    hub.change(|change| {
+        change.effects.dirty.insert(shop());
+        Ok(())
+    })
+    .unwrap();
+    hub.obey("a", Phase::Succeeded);
+    assert_eq!(hub.state(), RolloutState::Completed);
+    assert_eq!(
+        hub.release_of("b"),
+        Some(second),
+        "it gets what newcomers get"
+    );
+}
+
+#[test]
+fn a_narrower_selector_in_mid_rollout_leaves_nothing_on_the_excluded() {
+    let mut hub = Hub::new();
+    for name in ["a", "b"] {
+        hub.join(name);
+    }
+    let labels = Labels::from([("site".parse().unwrap(), "one".parse().unwrap())]);
+    store::device::put_operator_labels(&hub.connection, &device("a"), &labels).unwrap();
+    hub.apply(&resolved("1", AT_ONCE));
+    for name in ["a", "b"] {
+        hub.obey(name, Phase::Succeeded);
+    }
+    hub.apply(&resolved("2", AT_ONCE));
+    let mut narrow = resolved("3", AT_ONCE);
+    narrow
+        .app
+        .spec
+        .selector
+        .match_labels
+        .insert("site".parse().unwrap(), "one".parse().unwrap());
+    let third = hub.apply(&narrow).release;
+    assert_eq!(
+        (hub.release_of("a"), hub.release_of("b")),
+        (Some(third), None)
+    );
+}
+
+#[test]
+fn a_forgotten_device_that_comes_back_is_told_above_what_it_has_stored() {
+    let mut hub = Hub::new();
+    hub.join("a");
+    for tag in ["1", "2", "3"] {
+        hub.apply(&resolved(tag, AT_ONCE));
+        hub.obey("a", Phase::Succeeded);
+    }
+    let stored = hub.head("a").unwrap().version;
+    hub.hear("a", false, Message::Presence(presence(1, 1, false)));
+    hub.change(|change| apps::forget(change, &device("a")))
+        .unwrap();
+    hub.join("a");
+    assert!(hub.head("a").unwrap().version > stored);
 }

@@ -33,7 +33,8 @@ pub fn bump(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Vers
     let epoch = epoch(connection)?;
     let generation: u64 = connection
         .prepare_cached(
-            "UPDATE device SET desired_generation = coalesce(desired_generation, 0) + 1, desired_epoch = ?2,
+            "UPDATE device SET desired_epoch = ?2, desired_generation = 1 + coalesce(desired_generation,
+                        (SELECT value FROM meta WHERE key = 'forgotten_generation'), 0),
                     repair_at_ms = 0, repair_tries = 0
              WHERE id = ?1 RETURNING desired_generation",
         )?

@@ -248,6 +248,17 @@ pub fn all_labels(connection: &Connection) -> rusqlite::Result<Vec<(DeviceId, La
 ///
 /// When SQLite fails.
 pub fn delete(connection: &Connection, device: &DeviceId) -> rusqlite::Result<bool> {
+    // A device that comes back goes on above every version it may have stored, or it would take what it is
+    // told for old news. One number for all forgotten devices: generations need only grow.
+    connection.execute(
+        "INSERT INTO meta (key, value)
+         SELECT 'forgotten_generation', max(coalesce(desired_generation, 0),
+                CASE WHEN accepted_epoch = (SELECT value FROM meta WHERE key = 'epoch')
+                     THEN coalesce(accepted_generation, 0) ELSE 0 END)
+         FROM device WHERE id = ?1
+         ON CONFLICT (key) DO UPDATE SET value = max(value, excluded.value)",
+        [device.as_str()],
+    )?;
     connection.execute(
         "DELETE FROM assignment WHERE device = ?1",
         [device.as_str()],

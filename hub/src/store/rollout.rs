@@ -292,7 +292,10 @@ pub fn interested(connection: &Connection, device: &DeviceId) -> rusqlite::Resul
         .collect::<rusqlite::Result<Vec<(AppName, bool, Assignment)>>>()?;
     let put_off = |assignment: &Assignment| match assignment.state {
         AssignmentState::Device(phase) => !phase.is_final(),
-        state => state == AssignmentState::Deferred || state == AssignmentState::Offered,
+        state => matches!(
+            state,
+            AssignmentState::Deferred | AssignmentState::Offered | AssignmentState::Silent
+        ),
     };
     Ok(rows
         .into_iter()
