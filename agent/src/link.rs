@@ -45,6 +45,10 @@ const SESSION_EXPIRY_SECS: u32 = 3600;
 /// How many unacknowledged messages the broker may have on their way to us.
 const RECEIVE_MAXIMUM: u16 = 8;
 
+/// Messages that may wait for the broker's acknowledgement: more than the uplink's window. The client keeps
+/// a table of this size from the start; without a limit it has 65,536 places and costs 16 MiB (measured).
+const OUTGOING_MAXIMUM: u16 = 64;
+
 /// How many messages wait in either channel before the sender must.
 const QUEUE: usize = 32;
 
@@ -55,6 +59,9 @@ const PACKETS: usize = 4 * QUEUE;
 /// After the broker has refused our name or token, the first pause is this long: trying every second would
 /// only be noise, and a fleet of them a storm.
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
+
+/// A device that was told to wait longer than this before it reconnects would seem lost.
+const SPREAD_MAX: Duration = Duration::from_mins(10);
 
 /// What the agent sends.
 #[derive(Debug)]
@@ -377,6 +384,7 @@ fn options(settings: &Settings, transport: Transport, birth: Birth) -> (MqttOpti
         .set_session_expiry_interval(Some(SESSION_EXPIRY_SECS))
         .set_session_store(memory::NoMemory)
         .set_receive_maximum(Some(RECEIVE_MAXIMUM))
+        .set_outgoing_inflight_upper_limit(OUTGOING_MAXIMUM)
         .set_max_packet_size(Some(MAX_PACKET_BYTES))
         .set_ack_mode(AckMode::Manual)
         .set_last_will(will);
@@ -458,7 +466,7 @@ fn arrived(client: &AsyncClient, message: &Publish, spread: &mut Duration) -> In
             .map_err(|error| error.to_string()),
         Some(Topic::Hub) => frame::decode(&message.payload)
             .map(|info: HubInfo| {
-                *spread = Duration::from_millis(info.reconnect_spread_ms.into());
+                *spread = Duration::from_millis(info.reconnect_spread_ms.into()).min(SPREAD_MAX);
                 Incoming::Hub(info)
             })
             .map_err(|error| error.to_string()),

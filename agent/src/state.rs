@@ -40,8 +40,13 @@ pub struct State {
     dir: PathBuf,
     _lock: Flock<std::fs::File>,
     counters: Counters,
+    /// The newest connection's number; at most the one in `counters`.
+    session: u64,
     history: Vec<u8>,
 }
+
+/// How many connection numbers are reserved by one write.
+const SESSION_BLOCK: u64 = 64;
 
 /// What was found at start.
 #[derive(Debug)]
@@ -63,7 +68,8 @@ pub struct Loaded {
 struct Counters {
     /// Starts of the agent.
     boot: u64,
-    /// Connections.
+    /// No connection has a higher number: they are given out in blocks, so that a device that tries to
+    /// connect for weeks does not write its flash for each attempt.
     session: u64,
     /// No head below this is accepted, also when the file `head` is lost.
     floor: Option<Version>,
@@ -126,9 +132,11 @@ impl State {
         lock: Flock<std::fs::File>,
         unix_ms: u64,
     ) -> Result<(Self, Loaded), FileError> {
-        file::sweep(dir)?;
-        file::sweep(&dir.join("releases"))?;
+        // A medium that takes no writes must not keep a device from starting what is on it: what fails below
+        // only for that reason is told and borne.
         let mut damage = Damage::default();
+        let swept = file::sweep(dir).and_then(|()| file::sweep(&dir.join("releases")));
+        damage.bear(swept)?;
         let counters: Option<Counters> = read_framed(&dir.join("counters"), &mut damage)?;
         let head: Option<Head> = read_framed(&dir.join("head"), &mut damage)?;
         let history: Option<History> = read_framed(&dir.join("history"), &mut damage)?;
@@ -142,7 +150,15 @@ impl State {
         let mut counters = counters.unwrap_or(begin);
         counters.boot = counters.boot.saturating_add(1);
         counters.floor = counters.floor.max(head.as_ref().map(|head| head.version));
-        write_framed(&dir.join("counters"), &counters)?;
+        let session = counters.session;
+        counters.session = session.saturating_add(SESSION_BLOCK);
+        let written = write_framed(&dir.join("counters"), &counters);
+        if written.is_err() {
+            // Numbers that could not be stored must not come back at the next start.
+            counters.boot = counters.boot.max(unix_ms);
+        }
+        damage.bear(written)?;
+        let session = session.max(if damage.0.is_empty() { 0 } else { unix_ms });
         let history = history.unwrap_or_else(|| {
             if damage.0.is_empty() {
                 History::default()
@@ -155,6 +171,7 @@ impl State {
             dir: dir.to_owned(),
             _lock: lock,
             counters,
+            session,
             history: file::encode(&history),
         };
         Ok((
@@ -181,15 +198,24 @@ impl State {
         self.counters.floor
     }
 
-    /// A number for a new connection, higher than any before; stored before it is returned.
+    /// A number for a new connection, higher than any before, also those of earlier starts.
     ///
     /// # Errors
     ///
-    /// When it cannot be stored; the number then is still higher than any used in this boot.
+    /// When the next block of numbers cannot be stored; the number then is still higher than any used in
+    /// this boot.
     pub fn next_session(&mut self) -> (u64, Result<(), FileError>) {
-        self.counters.session = self.counters.session.saturating_add(1);
+        self.session = self.session.saturating_add(1);
+        if self.session <= self.counters.session {
+            return (self.session, Ok(()));
+        }
+        let reserved = self.session.saturating_add(SESSION_BLOCK);
+        let before = std::mem::replace(&mut self.counters.session, reserved);
         let stored = write_framed(&self.dir.join("counters"), &self.counters);
-        (self.counters.session, stored)
+        if stored.is_err() {
+            self.counters.session = before;
+        }
+        (self.session, stored)
     }
 
     /// Stores a head that is newer than `current` and than any before. When this returns, it survives a
@@ -280,12 +306,15 @@ pub fn lock(dir: &Path) -> Result<Lock, OpenError> {
             .map_err(|source| FileError::new("create", &path, source))?;
     }
     let path = dir.join("lock");
-    let lock = std::fs::File::options()
+    let open = std::fs::File::options()
         .create(true)
         .truncate(false)
         .write(true)
         .mode(0o600)
-        .open(&path)
+        .open(&path);
+    // flock(2) takes any descriptor: on a medium that takes no writes, one to read.
+    let lock = open
+        .or_else(|error| std::fs::File::open(&path).map_err(|_| error))
         .map_err(|source| FileError::new("open", &path, source))?;
     let lock =
         Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
@@ -343,7 +372,10 @@ fn read_releases(dir: &Path, damage: &mut Damage) -> Result<BTreeMap<Digest, Rel
             Ok(release) => {
                 releases.insert(digest, release);
             }
-            Err(error) => set_aside(&path, &error.to_string(), damage)?,
+            Err(error) => {
+                let aside = set_aside(&path, &error.to_string(), damage);
+                damage.bear(aside)?;
+            }
         }
     }
     Ok(releases)

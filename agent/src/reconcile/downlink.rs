@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use foreshore_protocol::Digest;
-use foreshore_protocol::message::{Command, EventKind, Head, HubInfo};
+use foreshore_protocol::message::{Command, EventKind, Head, HubInfo, Reason, ReasonCode};
 use foreshore_protocol::release::{Release, ReleaseError};
 use tokio::time::Instant;
 
@@ -55,15 +55,18 @@ impl<R: Runtime + 'static> Agent<R> {
         self.offline = None;
         self.connected_at = Some(Instant::now());
         self.uplink.connected();
-        for release in &self.fetching {
-            let _asked_again_after_reconnecting = self.uplink.send(Outgoing::Fetch(*release));
-        }
+        // What was asked for on the connection before is asked for again by the next plan.
+        self.fetching.clear();
+        self.wake_at = Some(Instant::now());
     }
 
     fn handle_disconnected(&mut self, why: &str, refused: bool) {
         let was_connected = self.connected_at.take().is_some();
         // Receipts of a connection that is gone are worth nothing; the heads come again.
         self.uplink.disconnected();
+        if let Some(offered) = &mut self.offered {
+            offered.receipts.clear();
+        }
         let token_file = self.config.hub.join_token_file.display();
         match self.offline.replace(refused) {
             Some(before) if before == refused && !was_connected => {
@@ -170,8 +173,24 @@ impl<R: Runtime + 'static> Agent<R> {
         match Release::from_bytes(bytes, &digest) {
             Ok(release) => {
                 let stored = self.memory.state.borrow().store_release(&digest, bytes);
-                if self.note_disk(stored) {
-                    self.releases.insert(digest, release);
+                match stored {
+                    Ok(()) => {
+                        self.releases.insert(digest, release);
+                    }
+                    Err(error) => {
+                        // With back-off, like any staging that fails, and a full disk collects garbage.
+                        let code = if error.is_disk_full() {
+                            ReasonCode::DiskFull
+                        } else {
+                            ReasonCode::Internal
+                        };
+                        let reason = Reason::new(code, None, chain(&error));
+                        self.note_disk(Err(error));
+                        self.record(&Outcome::StagingFailed {
+                            release: digest,
+                            reason,
+                        });
+                    }
                 }
             }
             Err(error) => {

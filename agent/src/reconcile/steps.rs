@@ -24,6 +24,9 @@ enum May {
     Heal,
 }
 
+/// When the link is busy, what was not asked for is asked for after this.
+const FETCH_RETRY: Duration = Duration::from_secs(1);
+
 impl<R: Runtime + 'static> Agent<R> {
     /// Looks, plans, stores and begins the steps.
     pub(super) async fn turn(&mut self) {
@@ -201,10 +204,21 @@ impl<R: Runtime + 'static> Agent<R> {
         for release in self.fetching.difference(&wanted) {
             let _harmless_if_lost = self.uplink.send(Outgoing::Fetched(*release));
         }
-        for release in wanted.difference(&self.fetching) {
-            let _asked_again_after_reconnecting = self.uplink.send(Outgoing::Fetch(*release));
+        self.fetching.retain(|release| wanted.contains(release));
+        for release in wanted {
+            if self.fetching.contains(&release) {
+                continue;
+            }
+            if !self.uplink.send(Outgoing::Fetch(release)) {
+                // The link is busy, or there is none: asked again soon, or when there is one.
+                if self.connected_at.is_some() {
+                    let retry = Instant::now() + FETCH_RETRY;
+                    self.wake_at = Some(self.wake_at.map_or(retry, |at| at.min(retry)));
+                }
+                break;
+            }
+            self.fetching.insert(release);
         }
-        self.fetching = wanted;
     }
 
     fn tell_status(&mut self, status: Vec<AppStatus>, containers: Vec<ContainerLine>) {

@@ -37,6 +37,19 @@ pub struct FileError {
     source: io::Error,
 }
 
+impl Damage {
+    /// Goes on where a write failed only because the medium takes none; says so once per place.
+    pub(super) fn bear(&mut self, written: Result<(), FileError>) -> Result<(), FileError> {
+        match written {
+            Err(error) if error.is_unwritable() => {
+                self.0.push(format!("{error}: {}", error.source));
+                Ok(())
+            }
+            written => written,
+        }
+    }
+}
+
 impl FileError {
     pub(super) fn new(act: &'static str, path: &Path, source: io::Error) -> Self {
         Self {
@@ -53,6 +66,15 @@ impl FileError {
             self.source.kind(),
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
         )
+    }
+
+    /// Whether the medium takes no writes now, whoever asks: full, read-only or failing. What is on it can
+    /// still be run.
+    #[must_use]
+    pub fn is_unwritable(&self) -> bool {
+        self.is_disk_full()
+            || self.source.kind() == io::ErrorKind::ReadOnlyFilesystem
+            || self.source.raw_os_error() == Some(libc::EIO)
     }
 }
 
@@ -101,7 +123,10 @@ pub(super) fn read_framed<T: Framed>(
     match read_value(path)? {
         None => Ok(None),
         Some(Ok(value)) => Ok(Some(value)),
-        Some(Err(why)) => set_aside(path, &why, damage).map(|()| None),
+        Some(Err(why)) => {
+            let aside = set_aside(path, &why, damage);
+            damage.bear(aside).map(|()| None)
+        }
     }
 }
 

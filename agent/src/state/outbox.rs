@@ -21,6 +21,9 @@ const EVENTS_MAX: usize = 1000;
 /// The file is written anew when it has grown beyond this.
 const BYTES_MAX: usize = 1 << 20;
 
+/// No honest hub acknowledges more than its database can hold.
+const SEQ_MAX: u64 = i64::MAX as u64;
+
 /// The first record.
 #[derive(Debug, Serialize, Deserialize)]
 struct Begin {
@@ -61,7 +64,8 @@ impl Outbox {
         let begin: Option<Begin> =
             record(&mut rest).and_then(|bytes| file::decode_value(bytes).ok());
         let Some(begin) = begin else {
-            file::set_aside(path, "it does not begin like an event file", damage)?;
+            let aside = file::set_aside(path, "it does not begin like an event file", damage);
+            damage.bear(aside)?;
             return Ok(outbox);
         };
         outbox.next_seq = begin.next_seq;
@@ -73,7 +77,10 @@ impl Outbox {
         }
         outbox.written = bytes.len();
         if !rest.is_empty() {
-            outbox.rewrite()?;
+            // What is appended behind a torn record would be lost with it.
+            outbox.written = 0;
+            let rewritten = outbox.rewrite();
+            damage.bear(rewritten)?;
         }
         Ok(outbox)
     }
@@ -104,7 +111,11 @@ impl Outbox {
                 .open(&self.path)?
                 .write_all(&line)
         };
-        write().map_err(|source| FileError::new("append to", &self.path, source))?;
+        if let Err(source) = write() {
+            // It may be half there: the next push writes the file anew.
+            self.written = 0;
+            return Err(FileError::new("append to", &self.path, source));
+        }
         self.written += line.len();
         Ok(())
     }
@@ -118,6 +129,9 @@ impl Outbox {
     ///
     /// When the file could not be written; the events are sent again after a restart, which is harmless.
     pub fn acknowledge(&mut self, seq: u64) -> Result<(), FileError> {
+        if seq > SEQ_MAX {
+            return Ok(());
+        }
         if seq >= self.next_seq {
             self.next_seq = seq.saturating_add(1);
             for event in &mut self.events {

@@ -195,3 +195,42 @@ proptest! {
         state.remember(&History::default()).unwrap();
     }
 }
+
+#[test]
+fn connection_numbers_grow_over_restarts_and_cost_a_write_only_now_and_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut newest = 0;
+    for _ in 0..3 {
+        let (mut state, _) = State::open(dir.path(), 1).unwrap();
+        let before = std::fs::metadata(dir.path().join("counters"))
+            .unwrap()
+            .modified()
+            .unwrap();
+        for _ in 0..60 {
+            let (session, stored) = state.next_session();
+            stored.unwrap();
+            assert!(session > newest);
+            newest = session;
+        }
+        let after = std::fs::metadata(dir.path().join("counters"))
+            .unwrap()
+            .modified()
+            .unwrap();
+        assert_eq!(before, after, "within one block nothing is written");
+        for _ in 0..10 {
+            newest = state.next_session().0;
+        }
+    }
+}
+
+#[test]
+fn an_acknowledgement_of_everything_for_ever_is_not_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_state, mut loaded) = State::open(dir.path(), 1).unwrap();
+    loaded.outbox.push(event("a")).unwrap();
+    loaded.outbox.acknowledge(u64::MAX).unwrap();
+    loaded.outbox.push(event("b")).unwrap();
+    let seqs: Vec<u64> = loaded.outbox.events().map(|event| event.seq).collect();
+    assert_eq!(seqs.len(), 2);
+    assert!(seqs[0] < seqs[1]);
+}
