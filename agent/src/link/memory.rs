@@ -24,7 +24,7 @@ impl SessionStore for NoMemory {
             client_id: key.client_id().to_owned(),
             clean_start: false,
             session_expiry_interval: Some(super::SESSION_EXPIRY_SECS),
-            outgoing_inflight_upper_limit: None,
+            outgoing_inflight_upper_limit: Some(super::OUTGOING_MAXIMUM),
             ack_mode: PersistedAckMode::Manual,
             last_pkid: 0,
             last_puback: 0,
