@@ -5,10 +5,12 @@ use std::net::TcpListener;
 use std::process::Command;
 
 use e2e::bed::SmallDisk;
-use e2e::fleet::{Fleet, LONG, app_status, await_container, container, import, web_manifest};
+use e2e::fleet::{
+    Fleet, LONG, app_status, await_container, container, http_get, import, web_manifest,
+};
 use e2e::hub::HubOptions;
 use e2e::image::Builder;
-use e2e::process::programs;
+use e2e::process::{programs, signal};
 use e2e::registry::Registry;
 use e2e::{Bed, Hub, wait_for};
 
@@ -258,4 +260,36 @@ fn a_full_disk_blocks_the_update_with_a_reason_and_heals() {
         .apply("shop", &web_manifest("shop", &v2, "[{percent: 100}]"))
         .ok();
     fleet.await_release("shop", &applied["release"]);
+}
+
+#[test]
+fn an_agent_that_starts_on_a_full_disk_runs_what_is_on_it() {
+    let bed = Bed::new("fullstart");
+    let _disk = SmallDisk::mount(&bed, "device-1/state", 64 << 20);
+    let builder = Builder::new(&bed);
+    builder.web("v1", "one", true);
+    let mut fleet = Fleet::start(&bed, Hub::start(&bed), 1);
+    let api = fleet.api();
+    let web = import(&api, &builder, "v1");
+    api.apply("shop", &web_manifest("shop", &web, "[{percent: 100}]"))
+        .ok();
+    let rollout = fleet.await_rollout("shop", "completed");
+    fleet.await_release("shop", &rollout["to"]);
+
+    fleet.devices[0].kill9();
+    for process in e2e::fleet::containers(&bed, "device-1", "") {
+        signal(process.pid, libc::SIGKILL);
+    }
+    let ballast = fleet.devices[0].state().join("ballast");
+    let mut file = std::fs::File::create(&ballast).expect("the disk has room yet");
+    let mut zeros = std::io::repeat(0);
+    std::io::copy(&mut zeros, &mut file).expect_err("the disk fills up");
+    drop(file);
+    fleet.devices[0].restart();
+    wait_for("the container to serve from a full disk", LONG, || {
+        let found = container(&bed, "device-1", "shop", "server").ok_or("none")?;
+        http_get(found, "/version").map_err(|_| "no answer")
+    });
+    std::fs::remove_file(&ballast).expect("the ballast is ours");
+    fleet.await_online(1);
 }
