@@ -14,10 +14,14 @@ use crate::runtime::{ContainerId, ExecError, Runtime};
 /// A status line fits in this many bytes; what comes after is not read.
 const STATUS_LINE_BYTES: usize = 256;
 
+/// How much longer than its timeout an exec probe is waited for: more than [`Runtime::exec`] takes to kill
+/// a command and the process that ran it.
+const EXEC_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Asks a container again and again, and tells every change of its state through `tell`. Never returns;
 /// drop it when the container is gone.
 ///
-/// Cancel safe: an exec probe that is cut leaves its command to [`Runtime::exec`], which kills it.
+/// Cancel safe; an exec probe that is cut in the middle leaves its process to end at its own timeout.
 pub async fn watch<R: Runtime>(
     runtime: &R,
     id: &ContainerId,
@@ -62,9 +66,10 @@ pub async fn ask<R: Runtime>(runtime: &R, id: &ContainerId, probe: &Probe) -> Re
             None => Err("the probe names no action".to_owned()),
         }
     };
-    // Exec has its own timeout, which also kills the command; it needs a moment more to do so.
+    // Exec keeps its own timeout, kills the command and waits for its process; cut before that, it would
+    // leave one behind at each question.
     let bound = if probe.exec.is_some() {
-        timeout + Duration::from_secs(5)
+        timeout + EXEC_PATIENCE
     } else {
         timeout
     };

@@ -239,8 +239,13 @@ impl<R: Runtime + 'static> Agent<R> {
             while let Ok(message) = incoming.try_recv() {
                 plan |= self.handle(Event::Link(message));
             }
-            while let Some(Ok(ended)) = self.tasks.try_join_next() {
-                plan |= self.handle(Event::Done(ended));
+            while let Some(ended) = self.tasks.try_join_next() {
+                match ended {
+                    Ok(ended) => plan |= self.handle(Event::Done(ended)),
+                    // Swallowed, it would leave its service busy for ever.
+                    Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                    Err(_abandoned) => {}
+                }
             }
             match plan {
                 Next::Plan => self.turn().await,

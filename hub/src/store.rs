@@ -120,7 +120,7 @@ pub struct Store {
 
 struct Readers {
     path: PathBuf,
-    permits: Semaphore,
+    permits: Arc<Semaphore>,
     idle: Mutex<Vec<Connection>>,
 }
 
@@ -171,7 +171,7 @@ impl Store {
             .expect("a thread can be spawned while the program starts");
         let readers = Arc::new(Readers {
             path: path.to_owned(),
-            permits: Semaphore::new(READERS),
+            permits: Arc::new(Semaphore::new(READERS)),
             idle: Mutex::new(Vec::new()),
         });
         Ok((Self { jobs, readers }, Writer(writer)))
@@ -226,15 +226,17 @@ impl Store {
     {
         let readers = Arc::clone(&self.readers);
         let task = async move {
-            let _permit = self
-                .readers
-                .permits
-                .acquire()
+            let permit = Arc::clone(&readers.permits)
+                .acquire_owned()
                 .await
                 .map_err(|_| StoreError::Stopped)?;
-            tokio::task::spawn_blocking(move || readers.run(query))
-                .await
-                .map_err(|_| StoreError::Stopped)?
+            tokio::task::spawn_blocking(move || {
+                // Held by the query: a caller that gives up frees no reader that still runs.
+                let _held = permit;
+                readers.run(query)
+            })
+            .await
+            .map_err(|_| StoreError::Stopped)?
         };
         task.await
     }
