@@ -97,8 +97,10 @@ impl Bench {
     fn first_line(&self) -> u64 {
         let begin = Instant::now();
         loop {
-            if let Ok(text) = std::fs::read(&self.log)
-                && let Ok(clock) = read_clock(&mut text.as_slice())
+            // `TIME stdout F TEXT`, the form of CRI logs.
+            if let Ok(text) = std::fs::read_to_string(&self.log)
+                && let Some((_, line)) = text.split_once(" F ")
+                && let Ok(clock) = read_clock(&mut line.as_bytes())
             {
                 return clock;
             }
