@@ -61,7 +61,7 @@ fn a_killed_container_comes_back_and_a_killed_agent_leaves_its_containers_alone(
 }
 
 #[test]
-fn a_hub_killed_in_mid_rollout_goes_on_where_it_was() {
+fn hub_and_agents_killed_in_mid_rollout_go_on_where_they_were() {
     let bed = Bed::new("hubkill");
     let builder = Builder::new(&bed);
     builder.web("v1", "one", true);
@@ -86,6 +86,10 @@ fn a_hub_killed_in_mid_rollout_goes_on_where_it_was() {
             }
         });
         fleet.hub.kill9();
+        for device in &mut fleet.devices {
+            device.kill9();
+            device.restart();
+        }
         fleet.hub.restart();
     }
     let rollout = fleet.await_rollout("shop", "completed");
