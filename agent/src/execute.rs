@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foreshore_images::store::Store;
-use foreshore_protocol::Digest;
 use foreshore_protocol::manifest::Service;
 use foreshore_protocol::message::{Reason, ReasonCode};
 use foreshore_protocol::release::service_digest;
+use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use crate::plan::Outcome;
 use crate::runtime::{ContainerId, ContainerSpec, ImageConfig, Runtime, StartError};
@@ -74,10 +74,12 @@ pub enum Task {
         /// Its service in that release.
         service: Box<Service>,
     },
-    /// [`crate::plan::Step::Collect`], for images.
+    /// [`crate::plan::Step::Collect`], for images and logs.
     Collect {
         /// As in the step.
-        keep: BTreeSet<Digest>,
+        keep_images: BTreeSet<Digest>,
+        /// As in the step.
+        keep_logs: BTreeSet<(AppName, ServiceName)>,
     },
 }
 
@@ -114,8 +116,12 @@ pub async fn execute<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
                 id,
             },
         },
-        Task::Collect { keep } => {
-            collect(tools, keep).await;
+        Task::Collect {
+            keep_images,
+            keep_logs,
+        } => {
+            collect(tools, keep_images).await;
+            tools.runtime.remove_logs(&keep_logs).await;
             Outcome::Collected
         }
     }

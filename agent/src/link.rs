@@ -24,7 +24,7 @@ use rumqttc::{
     AckMode, AsyncClient, ConnectionError, Event as Polled, Incoming as Packet, ManualAck,
     MqttOptions, PublishOptions, QoS, TlsConfiguration, Transport,
 };
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::config::HubConfig;
 
@@ -135,6 +135,19 @@ impl Link {
     #[must_use]
     pub fn send(&self, message: Outgoing) -> bool {
         self.0.try_send(message).is_ok()
+    }
+
+    /// Hands a receipt over.
+    ///
+    /// # Errors
+    ///
+    /// With the receipt, when the link is busy or gone.
+    pub fn acknowledge(&self, receipt: Receipt) -> Result<(), Receipt> {
+        match self.0.try_send(Outgoing::Accepted(receipt)) {
+            Err(TrySendError::Full(Outgoing::Accepted(receipt))) => Err(receipt),
+            // A link that is gone never comes back.
+            _ => Ok(()),
+        }
     }
 }
 

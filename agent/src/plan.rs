@@ -226,6 +226,8 @@ pub fn plan(desired: &Desired, observed: &Observed, history: &History, now: Now)
             }
         } else {
             app::advance(&mut draft, &name, &mut app, &containers, wanted, floor);
+            let forgotten = service::forget(&draft, &name, &mut app, &containers);
+            history.instance_floor = floor.max(forgotten);
         }
         status.extend(status::status(&name, &app, observed, &containers));
         history.apps.insert(name, app);

@@ -4,6 +4,7 @@
 //! A runtime keeps no policy: it starts, stops, lists and removes what it is told to. Containers outlive
 //! the agent; [`Runtime::list`] finds them again.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -165,6 +166,9 @@ pub trait Runtime {
 
     /// Every container of this agent, found from disk and the kernel, not from memory.
     fn list(&self) -> impl Future<Output = Result<Vec<Container>, ListError>>;
+
+    /// Removes the logs of all services but these. What cannot be removed is logged and stays.
+    fn remove_logs(&self, keep: &BTreeSet<(AppName, ServiceName)>) -> impl Future<Output = ()>;
 
     /// Runs a command inside the container, with its limits, user and environment; its exit code.
     fn exec(

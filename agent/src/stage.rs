@@ -125,6 +125,10 @@ impl Staging {
 pub fn run(config: &Config, images: &[String]) -> ExitCode {
     // A pull nobody waits for any more would only hold the store's lock.
     let _harmless_if_refused = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+    if nobody_listens() {
+        // The agent was gone before it could take this process along.
+        return ExitCode::FAILURE;
+    }
     match stage(config, images) {
         Ok(()) => {
             print(&Line::Done);
@@ -138,6 +142,18 @@ pub fn run(config: &Config, images: &[String]) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether standard output is a pipe that nobody reads from (poll(2), `POLLERR`).
+fn nobody_listens() -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd as _;
+    let stdout = std::io::stdout();
+    let mut asked = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+    poll(&mut asked, PollTimeout::ZERO).is_ok()
+        && asked[0]
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
 fn stage(config: &Config, images: &[String]) -> Result<(), (Fault, String)> {

@@ -299,10 +299,10 @@ fn judge(
     let Some(trial) = history.trial.clone() else {
         return;
     };
-    let Some(target) = target(draft, Some(trial.release)) else {
-        return;
+    let verdict = match target(draft, Some(trial.release)) {
+        Some(target) => verdict(draft, history, containers, &target, &trial),
+        None => blind_verdict(draft, history, &trial),
     };
-    let verdict = verdict(draft, history, containers, &target, &trial);
     let phase = match verdict {
         Verdict::Fail(why) => return fail(draft, app, history, &trial, why),
         Verdict::Pass => return succeed(draft, app, history, &trial),
@@ -328,6 +328,21 @@ enum Verdict {
     Soak,
     Pass,
     Fail(Reason),
+}
+
+/// The manifest of what is on trial was damaged or lost, so nothing of it can be started or told: it is asked
+/// for again, and given up when its time is over and there is something to go back to.
+fn blind_verdict(draft: &mut Draft<'_>, history: &AppHistory, trial: &Trial) -> Verdict {
+    let can_go_back = history
+        .last_known_good
+        .as_ref()
+        .is_some_and(|good| good.release != trial.release && is_runnable(draft, &good.release));
+    let deadline = trial.started.plus(trial.progress_deadline_ms);
+    if !can_go_back || (trial.boots < MAX_TRIAL_BOOTS && draft.is_later(deadline)) {
+        return Verdict::Wait;
+    }
+    let message = "its manifest was lost on this device and could not be fetched again in time";
+    Verdict::Fail(reason(ReasonCode::DeadlineExceeded, None, message))
 }
 
 fn verdict(

@@ -66,6 +66,7 @@ pub fn check(observed: &Observed, before: &History, plan: &Plan) -> Vec<Violatio
             Step::Collect {
                 keep_images,
                 keep_releases,
+                keep_logs: _,
             } => {
                 heavy += 1;
                 check_collect(observed, plan, keep_images, keep_releases, &mut found);

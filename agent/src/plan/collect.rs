@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use foreshore_protocol::{Digest, Version};
+use foreshore_protocol::{AppName, Digest, ServiceName, Version};
 
 use super::service::{image_digest, service_of};
 use super::{Draft, History, Step};
@@ -15,6 +15,7 @@ const PAUSE_MS: u64 = 600_000;
 pub(super) struct Live {
     pub(super) images: BTreeSet<Digest>,
     pub(super) releases: BTreeSet<Digest>,
+    pub(super) services: BTreeSet<(AppName, ServiceName)>,
 }
 
 /// Plans a collection when there is garbage and nothing else to do, or when the disk is full.
@@ -50,6 +51,7 @@ fn collect(draft: &mut Draft<'_>, history: &mut History, live: Live) {
     draft.steps.push(Step::Collect {
         keep_images: live.images,
         keep_releases: live.releases,
+        keep_logs: live.services,
     });
 }
 
@@ -92,12 +94,17 @@ pub(super) fn live(draft: &Draft<'_>, history: &History) -> Option<Live> {
         if let Some(manifest) = observed.releases.get(release) {
             live.images
                 .extend(manifest.services.values().filter_map(image_digest));
+            let names = manifest.services.keys();
+            live.services
+                .extend(names.map(|service| (manifest.app.clone(), service.clone())));
         } else {
             // Its images cannot be told from garbage.
             return None;
         }
     }
     for seen in &observed.containers {
+        let id = &seen.container.id;
+        live.services.insert((id.app.clone(), id.service.clone()));
         // Mostly found in a release that is live anyway, as unchanged services outlive their release.
         let (release, service) = service_of(observed, &seen.container, &live.releases)?;
         live.images.insert(image_digest(service)?);

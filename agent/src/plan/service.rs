@@ -300,6 +300,41 @@ pub(super) fn forgive(history: &mut AppHistory) {
     }
 }
 
+/// Forgets services that no release which may still run has; the highest instance number they used.
+pub(super) fn forget(
+    draft: &Draft<'_>,
+    app: &AppName,
+    history: &mut AppHistory,
+    containers: &[&ObservedContainer],
+) -> u64 {
+    let assigned = history.assignment.as_ref();
+    let releases = [
+        history.current,
+        history.last_known_good.as_ref().map(|good| good.release),
+        assigned.map(|assigned| assigned.release),
+    ];
+    let mut kept = BTreeSet::new();
+    for release in releases.into_iter().flatten() {
+        match draft.observed.releases.get(&release) {
+            Some(release) => kept.extend(release.services.keys()),
+            // Which services it has cannot be told.
+            None => return 0,
+        }
+    }
+    let there = |name: &ServiceName| {
+        containers
+            .iter()
+            .any(|seen| seen.container.id.service == *name)
+    };
+    let gone = history
+        .services
+        .extract_if(.., |name, _| {
+            !kept.contains(name) && !there(name) && !draft.is_busy(app, name)
+        })
+        .map(|(_, service)| service.last_instance);
+    gone.max().unwrap_or(0)
+}
+
 /// The next step on every service, so that in the end only the containers of `target` are there; with
 /// `None`, no container at all.
 pub(super) fn advance(

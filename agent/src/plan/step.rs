@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use foreshore_protocol::message::Reason;
-use foreshore_protocol::{AppName, Digest};
+use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use crate::runtime::ContainerId;
 
@@ -46,12 +46,14 @@ pub enum Step {
         /// The release to take the service from.
         release: Digest,
     },
-    /// Remove the images and release manifests that are not named here.
+    /// Remove the images, release manifests and logs that are not named here.
     Collect {
         /// Digests of images, as releases name them.
         keep_images: BTreeSet<Digest>,
         /// Digests of releases.
         keep_releases: BTreeSet<Digest>,
+        /// The services whose logs stay. Volumes always do.
+        keep_logs: BTreeSet<(AppName, ServiceName)>,
     },
 }
 

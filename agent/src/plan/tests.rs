@@ -121,6 +121,60 @@ fn a_service_that_dies_or_sickens_during_the_soak_fails_the_release() {
 }
 
 #[test]
+fn a_trial_whose_manifest_is_lost_offline_ends_at_its_deadline() {
+    let good = web("good", 1);
+    let mut world = settled(&good);
+    let lost = world.assign(&web("never-ready", 2));
+    world.run(1_000);
+    assert_eq!(world.phase("shop"), Phase::Activating);
+    world.releases.remove(&lost);
+    world.hub_reachable = false;
+    world.run(DEADLINE_MS - 1_001);
+    assert_eq!(world.phase("shop"), Phase::Activating);
+    world.run(10_000);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::RolledBack);
+    assert_eq!(status.reason.unwrap().code, ReasonCode::DeadlineExceeded);
+    assert_eq!(world.running("shop")["web"], good.digest());
+}
+
+#[test]
+fn a_trial_whose_manifest_is_lost_and_has_nothing_to_go_back_to_waits_for_it() {
+    let mut world = World::new();
+    let only = world.assign(&web("good", 1));
+    world.run(1_000);
+    world.releases.remove(&only);
+    world.hub_reachable = false;
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Activating);
+    assert_eq!(world.running("shop")["web"], only);
+    world.hub_reachable = true;
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+}
+
+#[test]
+fn services_that_no_release_has_any_more_are_forgotten_and_their_numbers_never_used_again() {
+    let first = release(
+        "shop",
+        &[("old", always("good", 1)), ("web", always("good", 2))],
+    );
+    let second = release("shop", &[("web", always("good", 3))]);
+    let third = release("shop", &[("web", always("good", 4))]);
+    let mut world = settled(&first);
+    world.assign(&second);
+    world.run(HOUR);
+    world.assign(&third);
+    world.run(HOUR);
+    let known = world.history.apps.values().next().unwrap().services.keys();
+    assert_eq!(known.map(|name| name.as_str()).collect::<Vec<_>>(), ["web"]);
+    // A number used twice fails in the model device.
+    world.assign(&first);
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+}
+
+#[test]
 fn with_nothing_to_go_back_to_a_failed_release_is_started_again_and_again_more_slowly() {
     let mut world = World::new();
     world.assign(&web("exit 1 10", 1));

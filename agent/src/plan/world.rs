@@ -252,6 +252,7 @@ impl World {
             Step::Collect {
                 keep_images,
                 keep_releases,
+                keep_logs: _,
             } => {
                 self.images.retain(|image| keep_images.contains(image));
                 self.releases

@@ -93,7 +93,7 @@ impl<R: Runtime + 'static> Agent<R> {
     fn handle_head(&mut self, head: Head, receipt: Receipt) -> Next {
         let known = self.head.as_ref().map(|head| head.version);
         if known.is_some_and(|known| head.version <= known) {
-            let _sent_again_if_lost = self.uplink.send(Outgoing::Accepted(receipt));
+            self.uplink.accepted(receipt);
             return Next::Nothing;
         }
         let now = Instant::now();
@@ -149,7 +149,7 @@ impl<R: Runtime + 'static> Agent<R> {
             }
         };
         for receipt in offered.receipts {
-            let _sent_again_if_lost = self.uplink.send(Outgoing::Accepted(receipt));
+            self.uplink.accepted(receipt);
         }
         if accepted {
             let version = offered.head.version;

@@ -155,9 +155,14 @@ impl<R: Runtime + 'static> Agent<R> {
             Step::Collect {
                 keep_images,
                 keep_releases,
+                keep_logs,
             } => {
                 self.collect_releases(&keep_releases);
-                (Work::Collecting, Task::Collect { keep: keep_images })
+                let task = Task::Collect {
+                    keep_images,
+                    keep_logs,
+                };
+                (Work::Collecting, task)
             }
         };
         match &work {

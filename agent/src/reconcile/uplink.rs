@@ -7,10 +7,11 @@
 use std::time::Duration;
 
 use foreshore_protocol::Version;
+use foreshore_protocol::frame::MAX_FRAME_BYTES;
 use foreshore_protocol::message::{AppStatus, Beacon, Event, Inventory, Reported};
 use tokio::time::Instant;
 
-use crate::link::{Link, Outgoing};
+use crate::link::{Link, Outgoing, Receipt};
 use crate::state::Outbox;
 
 /// How many events may be on their way without the hub's acknowledgement.
@@ -56,6 +57,8 @@ pub(super) struct Uplink {
     beacon_interval: Duration,
     beacon_at: Option<Instant>,
     beacon_seq: u64,
+    /// Of heads that are stored or old; each holds one of the few places that the broker has for us.
+    receipts: Vec<Receipt>,
 }
 
 impl Uplink {
@@ -85,12 +88,18 @@ impl Uplink {
             beacon_interval,
             beacon_at: None,
             beacon_seq: 0,
+            receipts: Vec::new(),
         }
     }
 
     /// Hands a message over that is not a report, event or beacon.
     pub(super) fn send(&self, message: Outgoing) -> bool {
         self.link.send(message)
+    }
+
+    /// Tells the broker, now or when the link has room, that a head needs not come again.
+    pub(super) fn accepted(&mut self, receipt: Receipt) {
+        self.receipts.push(receipt);
     }
 
     /// The newest report's number, for the birth.
@@ -118,7 +127,9 @@ impl Uplink {
         self.beacon_at = Some(Instant::now() + self.beacon_interval);
     }
 
-    pub(super) const fn disconnected(&mut self) {
+    pub(super) fn disconnected(&mut self) {
+        // Worth nothing on another connection; what they are of comes again.
+        self.receipts.clear();
         self.connected = false;
         self.beacon_at = None;
         self.resend_at = None;
@@ -164,7 +175,8 @@ impl Uplink {
             self.resend_pause = (self.resend_pause * 2).min(RESEND_LAST);
             self.resend_at = None;
         }
-        let sent = self.flush_report(now, inventory)
+        let sent = self.flush_receipts()
+            && self.flush_report(now, inventory)
             && self.flush_events(outbox)
             && self.flush_beacon(now, outbox, gauges);
         if !sent {
@@ -176,6 +188,16 @@ impl Uplink {
         } else if !waiting {
             self.resend_at = None;
         }
+    }
+
+    fn flush_receipts(&mut self) -> bool {
+        while let Some(receipt) = self.receipts.pop() {
+            if let Err(receipt) = self.link.acknowledge(receipt) {
+                self.receipts.push(receipt);
+                return false;
+            }
+        }
+        true
     }
 
     fn flush_report(&mut self, now: Instant, inventory: impl FnOnce() -> Inventory) -> bool {
@@ -195,7 +217,8 @@ impl Uplink {
         if let Some(report) = &self.report
             && self.unsent
         {
-            if !self.link.send(Outgoing::Reported(report.clone())) {
+            let report = report.clone().fitted(MAX_FRAME_BYTES);
+            if !self.link.send(Outgoing::Reported(report)) {
                 return false;
             }
             self.unsent = false;

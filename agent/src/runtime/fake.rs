@@ -1,10 +1,11 @@
 //! A runtime in memory, for tests of what stands on top of one: it starts nothing, and does what it is told to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use foreshore_protocol::{AppName, ServiceName};
 use tokio::sync::Notify;
 
 use super::{
@@ -219,6 +220,8 @@ impl Runtime for FakeRuntime {
     async fn list(&self) -> Result<Vec<Container>, ListError> {
         Ok(self.containers())
     }
+
+    async fn remove_logs(&self, _keep: &BTreeSet<(AppName, ServiceName)>) {}
 
     async fn exec(
         &self,

@@ -27,8 +27,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use foreshore_protocol::Digest;
 use foreshore_protocol::manifest::NetworkMode;
+use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::cgroup::Cgroups;
 use super::process::{Identity, PidFd, boot_id, half_made};
@@ -41,6 +41,7 @@ use watch::Watch;
 
 mod children;
 mod connection;
+mod logs;
 mod observation;
 mod watch;
 
@@ -455,6 +456,10 @@ impl Runtime for OciRuntime {
                     .transpose()
             })
             .collect()
+    }
+
+    async fn remove_logs(&self, keep: &BTreeSet<(AppName, ServiceName)>) {
+        logs::remove_others(&self.config.state_dir.join("logs"), keep);
     }
 
     async fn exec(

@@ -8,8 +8,9 @@ use foreshore_protocol::frame::{HEADER_LEN, MAGIC};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The largest state file that is read: 4 MiB; a history of 256 apps has less than half a megabyte.
-const MAX_FILE_BYTES: usize = 4 << 20;
+/// The largest state file that is read or written: 16 MiB. A history has a few hundred bytes for each service that
+/// may run; 256 apps of 32 services, all in trouble with the longest text, stay below.
+const MAX_FILE_BYTES: usize = 16 << 20;
 
 /// How many damaged copies of one file are kept for people to look at.
 const COPIES_MAX: u32 = 4;
@@ -183,6 +184,11 @@ pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileErro
     temporary.push(TEMPORARY);
     let temporary = PathBuf::from(temporary);
     let write = || -> io::Result<()> {
+        if bytes.len() > MAX_FILE_BYTES {
+            // What cannot be read back must not replace what can.
+            let message = format!("{} bytes are more than is ever read", bytes.len());
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+        }
         let mut file = File::options()
             .create(true)
             .truncate(true)

@@ -234,3 +234,13 @@ fn an_acknowledgement_of_everything_for_ever_is_not_believed() {
     assert_eq!(seqs.len(), 2);
     assert!(seqs[0] < seqs[1]);
 }
+
+#[test]
+fn what_could_not_be_read_back_does_not_replace_what_can() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("history");
+    write_atomically(&path, b"good").unwrap();
+    let error = write_atomically(&path, &vec![0; (16 << 20) + 1]).unwrap_err();
+    assert!(!error.is_unwritable(), "{error:?}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"good");
+}

@@ -64,6 +64,41 @@ impl Reported {
     }
 }
 
+impl Reported {
+    /// The same report, with less detail where it would not fit into a frame of `max_bytes`: first all texts are
+    /// cut to 64 bytes, then services are left out, well ones before others, and at last all that
+    /// reasons say besides their code. The phase of every app and what runs is never left out.
+    #[must_use]
+    pub fn fitted(mut self, max_bytes: usize) -> Self {
+        let fits = |report: &Self| crate::frame::encode(report).len() <= max_bytes;
+        if fits(&self) {
+            return self;
+        }
+        for reason in self.apps.iter_mut().filter_map(|app| app.reason.as_mut()) {
+            reason
+                .message
+                .truncate(reason.message.floor_char_boundary(64));
+        }
+        let leave_out: [fn(&mut AppStatus); 3] = [
+            |app| app.services.retain(|service| !service.ready),
+            |app| app.services.clear(),
+            |app| {
+                if let Some(reason) = &mut app.reason {
+                    reason.message.clear();
+                    reason.service = None;
+                }
+            },
+        ];
+        for leave_out in leave_out {
+            if fits(&self) {
+                break;
+            }
+            self.apps.iter_mut().for_each(leave_out);
+        }
+        self
+    }
+}
+
 impl Inventory {
     fn bounds(&self) -> Bounds {
         let facts = [&self.agent_version, &self.arch, &self.kernel];
@@ -121,6 +156,67 @@ unbounded!(Beacon, Command, HubInfo);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn report(services: usize, labels: u32) -> Reported {
+        use crate::message::{Phase, Reason, ReasonCode, ServiceState, ServiceStatus};
+        let version = crate::Version::from_numbers(1 << 52, 1 << 52).unwrap();
+        let name = |number: usize| format!("{number:0>63}");
+        let label = |number: u32| {
+            let key = format!("{number:0>63}");
+            (key.parse().unwrap(), "v".repeat(63).parse().unwrap())
+        };
+        let app = |number: usize| AppStatus {
+            app: name(number).parse().unwrap(),
+            since: version,
+            release: crate::Digest::of(b"1"),
+            phase: Phase::RolledBack,
+            reason: Some(Reason::new(
+                ReasonCode::Exited,
+                Some(name(0).parse().unwrap()),
+                "é".repeat(300),
+            )),
+            running: Some(crate::Digest::of(b"2")),
+            last_known_good: Some(crate::Digest::of(b"2")),
+            services: (0..services)
+                .map(|service| ServiceStatus {
+                    service: name(service).parse().unwrap(),
+                    state: ServiceState::BackOff { exit_code: -1 },
+                    ready: number.is_multiple_of(2),
+                    restarts: u32::MAX,
+                })
+                .collect(),
+        };
+        Reported {
+            boot: u64::MAX,
+            seq: u64::MAX,
+            version: Some(version),
+            inventory: Inventory {
+                agent_version: "0.1.0".to_owned(),
+                arch: "amd64".to_owned(),
+                kernel: "6.1".to_owned(),
+                memory_bytes: u64::MAX,
+                disk_bytes: u64::MAX,
+                disk_free_bytes: u64::MAX,
+                labels: (0..labels).map(label).collect(),
+            },
+            apps: (0..MAX_APPS).map(app).collect(),
+        }
+    }
+
+    #[test]
+    fn the_largest_report_is_fitted_into_a_frame_and_names_every_app() {
+        use crate::frame::{MAX_FRAME_BYTES, decode, encode};
+        for (services, labels) in [(1, 0), (4, 64), (MAX_SERVICE_STATES, 64)] {
+            let large = report(services, labels);
+            let fitted = large.clone().fitted(MAX_FRAME_BYTES);
+            let frame = encode(&fitted);
+            assert!(frame.len() <= MAX_FRAME_BYTES, "{}", frame.len());
+            assert_eq!(decode::<Reported>(&frame).unwrap().apps.len(), MAX_APPS);
+        }
+        let mut small = report(4, 2);
+        small.apps.truncate(3);
+        assert_eq!(small.clone().fitted(MAX_FRAME_BYTES), small);
+    }
 
     #[test]
     fn texts_are_cut_between_characters() {

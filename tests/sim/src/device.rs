@@ -426,6 +426,7 @@ impl Device {
             Step::Collect {
                 keep_images,
                 keep_releases,
+                keep_logs: _,
             } => {
                 let (mut images, mut releases) = (keep_images.clone(), keep_releases.clone());
                 if mutation == Some(Mutation::CollectLastKnownGood) {

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::net::unix::pipe::Receiver;
 
 use super::watch;
@@ -31,15 +31,20 @@ pub(super) enum Outcome {
     Failed(String),
 }
 
-fn spawn(program: &Path, arguments: &[&std::ffi::OsStr]) -> io::Result<(Child, Receiver)> {
-    let mut child = Command::new(program)
+fn command_of(program: &Path, arguments: &[&std::ffi::OsStr]) -> Command {
+    let mut command = Command::new(program);
+    command
         .args(arguments)
         // LISTEN_FDS and the like would be taken for the container's.
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()?;
+        .stdout(Stdio::piped());
+    command
+}
+
+fn spawn(program: &Path, arguments: &[&std::ffi::OsStr]) -> io::Result<(Child, Receiver)> {
+    let mut child = command_of(program, arguments).spawn()?;
     let stdout = child
         .stdout
         .take()
@@ -53,11 +58,11 @@ fn spawn(program: &Path, arguments: &[&std::ffi::OsStr]) -> io::Result<(Child, R
 
 /// The last line a child says before it closes its output, within `limit`.
 async fn last_line<T: DeserializeOwned>(
-    receiver: Receiver,
+    output: impl AsyncRead + Unpin,
     limit: Duration,
 ) -> Result<Option<T>, String> {
     let mut bytes = Vec::new();
-    let mut bounded = receiver.take(MAX_REPORT);
+    let mut bounded = output.take(MAX_REPORT);
     match tokio::time::timeout(limit, bounded.read_to_end(&mut bytes)).await {
         Err(_) => return Err(format!("it did not answer within {limit:?}")),
         Ok(Err(error)) => return Err(format!("its answer could not be read: {error}")),
@@ -123,14 +128,25 @@ pub(super) async fn exec(
     let mut arguments: Vec<&std::ffi::OsStr> =
         vec!["exec".as_ref(), dir.as_os_str(), milliseconds.as_ref()];
     arguments.extend(command.iter().map(AsRef::<std::ffi::OsStr>::as_ref));
-    let (mut child, receiver) = spawn(program, &arguments).map_err(|error| {
+    let failed = |error: io::Error| {
         ExecError::Failed(format!("failed to run {}: {error}", program.display()))
-    })?;
-    let report = last_line(receiver, timeout.saturating_add(EXEC_MARGIN)).await;
+    };
+    // If this future is dropped, the child goes on: it kills the command when its time is up, which nobody else
+    // would. tokio reaps it then.
+    let mut child = tokio::process::Command::from(command_of(program, &arguments))
+        .spawn()
+        .map_err(failed)?;
+    let stdout = child.stdout.take().expect("stdout is piped");
+    let report = last_line(stdout, timeout.saturating_add(EXEC_MARGIN)).await;
     if report.is_err() {
-        let _ = child.kill();
+        let _ = child.start_kill();
     }
-    finish(child).await;
+    if tokio::time::timeout(END_TIMEOUT, child.wait())
+        .await
+        .is_err()
+    {
+        let _ = child.start_kill();
+    }
     match report {
         Ok(Some(ExecReport::Exited(code))) => Ok(code),
         Ok(Some(ExecReport::Timeout)) => Err(ExecError::Timeout(timeout)),
