@@ -278,7 +278,8 @@ pub struct RolloutView {
     pub message: Option<String>,
     /// Its waves in order.
     pub waves: Vec<WaveView>,
-    /// Its devices, by wave and rank.
+    /// Its devices, by wave and rank. In a list (`GET /rollouts`) only the first item has them, so that an answer
+    /// stays small however many devices and rollouts there are; `GET /rollouts/{id}` always does.
     pub assignments: Vec<AssignmentView>,
     /// Milliseconds since 1970.
     pub created_ms: u64,

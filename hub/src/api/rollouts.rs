@@ -29,7 +29,8 @@ pub struct Filter {
     limit: Option<u64>,
 }
 
-/// `GET /rollouts?app=&limit=`.
+/// `GET /rollouts?app=&limit=`, newest first. Only the first has its devices: a hundred rollouts of a large fleet
+/// would not fit into a small hub's memory, so each of the others is loaded, counted and dropped before the next.
 ///
 /// # Errors
 ///
@@ -43,9 +44,14 @@ pub async fn list(
     let limit = filter.limit.unwrap_or(LIMIT_DEFAULT).min(LIMIT_MAX);
     let read = move |connection: &Connection| {
         let mut views = Vec::new();
-        for header in store::rollout::headers(connection, app.as_ref(), limit)? {
-            if let Some(rollout) = store::rollout::get(connection, header.id)? {
-                views.push(render(&rollout));
+        for id in store::rollout::newest_ids(connection, app.as_ref(), limit)? {
+            if let Some(rollout) = store::rollout::get(connection, id)? {
+                let devices = if views.is_empty() {
+                    Devices::Listed
+                } else {
+                    Devices::Counted
+                };
+                views.push(render(&rollout, devices));
             }
         }
         Ok::<_, store::StoreError>(views)
@@ -76,7 +82,7 @@ async fn view(api: &Api, id: u64) -> Result<Json<RolloutView>, Failure> {
     let read = move |connection: &Connection| {
         let rollout =
             store::rollout::get(connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
-        Ok::<_, ControlError>(render(&rollout))
+        Ok::<_, ControlError>(render(&rollout, Devices::Listed))
     };
     Ok(Json(api.controller.store().read(read).await?))
 }
@@ -116,7 +122,16 @@ pub async fn abort(State(api): Hub, Path(id): Path<String>) -> Result<Json<Rollo
     command(&api, &id, Command::Abort).await
 }
 
-fn render(rollout: &Rollout) -> RolloutView {
+/// How much of a rollout's devices is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Devices {
+    /// Each of them.
+    Listed,
+    /// Only their numbers, wave by wave.
+    Counted,
+}
+
+fn render(rollout: &Rollout, devices: Devices) -> RolloutView {
     let waves = rollout.waves.iter().zip(1_u32..).map(|(wave, ordinal)| {
         let tally = Tally::of_wave(rollout, ordinal);
         WaveView {
@@ -130,7 +145,10 @@ fn render(rollout: &Rollout) -> RolloutView {
             bake_until_ms: rollout.bake_until(wave).map(|at| at.0),
         }
     });
-    let mut assignments: Vec<_> = rollout.assignments.iter().collect();
+    let mut assignments: Vec<_> = match devices {
+        Devices::Listed => rollout.assignments.iter().collect(),
+        Devices::Counted => Vec::new(),
+    };
     assignments.sort_by_key(|(_, assignment)| (assignment.wave, assignment.rank));
     RolloutView {
         id: rollout.id,

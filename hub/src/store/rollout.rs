@@ -204,23 +204,21 @@ pub fn newest_header(connection: &Connection, app: &AppName) -> rusqlite::Result
         .optional()
 }
 
-/// The headers of an app's rollouts, newest first, at most `limit`; of every app when `app` is `None`.
+/// The ids of an app's rollouts, newest first, at most `limit`; of every app when `app` is `None`.
 ///
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn headers(
+pub fn newest_ids(
     connection: &Connection,
     app: Option<&AppName>,
     limit: u64,
-) -> rusqlite::Result<Vec<Rollout>> {
+) -> rusqlite::Result<Vec<u64>> {
     connection
         .prepare_cached(
-            "SELECT header FROM rollout WHERE ?1 IS NULL OR app = ?1 ORDER BY id DESC LIMIT ?2",
+            "SELECT id FROM rollout WHERE ?1 IS NULL OR app = ?1 ORDER BY id DESC LIMIT ?2",
         )?
-        .query_map(params![app.map(AppName::as_str), limit], |row| {
-            column::json(row, 0)
-        })?
+        .query_map(params![app.map(AppName::as_str), limit], |row| row.get(0))?
         .collect()
 }
 

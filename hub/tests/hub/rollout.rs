@@ -27,6 +27,34 @@ fn image_digest(bed: &Bed, tag: &str) -> String {
     found.unwrap()["digest"].as_str().unwrap().to_owned()
 }
 
+#[test]
+fn a_list_of_rollouts_has_the_devices_of_the_first_only() {
+    let bed = Bed::start(Kind::Embedded);
+    let _devices = Device::fleet(&bed, 3);
+    for tag in ["v1", "v2", "v3"] {
+        let image = bed.import(tag);
+        bed.apply("shop", &manifest("shop", &image, "[{count: 1}]"));
+        bed.await_rollout("shop", "completed");
+    }
+    let list = bed.get("/rollouts?limit=100");
+    let items = list["items"].as_array().unwrap();
+    let listed: Vec<usize> = items
+        .iter()
+        .map(|rollout| rollout["assignments"].as_array().unwrap().len())
+        .collect();
+    assert_eq!(listed, [3, 0, 0], "{list}");
+    for rollout in items {
+        let whole = bed.get(&format!("/rollouts/{}", rollout["id"]));
+        assert_eq!(whole["assignments"].as_array().unwrap().len(), 3);
+        assert_eq!(rollout["waves"], whole["waves"], "the numbers are the same");
+        let devices = rollout["waves"].as_array().unwrap().iter();
+        let succeeded: u64 = devices
+            .map(|wave| wave["succeeded"].as_u64().unwrap())
+            .sum();
+        assert_eq!(succeeded, 3);
+    }
+}
+
 fn goes_out_in_waves_and_a_broken_one_goes_back(kind: Kind) {
     let bed = Bed::start(kind);
     let devices = Device::fleet(&bed, 5);
