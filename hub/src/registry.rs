@@ -8,6 +8,7 @@ use std::io::SeekFrom;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
@@ -109,11 +110,13 @@ async fn root() -> Response {
 
 async fn fetch(
     State(api): State<Api>,
-    Path(path): Path<String>,
+    path: Result<Path<String>, PathRejection>,
     method: Method,
     headers: HeaderMap,
 ) -> Response {
-    let found = match parse(&path) {
+    // What cannot be decoded names nothing either.
+    let target = path.ok().and_then(|Path(path)| parse(&path));
+    let found = match target {
         Some(Target::Manifest(name, reference)) => manifest(&api, name, reference).await,
         Some(Target::Blob(digest)) => blob(&api, digest, &headers, &method).await,
         Some(Target::Tags(name)) => tags(&api, name).await,

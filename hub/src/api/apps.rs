@@ -2,15 +2,15 @@
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use foreshore_protocol::AppName;
 use foreshore_protocol::api::{AppView, ApplyAnswer, List, PlanAnswer, RolloutSummary};
 use foreshore_protocol::manifest;
 use rusqlite::Connection;
 
-use super::{Failure, Hub};
+use super::{Failure, Hub, Segment};
 use crate::controller::apps::{self, Resolved};
 use crate::controller::{Change, ControlError, Effects};
 use crate::store::{self, app::AppRow};
@@ -42,7 +42,7 @@ pub async fn list(State(api): Hub) -> Result<Json<List<AppView>>, Failure> {
 /// # Errors
 ///
 /// When there is none, or the store fails.
-pub async fn get(State(api): Hub, Path(app): Path<String>) -> Result<Json<AppView>, Failure> {
+pub async fn get(State(api): Hub, Segment(app): Segment) -> Result<Json<AppView>, Failure> {
     let name = app_name(&app)?;
     let read = move |connection: &Connection| {
         let row = store::app::get(connection, &name)?.ok_or(ControlError::UnknownApp(name))?;
@@ -116,7 +116,7 @@ fn draw_seed() -> Result<u64, Failure> {
 /// When the manifest is refused, an image cannot be resolved, or the store fails; then nothing changed.
 pub async fn apply(
     State(api): Hub,
-    Path(app): Path<String>,
+    Segment(app): Segment,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<ApplyAnswer>, Failure> {
     let resolved = resolve(&api, &app, body).await?;
@@ -136,7 +136,7 @@ pub async fn apply(
 /// As for [`apply`].
 pub async fn plan(
     State(api): Hub,
-    Path(app): Path<String>,
+    Segment(app): Segment,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<PlanAnswer>, Failure> {
     let resolved = resolve(&api, &app, body).await?;
@@ -159,7 +159,7 @@ pub async fn plan(
 /// # Errors
 ///
 /// When there is no such app, nothing to go back to, or the store fails.
-pub async fn undo(State(api): Hub, Path(app): Path<String>) -> Result<Json<ApplyAnswer>, Failure> {
+pub async fn undo(State(api): Hub, Segment(app): Segment) -> Result<Json<ApplyAnswer>, Failure> {
     let (name, seed) = (app_name(&app)?, draw_seed()?);
     Ok(Json(
         api.controller
@@ -173,7 +173,7 @@ pub async fn undo(State(api): Hub, Path(app): Path<String>) -> Result<Json<Apply
 /// # Errors
 ///
 /// When there is no such app, or the store fails.
-pub async fn delete(State(api): Hub, Path(app): Path<String>) -> Result<StatusCode, Failure> {
+pub async fn delete(State(api): Hub, Segment(app): Segment) -> Result<StatusCode, Failure> {
     let name = app_name(&app)?;
     api.controller
         .change(move |change| apps::delete(change, &name))

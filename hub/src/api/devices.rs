@@ -2,14 +2,14 @@
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::api::{DeviceView, LabelPatch, List};
 use rusqlite::Connection;
 
-use super::{Api, Failure, Hub};
+use super::{Api, Failure, Hub, Segment};
 use crate::controller::{ControlError, apps};
 use crate::store::{self, StoreError};
 
@@ -42,7 +42,7 @@ async fn view(api: &Api, device: DeviceId) -> Result<Json<DeviceView>, Failure> 
 /// # Errors
 ///
 /// When there is none, or the store fails.
-pub async fn get(State(api): Hub, Path(device): Path<String>) -> Result<Json<DeviceView>, Failure> {
+pub async fn get(State(api): Hub, Segment(device): Segment) -> Result<Json<DeviceView>, Failure> {
     view(&api, device_id(&device)?).await
 }
 
@@ -53,7 +53,7 @@ pub async fn get(State(api): Hub, Path(device): Path<String>) -> Result<Json<Dev
 /// When the patch is refused, there is no such device, or the store fails.
 pub async fn label(
     State(api): Hub,
-    Path(device): Path<String>,
+    Segment(device): Segment,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<DeviceView>, Failure> {
     let id = device_id(&device)?;
@@ -77,7 +77,7 @@ pub async fn label(
 /// # Errors
 ///
 /// When there is no such device, it is connected, or the store fails.
-pub async fn forget(State(api): Hub, Path(device): Path<String>) -> Result<StatusCode, Failure> {
+pub async fn forget(State(api): Hub, Segment(device): Segment) -> Result<StatusCode, Failure> {
     let id = device_id(&device)?;
     api.controller
         .change(move |change| apps::forget(change, &id))

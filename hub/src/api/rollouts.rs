@@ -2,13 +2,13 @@
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use foreshore_protocol::api::{AssignmentView, List, RolloutView, WaveView};
 use rusqlite::Connection;
 use serde::Deserialize;
 
 use super::apps::app_name;
-use super::{Api, Failure, Hub};
+use super::{Api, Failure, Hub, Segment};
 use crate::controller::ControlError;
 use crate::controller::rollouts::{self, Command};
 use crate::rollout::Rollout;
@@ -74,7 +74,7 @@ fn rollout_id(text: &str) -> Result<u64, Failure> {
 /// # Errors
 ///
 /// When there is none, or the store fails.
-pub async fn get(State(api): Hub, Path(id): Path<String>) -> Result<Json<RolloutView>, Failure> {
+pub async fn get(State(api): Hub, Segment(id): Segment) -> Result<Json<RolloutView>, Failure> {
     view(&api, rollout_id(&id)?).await
 }
 
@@ -100,7 +100,7 @@ async fn command(api: &Api, id: &str, command: Command) -> Result<Json<RolloutVi
 /// # Errors
 ///
 /// When there is none, its state does not allow it, or the store fails.
-pub async fn pause(State(api): Hub, Path(id): Path<String>) -> Result<Json<RolloutView>, Failure> {
+pub async fn pause(State(api): Hub, Segment(id): Segment) -> Result<Json<RolloutView>, Failure> {
     command(&api, &id, Command::Pause).await
 }
 
@@ -109,7 +109,7 @@ pub async fn pause(State(api): Hub, Path(id): Path<String>) -> Result<Json<Rollo
 /// # Errors
 ///
 /// When there is none, its state does not allow it, or the store fails.
-pub async fn resume(State(api): Hub, Path(id): Path<String>) -> Result<Json<RolloutView>, Failure> {
+pub async fn resume(State(api): Hub, Segment(id): Segment) -> Result<Json<RolloutView>, Failure> {
     command(&api, &id, Command::Resume).await
 }
 
@@ -118,7 +118,7 @@ pub async fn resume(State(api): Hub, Path(id): Path<String>) -> Result<Json<Roll
 /// # Errors
 ///
 /// When there is none, its state does not allow it, or the store fails.
-pub async fn abort(State(api): Hub, Path(id): Path<String>) -> Result<Json<RolloutView>, Failure> {
+pub async fn abort(State(api): Hub, Segment(id): Segment) -> Result<Json<RolloutView>, Failure> {
     command(&api, &id, Command::Abort).await
 }
 

@@ -222,6 +222,59 @@ fn every_wrong_call_has_its_own_code() {
 }
 
 #[test]
+fn paths_and_queries_that_are_no_text_are_refused_like_all_else() {
+    let bed = Bed::start(Kind::Embedded);
+    let ask = |method: &str, path: &str| {
+        let mut stream = TcpStream::connect(&bed.api).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\nAuthorization: Bearer {}\r\n\r\n", bed.token()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let body: Value =
+            serde_json::from_str(body).unwrap_or_else(|_| panic!("{method} {path}: {answer}"));
+        (head.to_lowercase(), body)
+    };
+    for (method, path) in [
+        ("GET", "/apps/%ff"),
+        ("PUT", "/apps/%ff"),
+        ("DELETE", "/apps/%ff"),
+        ("POST", "/apps/%ff/plan"),
+        ("POST", "/apps/%ff/undo"),
+        ("GET", "/devices/%ff"),
+        ("DELETE", "/devices/%ff"),
+        ("PATCH", "/devices/%c3%28/labels"),
+        ("GET", "/rollouts/%ff"),
+        ("POST", "/rollouts/%ff/pause"),
+        ("POST", "/rollouts/%ff/resume"),
+        ("POST", "/rollouts/%ff/abort"),
+        ("GET", "/rollouts?limit=%ff"),
+        ("GET", "/events?after=%ff"),
+        ("GET", "/events/stream?after=%ff"),
+        ("POST", "/images?title=%ff"),
+    ] {
+        let (head, body) = ask(method, &format!("/api/v1{path}"));
+        assert!(head.starts_with("http/1.1 400 "), "{method} {path}: {head}");
+        assert!(
+            head.contains("content-type: application/problem+json"),
+            "{method} {path}: {head}"
+        );
+        assert_eq!(body["code"], "bad-request", "{method} {path}");
+    }
+    for path in ["/v2/%ff", "/v2/%ff/manifests/v1", "/v2/demo/blobs/%ff"] {
+        let (head, body) = ask("GET", path);
+        assert!(head.starts_with("http/1.1 404 "), "{path}: {head}");
+        assert!(
+            head.contains("content-type: application/json"),
+            "{path}: {head}"
+        );
+        assert_eq!(body["errors"][0]["code"], "NAME_INVALID", "{path}");
+    }
+}
+
+#[test]
 fn heads_that_are_too_long_or_never_end_do_not_hold_the_hub_up() {
     let bed = Bed::start(Kind::Embedded);
     let mut endless = TcpStream::connect(&bed.api).unwrap();
