@@ -399,6 +399,15 @@ Examples:
     },
     /// List the images kept in the hub
     List,
+    /// Remove an image from the hub, unless an app is at it, can go back to it or names it
+    #[command(after_help = "\
+Example:
+  foreshore image remove web:1.3")]
+    Remove {
+        /// Its name, with or without hub.internal/
+        #[arg(value_name = "NAME:TAG")]
+        name: String,
+    },
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

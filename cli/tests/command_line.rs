@@ -324,6 +324,32 @@ fn pausing_goes_to_the_newest_rollout() {
 }
 
 #[test]
+fn an_image_is_removed_by_its_name_and_kept_while_it_is_used() {
+    let hub = FakeHub::start(vec![
+        Answer(204, "application/json", String::new()),
+        Answer::problem(
+            409,
+            "image-in-use",
+            "image hub.internal/web:1 is used by app shop",
+        ),
+    ]);
+    let output = hub.run("image remove hub.internal/acme/web:1.3");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(stdout(&output), "hub.internal/acme/web:1.3 removed\n");
+    assert_eq!(
+        hub.asked()[0].line,
+        "DELETE /api/v1/images/hub.internal%2Facme%2Fweb%3A1.3"
+    );
+    let output = hub.run("image remove web:1");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("is used by app shop"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
 fn a_registry_that_is_away_is_not_a_hub_that_is_away() {
     let hub = FakeHub::start(vec![
         Answer::problem(502, "registry-unreachable", "no"),

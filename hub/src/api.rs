@@ -94,6 +94,7 @@ pub fn router(api: Api) -> Router {
         .route("/events", get(events::list))
         .route("/events/stream", get(events::stream))
         .route("/images", get(images::list))
+        .route("/images/{*image}", delete(images::remove))
         .route("/info", get(health::info))
         .layer(middleware::from_fn(limit_time))
         .merge(Router::new().route(

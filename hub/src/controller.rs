@@ -11,6 +11,7 @@
 //! | [`apps`] | apply, plan, undo, delete |
 //! | [`rollouts`] | opening, advancing and commanding rollouts |
 //! | [`membership`] | which device an app selects, and what newcomers get |
+//! | [`images`] | which images go |
 //! | [`ingest`] | what devices say |
 
 use std::collections::BTreeSet;
@@ -27,6 +28,7 @@ use crate::store::{self, Store, StoreError};
 
 pub mod apps;
 pub mod change;
+pub mod images;
 pub mod ingest;
 pub mod membership;
 pub mod rollouts;
@@ -77,6 +79,20 @@ pub enum ControlError {
     /// The app has no rollout to go back from.
     #[error("app {0} has no completed release that could be undone")]
     NothingToUndo(AppName),
+    /// The hub has no image of that name.
+    #[error("the hub has no image {0}; see `foreshore image list`")]
+    UnknownImage(String),
+    /// Without the image an app could not be run, gone back to or applied again.
+    #[error(
+        "image {reference} is used by app {}: its manifest names it, or a release that it is at or can go back to; apply another image or delete the app, and remove it when devices have followed",
+        apps.iter().map(AppName::as_str).collect::<Vec<_>>().join(", ")
+    )]
+    ImageInUse {
+        /// `hub.internal/NAME:TAG`.
+        reference: String,
+        /// By which apps.
+        apps: BTreeSet<AppName>,
+    },
     /// A connected device would come back at once.
     #[error("device {0} is connected; stop its agent first, or it comes back at once")]
     Connected(foreshore_protocol::DeviceId),

@@ -1,6 +1,7 @@
 //! Images: tags to digests for a release, and archives into the image directory.
 //!
-//! Network and disk work blocks, so it runs on threads of its own, a few at a time.
+//! Network and disk work blocks, so it runs on threads of its own, a few at a time. [`sweep`] removes what is not
+//! needed any more.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,6 +23,8 @@ use crate::controller::apps::Resolved;
 use crate::rollout::UnixMs;
 use crate::store::image::Image;
 use crate::store::{self, Store, StoreError};
+
+pub mod sweep;
 
 /// The host of images that were imported into the hub.
 pub const HUB_HOST: &str = "hub.internal";
@@ -149,6 +152,7 @@ struct Inner {
     store: Store,
     asks: Arc<Semaphore>,
     imports: Arc<Semaphore>,
+    broom: sweep::Broom,
 }
 
 impl std::fmt::Debug for Images {
@@ -209,6 +213,7 @@ impl Images {
                 store,
                 asks: Arc::new(Semaphore::new(ASKED_AT_ONCE)),
                 imports: Arc::new(Semaphore::new(IMPORTED_AT_ONCE)),
+                broom: sweep::Broom::new(),
             }),
         })
     }
@@ -328,7 +333,7 @@ impl Images {
     ///
     /// # Errors
     ///
-    /// See [`TakeError`]; then nothing was imported.
+    /// See [`TakeError`]; then nothing was imported, and what of it is on disk is swept.
     pub async fn import(
         &self,
         archive: PathBuf,
@@ -341,12 +346,19 @@ impl Images {
             .await
             .map_err(|_| TakeError::GaveUp)?;
         let blobs = self.inner.blobs.clone();
-        let found = tokio::task::spawn_blocking(move || {
+        let hold = self.inner.broom.hold_then_sweep().await;
+        // The thread has the hold: it ends after a caller that goes away. The image's row is queued with the writer
+        // before the hold is dropped.
+        let (found, _hold) = tokio::task::spawn_blocking(move || {
             let _held = permit;
-            layout::import_path(&archive, &blobs, &ImportLimits::default())
+            (
+                layout::import_path(&archive, &blobs, &ImportLimits::default()),
+                hold,
+            )
         })
         .await
-        .map_err(|_| TakeError::GaveUp)??;
+        .map_err(|_| TakeError::GaveUp)?;
+        let found = found?;
         let (reference, image) = choose(wanted, found)?;
         let view = ImageView {
             reference: reference.to_string(),
@@ -368,7 +380,7 @@ impl Images {
 }
 
 /// `hub.internal/NAME:TAG` of a name as users write it.
-fn hub_reference(name: &str) -> Result<Reference, TakeError> {
+pub(crate) fn hub_reference(name: &str) -> Result<Reference, TakeError> {
     let plain = name
         .strip_prefix(HUB_HOST)
         .and_then(|rest| rest.strip_prefix('/'))

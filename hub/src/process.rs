@@ -167,6 +167,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
         port,
         secret: secrets.hub.clone(),
     };
+    let tidy = images.clone();
     let router = api::router(Api {
         controller: controller.clone(),
         images,
@@ -185,6 +186,10 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
     tasks.spawn(until(
         stopping.clone(),
         link::run(link, controller.clone(), Arc::clone(&counters)),
+    ));
+    tasks.spawn(until(
+        stopping.clone(),
+        async move { tidy.keep_tidy().await },
     ));
     tasks.spawn(until(stopping, {
         let controller = controller.clone();

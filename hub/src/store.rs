@@ -15,6 +15,7 @@
 //! | [`device`] | devices, their labels, presence and reports |
 //! | [`desired`] | placements, generations and the outbox |
 //! | [`rollout`] | rollouts, waves, assignments and the facts they are decided on |
+//! | [`release`] | which releases are still needed |
 //! | [`event`] | what happened |
 //! | [`image`] | images imported into the hub |
 //! | [`column`](mod@column) | between SQL and Rust types |
@@ -32,6 +33,7 @@ pub mod desired;
 pub mod device;
 pub mod event;
 pub mod image;
+pub mod release;
 pub mod rollout;
 pub mod schema;
 

@@ -16,6 +16,7 @@
 //! | `GET /events/stream?after=` | server-sent events: `id:` is the event id, `data:` an [`EventView`] |
 //! | `GET /images` | → [`ImageView`]s |
 //! | `POST /images?name=NAME:TAG` | tar of an OCI layout or docker-archive → [`ImageView`] |
+//! | `DELETE /images/NAME:TAG` | → 204; 409 `image-in-use` while an app needs it |
 //! | `GET /info` | → [`HubView`] |
 //!
 //! Lists are `{"items": […]}`. Errors are `application/problem+json` ([`Problem`], RFC 9457). Every call

@@ -1,4 +1,4 @@
-//! `image`: sends images to the hub and lists those it has.
+//! `image`: sends images to the hub, lists those it has and removes them.
 
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Read, Write};
@@ -40,6 +40,21 @@ pub(super) fn run(hub: &Hub, verb: &Image, format: Format, out: &mut dyn Write) 
                     output::printable(&view.platforms.join(" ")),
                     bytes(view.size_bytes)
                 )?,
+            }
+            Ok(code::OK)
+        }
+        Image::Remove { name } => {
+            hub.order("DELETE", &format!("/images/{}", query_value(name)))?;
+            let name = name.strip_prefix("hub.internal/").unwrap_or(name);
+            match format {
+                Format::Json => {
+                    output::json(
+                        out,
+                        &serde_json::json!({ "removed": format!("hub.internal/{name}") }),
+                    )?;
+                }
+                Format::Name => writeln!(out, "image/hub.internal/{}", output::printable(name))?,
+                Format::Table => writeln!(out, "hub.internal/{} removed", output::printable(name))?,
             }
             Ok(code::OK)
         }

@@ -119,6 +119,8 @@ pub async fn apply(
     Segment(app): Segment,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<ApplyAnswer>, Failure> {
+    // What is resolved stays until the release that names it is queued.
+    let _hold = api.images.hold().await;
     let resolved = resolve(&api, &app, body).await?;
     let seed = draw_seed()?;
     let answer = api

@@ -1,4 +1,4 @@
-//! `/images`: list and import.
+//! `/images`: list, import and remove.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,7 +15,9 @@ use serde::Deserialize;
 use tempfile::TempPath;
 use tokio::io::AsyncWriteExt as _;
 
-use super::{Api, Failure, Hub};
+use super::{Api, Failure, Hub, Segment};
+use crate::controller;
+use crate::images::hub_reference;
 use crate::store::{self, StoreError};
 
 /// An upload of which nothing came for so long is given up.
@@ -68,6 +70,20 @@ pub async fn import(
         })
         .await?;
     Ok((StatusCode::CREATED, Json(view)))
+}
+
+/// `DELETE /images/NAME:TAG`; the name may hold slashes.
+///
+/// # Errors
+///
+/// When there is no such image, an app needs it, or the store fails.
+pub async fn remove(State(api): Hub, Segment(image): Segment) -> Result<StatusCode, Failure> {
+    let reference = hub_reference(&image)?;
+    api.controller
+        .change(move |change| controller::images::remove(change, &reference))
+        .await?;
+    api.images.want_sweep();
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// The body as a file, which goes when it is dropped.

@@ -162,6 +162,8 @@ impl From<ControlError> for Failure {
             | ControlError::NothingToUndo(_) => conflict("nothing-before"),
             ControlError::Deleting(_) => conflict("app-deleting"),
             ControlError::Connected(_) => conflict("device-connected"),
+            ControlError::UnknownImage(_) => Self::not_found("unknown-image", detail),
+            ControlError::ImageInUse { .. } => conflict("image-in-use"),
             ControlError::Store(error) => error.into(),
         }
     }

@@ -1,7 +1,7 @@
 //! Images imported into the hub: names for blobs in the image directory.
 //!
-//! A tag that is imported again moves. What it named before stays in the image directory, as releases that
-//! devices run or go back to name images by digest.
+//! A tag that is imported again moves. What it named before stays in the image directory as long as a release that
+//! devices run or go back to names it, by digest.
 
 use foreshore_protocol::api::ImageView;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
@@ -62,6 +62,16 @@ pub fn by_reference(connection: &Connection, reference: &str) -> rusqlite::Resul
         .prepare_cached(&format!("SELECT {COLUMNS} FROM image WHERE reference = ?1"))?
         .query_row([reference], read)
         .optional()
+}
+
+/// Forgets an image; false when there is none of that name.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn delete(connection: &Connection, reference: &str) -> rusqlite::Result<bool> {
+    let gone = connection.execute("DELETE FROM image WHERE reference = ?1", [reference])?;
+    Ok(gone > 0)
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Image> {

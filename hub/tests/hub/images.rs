@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::bed::{Bed, Kind, manifest};
+use crate::bed::{Bed, Kind, manifest, wait_for};
 
 fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program)
@@ -138,7 +138,8 @@ fn an_image_goes_in_as_an_archive_and_out_through_skopeo() {
 #[test]
 fn a_docker_archive_is_an_image_too_and_a_moved_tag_keeps_what_it_named() {
     let bed = Bed::start(Kind::Embedded);
-    bed.import("v1");
+    let image = bed.import("v1");
+    bed.apply("shop", &manifest("shop", &image, "[{percent: 100}]"));
     let first = bed.get("/images")["items"][0]["digest"].clone();
     let docker = bed.path("docker.tar");
     let dir = bed.path("");
@@ -224,4 +225,141 @@ fn bad_archives_are_refused_by_what_is_wrong_and_leave_nothing() {
         (422, &Value::from("unknown-image")),
         "{body}"
     );
+}
+
+fn blobs(bed: &Bed) -> Vec<String> {
+    let entries = std::fs::read_dir(bed.data().join("images/blobs/sha256")).unwrap();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn await_blobs(bed: &Bed, expected: &[String]) {
+    wait_for("the image directory to be swept", || {
+        let found = blobs(bed);
+        if found == expected {
+            Ok(())
+        } else {
+            Err(found)
+        }
+    });
+}
+
+#[test]
+fn what_a_refused_or_killed_import_left_is_swept_and_what_is_used_stays() {
+    let mut bed = Bed::start(Kind::Embedded);
+    bed.import("v1");
+    let used = blobs(&bed);
+    assert!(!used.is_empty());
+
+    // Two images in one archive: taken apart whole before the hub can say that it does not know which is meant.
+    let dir = bed.path("");
+    let both = dir.join("both").display().to_string();
+    for tag in ["v2", "v3"] {
+        let source = format!("oci:{}:{tag}", layout(&dir, tag));
+        run(
+            "skopeo",
+            &["copy", "--quiet", &source, &format!("oci:{both}:{tag}")],
+        );
+    }
+    let archive = dir.join("both.tar").display().to_string();
+    run("tar", &["-C", &both, "-cf", &archive, "."]);
+    let (status, body) = bed.call("POST", "/images", &std::fs::read(&archive).unwrap());
+    assert_eq!(
+        (status, &body["code"]),
+        (400, &Value::from("several-images")),
+        "{body}"
+    );
+    await_blobs(&bed, &used);
+
+    // A hub that was killed after an import's blobs were in place and before its name was.
+    bed.kill_hub();
+    let orphan = bed.data().join("images/blobs/sha256").join("0".repeat(64));
+    std::fs::write(&orphan, "orphan").unwrap();
+    bed.start_hub();
+    await_blobs(&bed, &used);
+    let operator = format!("Bearer {}", bed.token());
+    assert_eq!(
+        bed.request("GET", "/v2/demo/manifests/v1", Some(&operator), b"")
+            .0,
+        200
+    );
+}
+
+#[test]
+fn an_image_is_removed_once_no_app_needs_it() {
+    let bed = Bed::start(Kind::Embedded);
+    let first = bed.import("v1");
+    let (status, body) = bed.call(
+        "POST",
+        "/images?name=acme/demo:v1",
+        &oci_archive(&bed.path(""), "v1"),
+    );
+    assert_eq!(status, 201, "{body}");
+    bed.apply("shop", &manifest("shop", &first, "[{percent: 100}]"));
+    bed.await_rollout("shop", "completed");
+    let used = blobs(&bed);
+
+    // The same image under another name: nothing breaks without that.
+    assert_eq!(bed.call("DELETE", "/images/acme/demo:v1", b"").0, 204);
+    let (status, body) = bed.call("DELETE", "/images/acme/demo:v1", b"");
+    assert_eq!(
+        (status, &body["code"]),
+        (404, &Value::from("unknown-image")),
+        "{body}"
+    );
+    let (status, body) = bed.call("DELETE", "/images/Demo:v1", b"");
+    assert_eq!(
+        (status, &body["code"]),
+        (400, &Value::from("bad-image-name")),
+        "{body}"
+    );
+
+    let refused = |why: &str| {
+        let (status, body) = bed.call("DELETE", "/images/demo:v1", b"");
+        assert_eq!(
+            (status, &body["code"]),
+            (409, &Value::from("image-in-use")),
+            "{why}: {body}"
+        );
+        assert!(
+            body["detail"].as_str().unwrap().contains("app shop"),
+            "{why}: {body}"
+        );
+    };
+    refused("the app is at it");
+    let second = bed.import("v2");
+    bed.apply("shop", &manifest("shop", &second, "[{percent: 100}]"));
+    bed.await_rollout("shop", "completed");
+    refused("the app can go back to it");
+    let third = bed.import("v3");
+    bed.apply("shop", &manifest("shop", &third, "[{percent: 100}]"));
+    bed.await_rollout("shop", "completed");
+    let all = blobs(&bed);
+    assert_eq!(
+        bed.call("DELETE", "/images/demo:v1", b"").0,
+        204,
+        "two releases back"
+    );
+    let left: Vec<String> = all
+        .into_iter()
+        .filter(|blob| !used.contains(blob))
+        .collect();
+    await_blobs(&bed, &left);
+    assert!(bed.event_kinds().contains(&"image-removed".to_owned()));
+    let operator = format!("Bearer {}", bed.token());
+    for tag in ["v2", "v3"] {
+        assert_eq!(
+            bed.request(
+                "GET",
+                &format!("/v2/demo/manifests/{tag}"),
+                Some(&operator),
+                b""
+            )
+            .0,
+            200
+        );
+    }
 }

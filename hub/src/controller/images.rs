@@ -1,0 +1,58 @@
+//! Removing images that were imported into the hub.
+
+use std::collections::BTreeSet;
+
+use foreshore_images::Reference;
+use foreshore_protocol::AppName;
+
+use super::{Change, ControlError};
+use crate::images::sweep::imported;
+use crate::store;
+
+/// Forgets the image `reference`; its blobs go with the next sweep, unless another tag or a release needs them.
+///
+/// # Errors
+///
+/// When there is none, when it is in use (see [`ControlError::ImageInUse`]), or the store fails.
+pub fn remove(change: &mut Change<'_>, reference: &Reference) -> Result<(), ControlError> {
+    let name = reference.to_string();
+    let image = store::image::by_reference(change.connection, &name)?
+        .ok_or_else(|| ControlError::UnknownImage(name.clone()))?;
+    let mut apps = applied_with(change, reference)?;
+    let elsewhere = store::image::list(change.connection)?
+        .iter()
+        .any(|other| other.view.digest == image.view.digest && other.view.reference != name);
+    if !elsewhere {
+        for release in store::release::needed(change.connection)? {
+            let pins = |pinned: &String| imported(pinned) == Some(image.view.digest);
+            if release.images.iter().any(pins) {
+                apps.insert(release.app);
+            }
+        }
+    }
+    if !apps.is_empty() {
+        return Err(ControlError::ImageInUse {
+            reference: name,
+            apps,
+        });
+    }
+    store::image::delete(change.connection, &name)?;
+    Ok(change.event("image-removed").record(name)?)
+}
+
+/// The apps whose manifest names the image: applying it again would fail without.
+fn applied_with(
+    change: &Change<'_>,
+    reference: &Reference,
+) -> Result<BTreeSet<AppName>, ControlError> {
+    let apps = store::app::list(change.connection)?.into_iter();
+    let names = |image: &str| Reference::parse(image).is_ok_and(|named| named == *reference);
+    Ok(apps
+        .filter(|app| !app.deleting)
+        .filter(|app| {
+            let mut services = app.manifest.spec.services.values();
+            services.any(|service| names(&service.image))
+        })
+        .map(|app| app.name().clone())
+        .collect())
+}
