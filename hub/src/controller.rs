@@ -12,6 +12,7 @@
 //! | [`rollouts`] | opening, advancing and commanding rollouts |
 //! | [`membership`] | which device an app selects, and what newcomers get |
 //! | [`images`] | which images go |
+//! | [`releases`] | which releases are forgotten |
 //! | [`ingest`] | what devices say |
 
 use std::collections::BTreeSet;
@@ -31,6 +32,7 @@ pub mod change;
 pub mod images;
 pub mod ingest;
 pub mod membership;
+pub mod releases;
 pub mod rollouts;
 
 pub use change::{Change, Effects};
@@ -47,7 +49,10 @@ const HOUSEKEEPING: Duration = Duration::from_secs(30);
 /// The least time between two rounds of advancing, so that a burst of reports is taken in at once.
 const ROUND_MIN: Duration = Duration::from_millis(20);
 
-/// How many rollouts of an app are kept at least.
+/// How often releases that nobody needs are looked for.
+const RELEASES_EVERY: Duration = Duration::from_secs(3600);
+
+/// How many rollouts of an app are kept, beside its newest completed one.
 const KEEP_ROLLOUTS: u64 = 100;
 
 /// Why a change was refused.
@@ -252,6 +257,7 @@ impl Controller {
     pub async fn run(&self) {
         self.touch_live();
         let mut housekeeping = Instant::now();
+        let mut releases = None;
         loop {
             let begun = Instant::now();
             let next = match self.round().await {
@@ -267,6 +273,10 @@ impl Controller {
             if housekeeping.elapsed() >= HOUSEKEEPING {
                 housekeeping = Instant::now();
                 self.keep_house().await;
+                if releases.is_none_or(|last: Instant| last.elapsed() >= RELEASES_EVERY) {
+                    releases = Some(Instant::now());
+                    self.forget_releases().await;
+                }
             }
             // Half of the writer's time at most goes into advancing, however large the fleet.
             tokio::time::sleep(begun.elapsed().max(ROUND_MIN)).await;
@@ -314,6 +324,27 @@ impl Controller {
         }
         let next = self.change(|change| Ok(store::rollout::due(change.connection, change.now)?.1));
         next.await
+    }
+
+    async fn forget_releases(&self) {
+        let find =
+            |connection: &Connection| Ok::<_, ControlError>(releases::Expired::find(connection)?);
+        let forgotten = async {
+            let expired = self.inner.store.read(find).await?;
+            if expired.is_empty() {
+                return Ok(0);
+            }
+            self.change(move |change| releases::forget(change, &expired))
+                .await
+        };
+        match forgotten.await {
+            Ok(0) => {}
+            Ok(releases) => tracing::info!(releases, "forgot releases that nobody needs"),
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "failed to forget releases"
+            ),
+        }
     }
 
     async fn keep_house(&self) {

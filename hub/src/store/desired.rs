@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use foreshore_protocol::message::{Head, HeadApp};
-use foreshore_protocol::{AppName, DeviceId, Digest, Epoch, Version};
+use foreshore_protocol::{AppName, DeviceId, Digest, Epoch, Version, topic};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::column;
@@ -225,7 +225,7 @@ pub fn published(
     Ok(())
 }
 
-/// Queues a release for publication.
+/// Queues a release for publication. It may have been forgotten before: then it is not to be cleared any more.
 ///
 /// # Errors
 ///
@@ -234,7 +234,7 @@ pub fn enqueue_release(connection: &Connection, digest: &Digest) -> rusqlite::Re
     connection
         .prepare_cached("INSERT OR IGNORE INTO outbox_release (digest) VALUES (?1)")?
         .execute([digest.to_string()])?;
-    Ok(())
+    cleared(connection, &topic::release(digest))
 }
 
 /// Releases that wait to be published, at most `limit`.

@@ -77,3 +77,27 @@ pub fn expired(connection: &Connection, newest: u64, limit: u64) -> rusqlite::Re
         .query_map(params![newest, limit], |row| column::parsed(row, 0))?
         .collect()
 }
+
+/// Forgets a release that had [`expired`] when `newest` was the newest rollout, unless a rollout was opened since
+/// that names it, or it is placed; whether it went.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn delete(connection: &Connection, digest: &Digest, newest: u64) -> rusqlite::Result<bool> {
+    let digest = digest.to_string();
+    let gone = connection
+        .prepare_cached(
+            "DELETE FROM release WHERE digest = ?1
+                AND NOT EXISTS (SELECT 1 FROM placement WHERE release = ?1)
+                AND NOT EXISTS (SELECT 1 FROM rollout WHERE id > ?2
+                    AND ?1 IN (json_extract(header, '$.to'), json_extract(header, '$.from')))",
+        )?
+        .execute(params![digest, newest])?;
+    if gone > 0 {
+        connection
+            .prepare_cached("DELETE FROM outbox_release WHERE digest = ?1")?
+            .execute([digest])?;
+    }
+    Ok(gone > 0)
+}

@@ -400,7 +400,7 @@ pub const fn stands(state: RolloutState) -> bool {
     )
 }
 
-/// Removes the oldest final rollouts of an app beyond `keep`, but never its newest completed one.
+/// Removes the final rollouts of an app but its newest `keep`, and never its newest completed one.
 ///
 /// # Errors
 ///
@@ -409,7 +409,7 @@ pub fn prune(connection: &Connection, app: &AppName, keep: u64) -> rusqlite::Res
     connection
         .prepare_cached(
             "DELETE FROM rollout WHERE app = ?1 AND final = 1
-                AND id < coalesce((SELECT max(id) FROM rollout WHERE app = ?1 AND state = 'completed'), 0)
+                AND id != coalesce((SELECT max(id) FROM rollout WHERE app = ?1 AND state = 'completed'), 0)
                 AND id NOT IN (SELECT id FROM rollout WHERE app = ?1 ORDER BY id DESC LIMIT ?2)",
         )?
         .execute(params![app.as_str(), keep])
