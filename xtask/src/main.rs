@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod cross;
 mod demo;
+mod guest;
 mod packages;
 mod sim;
 mod step;
@@ -32,6 +33,8 @@ enum Task {
     Demo(demo::Options),
     /// Install what the tests need from Debian's packages where possible, then run every test (needs root)
     Test(test::Options),
+    /// Run the device's tests in a virtual machine with nothing but cgroup v2
+    Guest(guest::Options),
     /// Run the seeded simulator: hub and devices on virtual time
     Sim(sim::Options),
     /// Measure Foreshore beside its peers in one run; reports only (needs root)
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().task {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
+        Task::Guest(options) => guest::run(&options),
         Task::Sim(options) => sim::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Cross(options) => cross::run(&options),

@@ -78,6 +78,40 @@ pub(crate) const FOR_TESTS: &[Package] = &[
     },
 ];
 
+/// What `cargo xtask guest` needs beyond what the tests need.
+pub(crate) const FOR_GUEST: &[Package] = &[
+    Package {
+        name: "qemu-system-x86",
+        file: "/usr/bin/qemu-system-x86_64",
+        why: "the machine with nothing but cgroup v2",
+    },
+    Package {
+        name: "busybox-static",
+        file: "/bin/busybox",
+        why: "what the guest has for a system",
+    },
+    Package {
+        name: "mosquitto",
+        file: "/usr/sbin/mosquitto",
+        why: "the broker of the device's tests",
+    },
+    Package {
+        name: "e2fsprogs",
+        file: "/sbin/mkfs.ext4",
+        why: "the guest's disk",
+    },
+    Package {
+        name: "util-linux",
+        file: "/usr/bin/setpriv",
+        why: "ends the guest with its task",
+    },
+    Package {
+        name: "binutils",
+        file: "/usr/bin/strip",
+        why: "small programs for the guest",
+    },
+];
+
 /// What `cargo xtask bench` compares with.
 pub(crate) const FOR_BENCH: &[Package] = &[
     Package {
@@ -125,15 +159,24 @@ pub(crate) fn install(packages: &[Package]) -> anyhow::Result<()> {
         let _judged_by_what_is_there =
             apt(&["install", "--yes", "--no-install-recommends"], &names);
     }
-    let still: Vec<&str> = missing
+    check(packages)
+}
+
+/// Says what a person must install.
+///
+/// # Errors
+///
+/// With the names of packages that are missing.
+pub(crate) fn check(packages: &[Package]) -> anyhow::Result<()> {
+    let missing: Vec<&str> = packages
         .iter()
         .filter(|package| !package.is_there())
         .map(|package| package.name)
         .collect();
     anyhow::ensure!(
-        still.is_empty(),
+        missing.is_empty(),
         "missing: {0}; install them: apt-get install {0}",
-        still.join(" ")
+        missing.join(" ")
     );
     Ok(())
 }
