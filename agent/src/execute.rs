@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use foreshore_images::store::Store;
 use foreshore_protocol::manifest::Service;
@@ -15,6 +15,9 @@ use foreshore_protocol::{AppName, Digest, ServiceName};
 use crate::plan::Outcome;
 use crate::runtime::{ContainerId, ContainerSpec, ImageConfig, Runtime, StartError};
 use crate::stage::Staging;
+
+/// What a container has at least between its stop signal and SIGKILL, however long its hooks took (as in Kubernetes).
+const LAST_GRACE: Duration = Duration::from_secs(2);
 
 /// What steps are done with.
 #[derive(Debug)]
@@ -59,6 +62,8 @@ pub enum Task {
         signal: i32,
         /// As in the step.
         grace: Duration,
+        /// As in the step.
+        pre_stop: Vec<Vec<String>>,
     },
     /// [`crate::plan::Step::Remove`].
     Remove {
@@ -90,13 +95,21 @@ pub async fn execute<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
             Ok(()) => Outcome::Staged { release },
             Err(reason) => Outcome::StagingFailed { release, reason },
         },
-        Task::Stop { id, signal, grace } => match tools.runtime.stop(&id, signal, grace).await {
-            Ok(()) => Outcome::Stopped { id },
-            Err(error) => Outcome::Stuck {
-                message: chain(&error),
-                id,
-            },
-        },
+        Task::Stop {
+            id,
+            signal,
+            grace,
+            pre_stop,
+        } => {
+            let left = prepare_stop(tools, &id, &pre_stop, grace).await;
+            match tools.runtime.stop(&id, signal, left).await {
+                Ok(()) => Outcome::Stopped { id },
+                Err(error) => Outcome::Stuck {
+                    message: chain(&error),
+                    id,
+                },
+            }
+        }
         Task::Remove { id } => match tools.runtime.remove(&id).await {
             Ok(()) => Outcome::Removed { id },
             Err(error) => Outcome::Stuck {
@@ -125,6 +138,31 @@ pub async fn execute<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
             Outcome::Collected
         }
     }
+}
+
+/// Runs the commands that a container wants run before it is asked to stop; what is left of its grace period. One
+/// that fails, or takes too long, keeps nothing from stopping.
+async fn prepare_stop<R: Runtime>(
+    tools: &Tools<R>,
+    id: &ContainerId,
+    commands: &[Vec<String>],
+    grace: Duration,
+) -> Duration {
+    let began = Instant::now();
+    let left = || grace.saturating_sub(began.elapsed());
+    for command in commands {
+        if left().is_zero() {
+            break;
+        }
+        match tools.runtime.exec(id, command, left()).await {
+            Ok(0) => {}
+            Ok(code) => tracing::warn!(container = %id, ?command, code, "a pre_stop hook failed"),
+            Err(error) => {
+                tracing::warn!(container = %id, ?command, error = chain(&error), "a pre_stop hook failed");
+            }
+        }
+    }
+    left().max(LAST_GRACE.min(grace))
 }
 
 async fn stage<R>(tools: &Tools<R>, images: &[String]) -> Result<(), Reason> {

@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use foreshore_agent::config::{Config, DEFAULT_PATH};
 use foreshore_agent::execute::Tools;
-use foreshore_agent::plan::{Busy, Desired, Observed, ObservedContainer, ProbeState};
+use foreshore_agent::plan::{Busy, Desired, Observed, ObservedContainer, ProbeStates};
 use foreshore_agent::reconcile::{Agent, Memory, Parts};
 use foreshore_agent::runtime::Runtime as _;
 use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
@@ -377,7 +377,7 @@ fn work_out(config: &Config) -> anyhow::Result<Published> {
             .iter()
             .map(|container| ObservedContainer {
                 container: container.clone(),
-                probe: ProbeState::Unknown,
+                probes: ProbeStates::default(),
             })
             .collect(),
         releases,

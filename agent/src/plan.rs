@@ -18,6 +18,7 @@
 //! |---|---|
 //! | `plan/app.rs` | how an assignment goes: staging, switching, trial, return to the last-known-good |
 //! | `plan/service.rs` | which containers are stopped, removed, started |
+//! | `plan/health.rs` | how well services are, and what they wait for |
 //! | `plan/backoff.rs` | how long to wait before trying again |
 //! | `plan/collect.rs` | which images and releases are no longer needed |
 //! | `plan/status.rs` | what is reported |
@@ -37,6 +38,7 @@ mod app;
 mod backoff;
 pub mod check;
 mod collect;
+mod health;
 mod history;
 mod service;
 mod status;
@@ -125,16 +127,27 @@ pub struct Observed {
     pub busy: Busy,
 }
 
-/// One container and its probe.
+/// One container and its probes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObservedContainer {
     /// As the runtime lists it.
     pub container: Container,
-    /// What its readiness probe says. Not looked at for a service that has none.
-    pub probe: ProbeState,
+    /// What its probes say. Those that its service does not have are not looked at.
+    pub probes: ProbeStates,
 }
 
-/// What a readiness probe says, thresholds applied.
+/// What the probes of one container say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ProbeStates {
+    /// Once ready, it stays so.
+    pub startup: ProbeState,
+    /// Unknown before the startup probe succeeded.
+    pub readiness: ProbeState,
+    /// Unknown before the startup probe succeeded.
+    pub liveness: ProbeState,
+}
+
+/// What a probe says, thresholds applied.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum ProbeState {
     /// Too few answers yet.

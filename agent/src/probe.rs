@@ -1,4 +1,4 @@
-//! Readiness probes: asking a container whether it does its job, with Kubernetes' thresholds.
+//! Probes: asking a container whether it came up, does its job, still lives, with Kubernetes' thresholds.
 //!
 //! HTTP and TCP probes connect from inside the container's own network namespace
 //! ([`Runtime::connect`]), so that services on the same port of one device do not meet.
@@ -28,6 +28,34 @@ pub async fn watch<R: Runtime>(
     probe: &Probe,
     mut tell: impl FnMut(ProbeState),
 ) {
+    follow(runtime, id, probe, |state| {
+        tell(state);
+        false
+    })
+    .await;
+}
+
+/// As [`watch`], and returns once the answer was yes: for startup probes.
+pub async fn until_ready<R: Runtime>(
+    runtime: &R,
+    id: &ContainerId,
+    probe: &Probe,
+    mut tell: impl FnMut(ProbeState),
+) {
+    follow(runtime, id, probe, |state| {
+        let ready = state == ProbeState::Ready;
+        tell(state);
+        ready
+    })
+    .await;
+}
+
+async fn follow<R: Runtime>(
+    runtime: &R,
+    id: &ContainerId,
+    probe: &Probe,
+    mut is_enough: impl FnMut(ProbeState) -> bool,
+) {
     tokio::time::sleep(probe.initial_delay.duration()).await;
     let mut verdict = Verdict::new(probe.success_threshold, probe.failure_threshold);
     let mut ticks = tokio::time::interval(probe.period.duration().max(Duration::from_millis(1)));
@@ -36,8 +64,10 @@ pub async fn watch<R: Runtime>(
     loop {
         ticks.tick().await;
         let answer = ask(runtime, id, probe).await;
-        if let Some(state) = verdict.take(answer) {
-            tell(state);
+        if let Some(state) = verdict.take(answer)
+            && is_enough(state)
+        {
+            return;
         }
     }
 }

@@ -111,6 +111,20 @@ pub struct Exit {
     pub code: i32,
     /// Whether the kernel killed it for memory.
     pub oom: bool,
+    /// The signal that ended it, if one did (signal(7)).
+    pub signal: Option<u8>,
+}
+
+impl Exit {
+    /// It ended by itself with this code.
+    #[must_use]
+    pub const fn with_code(code: i32) -> Self {
+        Self {
+            code,
+            oom: false,
+            signal: None,
+        }
+    }
 }
 
 /// What a container does.

@@ -80,7 +80,7 @@ impl Framed for Counters {
 }
 
 impl Framed for History {
-    const SCHEMA: u16 = 0x0102;
+    const SCHEMA: u16 = 0x0103;
 }
 
 impl Framed for Head {

@@ -152,6 +152,7 @@ fn a_container_that_dies_is_started_again_without_broker_and_hub() {
             Exit {
                 code: 3,
                 oom: false,
+                signal: None,
             },
         );
         wait_for("another instance", || {

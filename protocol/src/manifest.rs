@@ -16,9 +16,11 @@ use crate::quantity::{Bytes, Cpus, Span};
 
 pub(crate) mod check;
 mod explain;
+mod lifecycle;
 mod parse;
 
 pub use check::{MAX_SERVICES, MAX_WAVES, Violation};
+pub use lifecycle::{Condition, Dependencies, Dependency, Deploy, Hook, UpdateConfig, UpdateOrder};
 pub use parse::{MAX_DEPTH, MAX_MANIFEST_BYTES, ManifestError, parse};
 
 /// An App: *which devices* (selector), *what runs there* (services), *how changes arrive* (rollout).
@@ -93,9 +95,11 @@ impl Selector {
 
 /// One container of an app, in Compose spellings.
 ///
-/// Also the form that a [`crate::release::Release`] holds, with `image` pinned by digest. Every field is
-/// written out in canonical JSON, so a default that changes in a later version of Foreshore changes no
-/// release that exists.
+/// Also the form that a [`crate::release::Release`] holds, with `image` pinned by digest. The fields up to
+/// `logging` are always written out in canonical JSON, so a default that changes in a later version of
+/// Foreshore changes no release that exists. Fields that came later are left out when they hold their
+/// default, which therefore never changes: a service that does not use them keeps its digest, and its
+/// containers run on when an agent is updated.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Service {
@@ -154,6 +158,25 @@ pub struct Service {
     /// Rotation of what the container writes to stdout and stderr.
     #[serde(default)]
     pub logging: Logging,
+    /// What must hold of other services before this one is first started in a boot or for a release. They are
+    /// stopped in the opposite order. A map of conditions, or a list of names.
+    #[serde(
+        default,
+        skip_serializing_if = "BTreeMap::is_empty",
+        deserialize_with = "parse::dependencies"
+    )]
+    pub depends_on: Dependencies,
+    /// Commands run in the container, one after the other, before it is asked to stop; their time counts
+    /// against `stop_grace_period`. Not run when the container ends by itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pre_stop: Vec<Hook>,
+    /// How the service is replaced.
+    #[serde(default, skip_serializing_if = "Deploy::is_default")]
+    pub deploy: Deploy,
+    /// Whether the service may hold back updates of its app: it gets a directory `/run/foreshore`, and while
+    /// one of its processes has an exclusive flock(2) on `update.lock` there, no update begins.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub update_lock: bool,
 }
 
 /// An in-memory file system, written `/path` or `/path:size=16m`.
@@ -254,13 +277,34 @@ impl StopSignal {
     }
 }
 
-/// The probes of a service (Kubernetes names). Liveness and startup probes are not built yet.
+/// The probes of a service (Kubernetes names and semantics).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Probes {
     /// Whether the service does its job. Without one, a running container is a ready one.
     #[serde(default)]
     pub readiness: Option<Probe>,
+    /// Whether it still works at all. When this fails, the container is stopped and its restart policy
+    /// decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub liveness: Option<Probe>,
+    /// Whether it has come up. Until then the other probes wait and the service is not ready. When this
+    /// fails, the container is stopped and its restart policy decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub startup: Option<Probe>,
+}
+
+impl Probes {
+    /// Those that there are, with their names.
+    pub fn each(&self) -> impl Iterator<Item = (&'static str, &Probe)> {
+        let all = [
+            ("startup", &self.startup),
+            ("readiness", &self.readiness),
+            ("liveness", &self.liveness),
+        ];
+        all.into_iter()
+            .filter_map(|(name, probe)| Some((name, probe.as_ref()?)))
+    }
 }
 
 /// One probe (Kubernetes semantics). Exactly one of `http`, `tcp`, `exec` must be given.

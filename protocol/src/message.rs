@@ -208,6 +208,12 @@ pub enum ReasonCode {
     StateCorrupt,
     /// Anything else; the message says what.
     Internal,
+    /// A signal from outside the agent ended the container.
+    Signaled,
+    /// The liveness or startup probe failed.
+    ProbeFailed,
+    /// The app holds its update lock.
+    UpdateLocked,
 }
 
 /// One service in an [`AppStatus`].
@@ -367,6 +373,10 @@ pub enum EventKind {
     EventsDropped,
     /// A container that was running when the agent started was taken over again.
     Adopted,
+    /// A container was ended by a signal that the agent did not send.
+    Signaled,
+    /// A container is stopped because its liveness or startup probe failed.
+    ProbeFailed,
 }
 
 /// Down, retained: what the hub tells every device.

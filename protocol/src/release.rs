@@ -113,7 +113,7 @@ impl Release {
                 }));
             }
         }
-        Ok(())
+        check::dependencies("services", &self.services).map_err(ReleaseError::Meaning)
     }
 
     /// The canonical JSON: keys sorted by code point, no white space, every field present, integers only
@@ -220,13 +220,18 @@ fn unescape(service: &mut Service) {
     let lists = [&mut service.entrypoint, &mut service.command]
         .into_iter()
         .flatten();
-    let exec = service
-        .probes
-        .readiness
-        .iter_mut()
-        .flat_map(|probe| probe.exec.iter_mut());
+    let probes = &mut service.probes;
+    let exec = [
+        &mut probes.startup,
+        &mut probes.readiness,
+        &mut probes.liveness,
+    ]
+    .into_iter()
+    .flatten()
+    .flat_map(|probe| probe.exec.iter_mut());
     let texts = lists
         .chain(exec.map(|exec| &mut exec.command))
+        .chain(service.pre_stop.iter_mut().map(|hook| &mut hook.command))
         .flatten()
         .chain(service.environment.values_mut());
     for text in texts {

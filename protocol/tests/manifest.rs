@@ -113,11 +113,14 @@ fn keys_that_do_not_exist_or_are_not_built() {
         "workingDir: /",
         "1: x",
         "ports: [\"80:80\"]",
-        "depends_on: [db]",
+        "depends_on: {db: {condition: service_started, restart: true}}",
+        "lifecycle: {preStop: {}}",
+        "pre_stop: [{command: [a], user: root}]",
+        "deploy: {replicas: 3}",
+        "deploy: {update_config: {parallelism: 2}}",
         "devices: [/dev/ttyUSB0]",
         "healthcheck: {test: [a]}",
         "build: .",
-        "deploy: {}",
         "networks: [a]",
         "secrets: [a]",
         "configs: [a]",
@@ -126,8 +129,8 @@ fn keys_that_do_not_exist_or_are_not_built() {
         "env_file: .env",
         "container_name: x",
         "hostname: x",
-        "probes: {liveness: {tcp: {port: 1}}}",
-        "probes: {startup: {tcp: {port: 1}}}",
+        "livenessProbe: {tcp: {port: 1}}",
+        "probes: {alive: {tcp: {port: 1}}}",
         "probes: {readiness: {httpGet: {port: 1}}}",
         "probes: {readiness: {http: {port: 1, scheme: https}}}",
         "logging: {driver: json-file}",
@@ -161,6 +164,17 @@ fn values_of_the_wrong_type_or_out_of_range() {
     let service = [
         "read_only: yes",
         "restart: false",
+        "depends_on: db",
+        "depends_on: [db]",
+        "depends_on: [web]",
+        "depends_on: [db, db]",
+        "depends_on: {db: {condition: healthy}}",
+        "depends_on: {db: }",
+        "pre_stop: [{command: []}]",
+        "deploy: {update_config: {order: first}}",
+        "update_lock: /run/lock",
+        "probes: {liveness: {tcp: {port: 1}, success_threshold: 2}}",
+        "probes: {startup: {tcp: {port: 1}, initial_delay: 10m}}",
         "restart: on-failure:x",
         "pids_limit: -1",
         "pids_limit: 1.5",
@@ -471,4 +485,65 @@ fn service(app: &App) -> &manifest::Service {
         .values()
         .next()
         .expect("at least one service")
+}
+
+#[test]
+fn services_that_depend_on_each_other() {
+    let app = |services: &str| {
+        format!(
+            "apiVersion: foreshore/v1\nkind: App\nmetadata: {{name: a}}\nspec: {{services: {{{services}}}}}\n"
+        )
+    };
+    let good = app(
+        "web: {image: x, depends_on: {db: {condition: service_healthy}, migrate: {condition: service_completed_successfully}}}, \
+         db: {image: x, probes: {readiness: {tcp: {port: 1}}}}, \
+         migrate: {image: x, restart: on-failure:3, depends_on: [db]}",
+    );
+    manifest::parse(good.as_bytes()).unwrap();
+    let refused = refusals(&[
+        (
+            "unknown",
+            app("web: {image: x, depends_on: [database]}, db: {image: x}"),
+        ),
+        ("self", app("web: {image: x, depends_on: [web]}")),
+        (
+            "cycle",
+            app(
+                "a: {image: x, depends_on: [b, d]}, b: {image: x, depends_on: [c]}, \
+                 c: {image: x, depends_on: [b]}, d: {image: x}",
+            ),
+        ),
+        (
+            "no probe",
+            app("web: {image: x, depends_on: {db: {condition: service_healthy}}}, db: {image: x}"),
+        ),
+        (
+            "never completes",
+            app(
+                "web: {image: x, depends_on: {db: {condition: service_completed_successfully}}}, db: {image: x}",
+            ),
+        ),
+    ]);
+    insta::assert_snapshot!(refused);
+}
+
+#[test]
+fn services_without_the_later_keys_keep_their_digest() {
+    let app = manifest::parse(base().as_bytes()).unwrap();
+    let service = app.spec.services.values().next().unwrap();
+    let text = serde_json::to_string(service).unwrap();
+    let later = [
+        "depends_on",
+        "pre_stop",
+        "deploy",
+        "update_lock",
+        "liveness",
+        "startup",
+    ];
+    assert!(later.iter().all(|key| !text.contains(key)), "{text}");
+    // The digest of the first release of this program.
+    assert_eq!(
+        foreshore_protocol::release::service_digest(service).to_string(),
+        "sha256:2fd11d4e19478cc85b00300f1335572e994addf49cc4045ef1594c3ecfff4554"
+    );
 }

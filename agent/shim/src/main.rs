@@ -113,16 +113,24 @@ unsafe extern "C" fn shim_main(stack: *const usize) -> ! {
     sys::exit(0)
 }
 
-/// Writes `CODE\n` to `exit` in the run directory, whole or not at all. Not synced: the run directory means
-/// nothing after a reboot.
+/// Writes `CODE\n`, or `CODE SIGNAL\n` if a signal ended it, to `exit` in the run directory, whole or not at all.
+/// Not synced: the run directory means nothing after a reboot.
 fn write_exit(status: i32) {
-    let code = if status & 0x7f == 0 {
+    let signal = status & 0x7f;
+    let code = if signal == 0 {
         (status >> 8) & 0xff
     } else {
-        128 + (status & 0x7f)
+        128 + signal
     };
     let mut text = [0_u8; 24];
-    let length = log::decimal(code.unsigned_abs().into(), &mut text);
+    let mut length = log::decimal(code.unsigned_abs().into(), &mut text);
+    if signal != 0 {
+        let mut digits = [0_u8; 24];
+        let count = log::decimal(signal.unsigned_abs().into(), &mut digits);
+        text[length] = b' ';
+        text[length + 1..=length + count].copy_from_slice(&digits[..count]);
+        length += 1 + count;
+    }
     text[length] = b'\n';
     // A full run directory is the one thing that can stop this; whoever watches sees a shim that lives
     // until it has said its word, or gives up after a minute and leaves a broken container.

@@ -9,8 +9,9 @@ use foreshore_protocol::message::{EventKind, HeadApp, Phase, Reason, ReasonCode}
 use foreshore_protocol::quantity::Span;
 use foreshore_protocol::{AppName, Digest};
 
+use super::health::{Health, health};
 use super::history::reason;
-use super::service::{self, Health, Target};
+use super::service::{self, Target};
 use super::{AppHistory, Assignment, Draft, LastKnownGood, ObservedContainer, Poison, Trial};
 
 /// A release during whose trial the device booted so often takes the device down.
@@ -274,7 +275,7 @@ fn switch(draft: &Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
             .last_known_good
             .as_ref()
             .is_some_and(|good| good.release == release);
-    service::forgive(history);
+    service::forgive(history, release);
     history.current = Some(release);
     history.trial = Some(Trial {
         since: desired.since,
@@ -359,7 +360,7 @@ fn verdict(
         let message = format!("the device booted {} times during the trial", trial.boots);
         return Verdict::Fail(reason(ReasonCode::DeadlineExceeded, None, &message));
     }
-    let health = service::health(history, containers, target);
+    let health = health(history, containers, target);
     let mut waiting = None;
     for health in health.into_values() {
         match health {

@@ -5,12 +5,13 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use foreshore_protocol::manifest::UpdateOrder;
 use foreshore_protocol::message::Phase;
 use foreshore_protocol::release::service_digest;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::service::{image_digest, service_of};
-use super::{AppHistory, History, Observed, Plan, Step};
+use super::{AppHistory, History, Observed, ObservedContainer, Plan, Step};
 use crate::runtime::{ContainerId, ContainerState};
 
 /// A broken rule.
@@ -20,7 +21,8 @@ pub enum Violation {
     UnknownService(ContainerId),
     /// Two steps on one service, or a step on one that is busy.
     TwoSteps(AppName, ServiceName),
-    /// A start while another container of the service is there.
+    /// A start while another container of the service is there, unless it takes the place of one of another spec
+    /// that serves until then.
     SecondInstance(ContainerId),
     /// An instance number that was used before.
     UsedInstance(ContainerId),
@@ -124,7 +126,16 @@ fn check_start(
         .iter()
         .map(|seen| &seen.container.id)
         .filter(|other| (&other.app, &other.service) == (&id.app, &id.service));
-    if siblings.clone().next().is_some() {
+    let service = observed
+        .releases
+        .get(release)
+        .and_then(|manifest| manifest.services.get(&id.service));
+    let beside = service.is_some_and(|service| {
+        let digest = service_digest(service);
+        service.deploy.update_config.order == UpdateOrder::StartFirst
+            && of_service(observed, id).all(|seen| seen.container.service_digest != digest)
+    });
+    if siblings.clone().next().is_some() && !beside {
         found.push(Violation::SecondInstance(id.clone()));
     }
     let used = before
@@ -149,6 +160,15 @@ fn check_start(
     }
 }
 
+fn of_service<'a>(
+    observed: &'a Observed,
+    id: &'a ContainerId,
+) -> impl Iterator<Item = &'a ObservedContainer> {
+    observed.containers.iter().filter(|seen| {
+        (&seen.container.id.app, &seen.container.id.service) == (&id.app, &id.service)
+    })
+}
+
 fn check_end(observed: &Observed, plan: &Plan, id: &ContainerId, found: &mut Vec<Violation>) {
     let Some(seen) = observed
         .containers
@@ -169,16 +189,19 @@ fn check_end(observed: &Observed, plan: &Plan, id: &ContainerId, found: &mut Vec
                 .get(&id.service)
         })
         .map(service_digest);
-    let twins = observed
-        .containers
-        .iter()
+    let twins = of_service(observed, id)
         .filter(|other| {
-            (&other.container.id.app, &other.container.id.service) == (&id.app, &id.service)
-                && Some(other.container.service_digest) == wanted
+            Some(other.container.service_digest) == wanted
                 && matches!(other.container.state, ContainerState::Running { .. })
         })
         .count();
-    let runs = matches!(seen.container.state, ContainerState::Running { .. });
+    let condemned = plan
+        .history
+        .apps
+        .get(&id.app)
+        .and_then(|app| app.services.get(&id.service))
+        .is_some_and(|service| service.has_ended(id.instance));
+    let runs = matches!(seen.container.state, ContainerState::Running { .. }) && !condemned;
     if runs && wanted == Some(seen.container.service_digest) && twins == 1 {
         found.push(Violation::NeedlessStop(id.clone()));
     }

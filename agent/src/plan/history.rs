@@ -115,6 +115,8 @@ pub struct Trial {
 pub struct ServiceHistory {
     /// The highest instance number ever used.
     pub last_instance: u64,
+    /// The instance that all below speaks of; the newest, unless an update that began beside it was given up.
+    pub instance: u64,
     /// The spec of that instance ([`foreshore_protocol::release::service_digest`]).
     pub spec: Option<Digest>,
     /// The release that instance was started for.
@@ -123,10 +125,16 @@ pub struct ServiceHistory {
     pub started: BootMs,
     /// The instance that was last seen or known to be there; 0 when there is none that we know of.
     pub present: u64,
-    /// The highest instance number whose end was taken note of.
-    pub ended_instance: u64,
-    /// How it ended.
+    /// Whether the end of that instance was taken note of: it does not run, or must not.
+    pub ended: bool,
+    /// How it ended; `None` when it vanished, or is to be stopped for its probe.
     pub last_exit: Option<Exit>,
+    /// What its probe said, when that was the reason for its end.
+    pub condemned: Option<String>,
+    /// Whether it was started in this boot for this spec: from then on it does not wait for what it depends on.
+    pub began: bool,
+    /// The instance whose startup probe succeeded; it is not asked again.
+    pub came_up: u64,
     /// How often a container of this spec was started again.
     pub restarts: u32,
     /// How often in a row it ended or did not start, without a stable time between.
@@ -187,9 +195,11 @@ impl History {
                 self.record_staging_failure(*release, reason, *schema_unknown, now);
             }
             Outcome::Started { id } => {
-                if let Some(service) = self.service_of(id) {
+                let service = self.service_of(id);
+                if let Some(service) = service.filter(|service| service.instance == id.instance) {
                     service.present = id.instance;
                     service.started = now.ms;
+                    service.condemned = None;
                     service.resume = Resume::Now;
                     service.trouble = None;
                 }
@@ -201,15 +211,15 @@ impl History {
             } => self.record_start_failure(id, message, *refused, now),
             Outcome::Stopped { id } => {
                 if let Some(service) = self.service_of(id) {
-                    service.ended_instance = service.ended_instance.max(id.instance);
-                    service.present = 0;
+                    // Stopped to be replaced: what comes in its place waits for its dependencies again.
+                    service.began &= service.instance != id.instance || service.condemned.is_some();
+                    service.is_gone(id.instance);
                     service.trouble = None;
                 }
             }
             Outcome::Removed { id } => {
                 if let Some(service) = self.service_of(id) {
-                    service.ended_instance = service.ended_instance.max(id.instance);
-                    service.present = 0;
+                    service.is_gone(id.instance);
                 }
             }
             Outcome::Stuck { id, message } => {
@@ -262,9 +272,11 @@ impl History {
             return;
         };
         let service = app.services.entry(id.service.clone()).or_default();
+        if service.instance != id.instance {
+            return;
+        }
         let for_release = service.release;
-        service.ended_instance = service.ended_instance.max(id.instance);
-        service.present = 0;
+        service.is_gone(id.instance);
         service.failures = service.failures.saturating_add(1);
         let name = format!("{}.{}", id.app, id.service);
         let delay = backoff::restart_delay_ms(now.boot, &name, service.failures);
@@ -298,6 +310,7 @@ impl History {
             }
             for service in app.services.values_mut() {
                 service.present = 0;
+                service.began = false;
                 service.started = BootMs::default();
                 service.failures = 0;
                 service.stuck_until = BootMs::default();
@@ -307,6 +320,29 @@ impl History {
                 }
             }
         }
+    }
+}
+
+impl ServiceHistory {
+    /// Whether it ended for good, having done what it had to.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.resume == Resume::Never
+            && self.condemned.is_none()
+            && self.last_exit.is_some_and(|exit| exit.code == 0)
+    }
+
+    /// An instance is not there any more, or does not run.
+    fn is_gone(&mut self, instance: u64) {
+        if self.instance == instance {
+            self.ended = true;
+            self.present = 0;
+        }
+    }
+
+    /// Whether the end of this instance was taken note of.
+    pub(super) const fn has_ended(&self, instance: u64) -> bool {
+        self.instance == instance && self.ended
     }
 }
 

@@ -1,16 +1,17 @@
-//! The containers of one app: what became of them, whether they are well, and the next step on each.
+//! The containers of one app: what became of them, and the next step on each.
 //!
-//! A service has at most one container. The next step follows from what is there alone: a container that
-//! should not be is stopped if it runs and removed if it does not; when none is left, one is started.
+//! A service has at most one container, or two while a new one is started beside the one before. The next step
+//! follows from what is there alone: a container that should not be is stopped if it runs and removed if it does
+//! not; when none is left, one is started.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use foreshore_protocol::manifest::{RestartPolicy, Service};
-use foreshore_protocol::message::{EventKind, Reason, ReasonCode};
+use foreshore_protocol::manifest::{RestartPolicy, Service, UpdateOrder};
+use foreshore_protocol::message::EventKind;
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
-use super::history::reason;
+use super::health::{Health, health, signal_name, waits_for};
 use super::{
     AppHistory, Draft, Notice, Observed, ObservedContainer, ProbeState, Resume, ServiceHistory,
     Step, backoff,
@@ -75,19 +76,6 @@ pub(super) fn image_digest(service: &Service) -> Option<Digest> {
     service.image.rsplit_once('@')?.1.parse().ok()
 }
 
-/// Whether a service does its job.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Health {
-    /// It does, or has done what it had to.
-    Ready,
-    /// Not known yet, or on its way.
-    NotYet(Reason),
-    /// It does not; that may pass.
-    Unwell(Reason),
-    /// It does not and will not.
-    Hopeless(Reason),
-}
-
 /// Takes note of containers that are new, ended or vanished since the last plan.
 pub(super) fn observe(
     draft: &mut Draft<'_>,
@@ -108,6 +96,8 @@ pub(super) fn observe(
             });
         if id.instance > service.last_instance || service.spec.is_none() {
             service.last_instance = service.last_instance.max(id.instance);
+            service.instance = id.instance;
+            service.ended = false;
             service.spec = Some(seen.container.service_digest);
             service.release = Some(seen.container.release);
         }
@@ -115,25 +105,64 @@ pub(super) fn observe(
             let spec = target.services.get(&id.service)?;
             (spec.digest == seen.container.service_digest).then_some(spec)
         });
+        let runs = matches!(seen.container.state, ContainerState::Running { .. });
+        if runs && spec.is_some_and(|spec| service.spec != Some(spec.digest)) {
+            // An update that was begun beside it was given up.
+            *service = ServiceHistory {
+                last_instance: service.last_instance,
+                instance: id.instance,
+                spec: Some(seen.container.service_digest),
+                release: Some(seen.container.release),
+                began: true,
+                ..ServiceHistory::default()
+            };
+        }
+        if id.instance != service.instance {
+            // It says nothing about the one that counts.
+            continue;
+        }
         match seen.container.state {
+            ContainerState::Running { .. } if service.ended => {}
             ContainerState::Running { started_ms, .. } => {
-                let newest = containers
-                    .iter()
-                    .map(|other| &other.container.id)
-                    .filter(|other| other.service == id.service)
-                    .all(|other| other.instance <= id.instance);
-                if newest {
-                    service.present = id.instance;
-                    service.started = super::BootMs(started_ms);
+                service.present = id.instance;
+                service.started = super::BootMs(started_ms);
+                service.condemned = None;
+                if seen.probes.startup == ProbeState::Ready {
+                    service.came_up = id.instance;
+                }
+                if let Some(spec) = spec
+                    && let Some(why) = condemnation(seen, spec.service)
+                {
+                    service.ended = true;
+                    service.present = 0;
+                    service.last_exit = None;
+                    note_end(
+                        draft,
+                        app,
+                        id,
+                        service,
+                        spec.service.restart,
+                        End::Condemned(why),
+                    );
                 }
             }
-            ContainerState::Exited(exit) if id.instance > service.ended_instance => {
-                service.ended_instance = id.instance;
+            ContainerState::Exited(exit) if !service.ended => {
+                service.ended = true;
                 service.present = 0;
                 service.last_exit = Some(exit);
                 if let Some(spec) = spec {
-                    note_end(draft, app, id, service, spec.service.restart, Some(exit));
+                    note_end(
+                        draft,
+                        app,
+                        id,
+                        service,
+                        spec.service.restart,
+                        End::Exited(exit),
+                    );
                 }
+            }
+            ContainerState::Exited(exit) if service.condemned.is_some() => {
+                service.last_exit = Some(exit);
             }
             ContainerState::Exited(_) | ContainerState::Broken => {}
         }
@@ -152,39 +181,67 @@ pub(super) fn observe(
             instance: service.present,
         };
         service.present = 0;
-        if id.instance > service.ended_instance {
-            service.ended_instance = id.instance;
+        if !service.ended {
+            service.ended = true;
             service.last_exit = None;
             let policy = target
                 .and_then(|target| target.services.get(name))
                 .map_or(RestartPolicy::Always, |spec| spec.service.restart);
-            note_end(draft, app, &id, service, policy, None);
+            note_end(draft, app, &id, service, policy, End::Gone);
         }
     }
 }
 
-/// A container of the current spec ended by itself (`exit`) or is not there any more: decides whether and
-/// when it is started again.
+/// Why a running container has to end, if one of its probes says so.
+fn condemnation(seen: &ObservedContainer, service: &Service) -> Option<String> {
+    let probes = &service.probes;
+    let says = |name: &str, probe: bool, state: &ProbeState| match state {
+        ProbeState::NotReady(message) if probe => {
+            Some(format!("the {name} probe fails: {message}"))
+        }
+        ProbeState::Unknown | ProbeState::Ready | ProbeState::NotReady(_) => None,
+    };
+    says("startup", probes.startup.is_some(), &seen.probes.startup)
+        .or_else(|| says("liveness", probes.liveness.is_some(), &seen.probes.liveness))
+}
+
+/// How a container came to its end, or comes to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum End {
+    /// By itself, or by somebody other than the agent.
+    Exited(Exit),
+    /// It is not there any more.
+    Gone,
+    /// It is to be stopped, because a probe says so.
+    Condemned(String),
+}
+
+/// A container of the current spec came to its end: decides whether and when it is started again.
 fn note_end(
     draft: &mut Draft<'_>,
     app: &AppName,
     id: &ContainerId,
     service: &mut ServiceHistory,
     policy: RestartPolicy,
-    exit: Option<Exit>,
+    end: End,
 ) {
     let now = draft.now;
     if now.ms.since(service.started) >= backoff::STABLE_MS {
         service.failures = 0;
     }
     service.failures = service.failures.saturating_add(1);
-    let again = match (policy, exit) {
+    let failed = match &end {
         // It did not end as far as anyone knows; a job that was lost half-way is done again.
-        (_, None) | (RestartPolicy::Always, Some(_)) => true,
-        (RestartPolicy::OnFailure { max_retries }, Some(exit)) => {
-            exit.code != 0 && max_retries.is_none_or(|max| service.failures <= max)
+        End::Gone => None,
+        End::Exited(exit) => Some(exit.code != 0),
+        End::Condemned(_) => Some(true),
+    };
+    let again = match (policy, failed) {
+        (_, None) | (RestartPolicy::Always, _) => true,
+        (RestartPolicy::OnFailure { max_retries }, Some(failed)) => {
+            failed && max_retries.is_none_or(|max| service.failures <= max)
         }
-        (RestartPolicy::No, Some(_)) => false,
+        (RestartPolicy::No, _) => false,
     };
     service.resume = if again {
         let name = format!("{app}.{}", id.service);
@@ -195,16 +252,31 @@ fn note_end(
     } else {
         Resume::Never
     };
-    let (kind, message) = match exit {
-        Some(Exit { oom: true, .. }) => (
+    let (kind, message) = match &end {
+        End::Exited(Exit { oom: true, .. }) => (
             EventKind::OomKilled,
             format!("container {id} was killed for using more memory than its limit"),
         ),
-        Some(Exit { code, .. }) => (
+        End::Exited(Exit {
+            signal: Some(signal),
+            ..
+        }) => (
+            EventKind::Signaled,
+            format!("container {id} was ended by {}", signal_name(*signal)),
+        ),
+        End::Exited(Exit { code, .. }) => (
             EventKind::Exited,
             format!("container {id} ended with exit code {code}"),
         ),
-        None => (EventKind::Exited, format!("container {id} is gone")),
+        End::Gone => (EventKind::Exited, format!("container {id} is gone")),
+        End::Condemned(why) => (
+            EventKind::ProbeFailed,
+            format!("container {id} is stopped because {why}"),
+        ),
+    };
+    service.condemned = match end {
+        End::Condemned(why) => Some(why),
+        End::Exited(_) | End::Gone => None,
     };
     draft.notices.push(Notice {
         kind,
@@ -214,88 +286,21 @@ fn note_end(
     });
 }
 
-/// How well every service of `target` is. Containers that should not be there count against their service.
-pub(super) fn health<'a>(
-    history: &AppHistory,
-    containers: &[&ObservedContainer],
-    target: &Target<'a>,
-) -> BTreeMap<&'a ServiceName, Health> {
-    target
-        .services
-        .iter()
-        .map(|(name, spec)| {
-            let of_service: Vec<_> = containers
-                .iter()
-                .copied()
-                .filter(|seen| seen.container.id.service == **name)
-                .collect();
-            (
-                *name,
-                service_health(name, history.services.get(*name), &of_service, spec),
-            )
-        })
-        .collect()
-}
-
 /// Whether a container is there that belongs to no service of `target`, or to another spec of one.
 pub(super) fn has_stale(containers: &[&ObservedContainer], target: &Target<'_>) -> bool {
     containers.iter().any(|seen| !target.matches(seen))
 }
 
-fn service_health(
-    name: &ServiceName,
-    history: Option<&ServiceHistory>,
-    containers: &[&ObservedContainer],
-    spec: &Spec<'_>,
-) -> Health {
-    let not_yet =
-        |message: &str| Health::NotYet(reason(ReasonCode::NotReady, Some(name.clone()), message));
-    let running = containers.iter().find(|seen| {
-        seen.container.service_digest == spec.digest
-            && matches!(seen.container.state, ContainerState::Running { .. })
-    });
-    if let Some(seen) = running {
-        return match (&seen.probe, spec.service.probes.readiness.is_some()) {
-            (_, false) | (ProbeState::Ready, true) => Health::Ready,
-            (ProbeState::Unknown, true) => not_yet("the readiness probe has not answered yet"),
-            (ProbeState::NotReady(message), true) => Health::Unwell(reason(
-                ReasonCode::NotReady,
-                Some(name.clone()),
-                &format!("the readiness probe fails: {message}"),
-            )),
-        };
-    }
-    let Some(history) = history.filter(|history| history.spec == Some(spec.digest)) else {
-        return not_yet("not started yet");
-    };
-    match (&history.trouble, history.last_exit, history.resume) {
-        (_, Some(Exit { code: 0, .. }), Resume::Never) => Health::Ready,
-        (_, exit, Resume::Never) => Health::Hopeless(exit_reason(name, exit)),
-        (Some(trouble), _, _) => Health::Unwell(trouble.clone()),
-        (None, exit, Resume::At(_)) => Health::Unwell(exit_reason(name, exit)),
-        (None, _, Resume::Now) => not_yet("not started yet"),
-    }
-}
-
-fn exit_reason(name: &ServiceName, exit: Option<Exit>) -> Reason {
-    let (code, message) = match exit {
-        Some(Exit { oom: true, .. }) => (
-            ReasonCode::OomKilled,
-            "killed for using more memory than its limit (mem_limit)".to_owned(),
-        ),
-        Some(Exit { code, .. }) => (ReasonCode::Exited, format!("ended with exit code {code}")),
-        None => (ReasonCode::Exited, "its container is gone".to_owned()),
-    };
-    reason(code, Some(name.clone()), &message)
-}
-
-/// What a new trial forgives: services that had given up are started again.
-pub(super) fn forgive(history: &mut AppHistory) {
+/// What a switch to `release` makes of services that had ended for good: those that failed get another chance, and
+/// those that had done their job do it again, once for each release. What runs runs on.
+pub(super) fn forgive(history: &mut AppHistory, release: Digest) {
     for service in history.services.values_mut() {
-        let failed = service.last_exit.is_none_or(|exit| exit.code != 0);
-        if service.resume == Resume::Never && failed {
+        if service.resume == Resume::Never
+            && (!service.is_done() || service.release != Some(release))
+        {
             service.resume = Resume::Now;
             service.failures = 0;
+            service.began = false;
         }
     }
 }
@@ -336,7 +341,7 @@ pub(super) fn forget(
 }
 
 /// The next step on every service, so that in the end only the containers of `target` are there; with
-/// `None`, no container at all.
+/// `None`, no container at all. Services start after those they depend on, and stop before them.
 pub(super) fn advance(
     draft: &mut Draft<'_>,
     app: &AppName,
@@ -351,6 +356,9 @@ pub(super) fn advance(
         .map(|seen| seen.container.id.service.clone())
         .chain(wanted.map(|name| (*name).clone()))
         .collect();
+    let healths = target.map_or_else(BTreeMap::new, |target| health(history, containers, target));
+    let on_trial = history.trial.is_some();
+    let mut steps = Vec::new();
     for name in names {
         if draft.is_busy(app, &name) {
             continue;
@@ -360,7 +368,17 @@ pub(super) fn advance(
             .copied()
             .filter(|seen| seen.container.id.service == name)
             .collect();
-        let spec = target.and_then(|target| Some((target.release, target.services.get(&name)?)));
+        let wish = target.and_then(|target| {
+            let spec = target.services.get(&name)?;
+            Some(Wish {
+                release: target.release,
+                spec,
+                ready: healths.get(&name) == Some(&Health::Ready),
+                waits: waits_for(history, &healths, target, &name).is_some(),
+                beside: on_trial
+                    && spec.service.deploy.update_config.order == UpdateOrder::StartFirst,
+            })
+        });
         let service = history
             .services
             .entry(name.clone())
@@ -368,68 +386,136 @@ pub(super) fn advance(
                 last_instance: instance_floor,
                 ..ServiceHistory::default()
             });
-        if let Some(step) = next_step(draft, app, &name, service, &of_service, spec) {
-            draft.steps.push(step);
+        let step = next_step(draft, service, &of_service, wish.as_ref());
+        steps.extend(step.map(|step| (name, step)));
+    }
+    let needed = needed(draft, app, containers, &steps);
+    let may_stop = |name: &ServiceName| !needed.names.contains(name) || needed.by_all;
+    for (name, next) in steps {
+        match next {
+            Next::Remove(id) => draft.steps.push(Step::Remove { id }),
+            Next::Stop(seen) if may_stop(&name) => draft.steps.push(stop(draft, seen)),
+            Next::Start(release, spec) if !needed.names.contains(&name) => {
+                let service = history.services.entry(name.clone()).or_default();
+                let step = start(draft, app, &name, service, release, spec);
+                draft.steps.push(step);
+            }
+            Next::Stop(_) | Next::Start(..) => {}
         }
     }
 }
 
-fn next_step(
-    draft: &mut Draft<'_>,
+/// What comes next for one service.
+#[derive(Debug)]
+enum Next<'a> {
+    Remove(ContainerId),
+    Stop(&'a ObservedContainer),
+    /// Of this release and spec.
+    Start(Digest, Digest),
+}
+
+/// Services that containers depend on which are on their way out.
+#[derive(Debug)]
+struct Needed {
+    names: BTreeSet<ServiceName>,
+    /// Containers of different releases may depend on each other in a circle: nobody can go first.
+    by_all: bool,
+}
+
+/// What must wait with a stop or start until containers that depend on it have ended: so a migration never runs
+/// beside the release before of what waits for it.
+fn needed(
+    draft: &Draft<'_>,
     app: &AppName,
-    name: &ServiceName,
-    history: &mut ServiceHistory,
     containers: &[&ObservedContainer],
-    spec: Option<(Digest, &Spec<'_>)>,
-) -> Option<Step> {
+    steps: &[(ServiceName, Next<'_>)],
+) -> Needed {
+    let stops = || {
+        steps.iter().filter_map(|(name, next)| match next {
+            Next::Stop(seen) => Some((name, &seen.container.id)),
+            Next::Remove(_) | Next::Start(..) => None,
+        })
+    };
+    let is_stopping = |seen: &ObservedContainer| {
+        matches!(seen.container.state, ContainerState::Running { .. })
+            && draft.is_busy(app, &seen.container.id.service)
+    };
+    let ending = containers
+        .iter()
+        .filter(|seen| is_stopping(seen) || stops().any(|(_, id)| *id == seen.container.id));
+    let names: BTreeSet<ServiceName> = ending
+        .filter_map(|seen| service_of(draft.observed, &seen.container, &BTreeSet::new()))
+        .flat_map(|(_, service)| service.depends_on.keys().cloned())
+        .collect();
+    let by_all = stops().all(|(name, _)| names.contains(name))
+        && !containers.iter().any(|seen| is_stopping(seen));
+    Needed { names, by_all }
+}
+
+/// What a service should be.
+#[derive(Debug)]
+struct Wish<'a> {
+    release: Digest,
+    spec: &'a Spec<'a>,
+    ready: bool,
+    /// For what it depends on.
+    waits: bool,
+    /// Whether its new container is started beside the one before.
+    beside: bool,
+}
+
+fn next_step<'a>(
+    draft: &mut Draft<'_>,
+    history: &ServiceHistory,
+    containers: &[&'a ObservedContainer],
+    wish: Option<&Wish<'_>>,
+) -> Option<Next<'a>> {
     if draft.is_later(history.stuck_until) {
         return None;
     }
     let keep = containers
         .iter()
         .filter(|seen| {
-            spec.is_some_and(|(_, spec)| spec.digest == seen.container.service_digest)
+            wish.is_some_and(|wish| wish.spec.digest == seen.container.service_digest)
                 && stays(draft, history, seen)
         })
         .map(|seen| seen.container.id.instance)
         .max();
     let unwanted = containers
         .iter()
-        .find(|seen| Some(seen.container.id.instance) != keep);
-    if let Some(seen) = unwanted {
-        let id = seen.container.id.clone();
-        return Some(match seen.container.state {
-            ContainerState::Running { .. } => {
-                let (signal, grace_ms) = stop_of(draft, seen);
-                Step::Stop {
-                    id,
-                    signal,
-                    grace_ms,
-                }
-            }
-            ContainerState::Exited(_) | ContainerState::Broken => Step::Remove { id },
-        });
+        .copied()
+        .filter(|seen| Some(seen.container.id.instance) != keep);
+    let (running, ended): (Vec<&'a ObservedContainer>, Vec<_>) =
+        unwanted.partition(|seen| matches!(seen.container.state, ContainerState::Running { .. }));
+    if let Some(seen) = ended.first() {
+        return Some(Next::Remove(seen.container.id.clone()));
     }
-    let (release, spec) = spec?;
-    if keep.is_some() || !may_start(draft, history, spec) {
+    // The one before serves until the new one is ready.
+    let is_before = |wish: &Wish<'_>, seen: &ObservedContainer| {
+        wish.spec.digest != seen.container.service_digest
+    };
+    let stays_beside = wish.is_some_and(|wish| {
+        wish.beside && !wish.ready && running.iter().all(|seen| is_before(wish, seen))
+    });
+    if let Some(seen) = running.first().filter(|_| !stays_beside) {
+        return Some(Next::Stop(seen));
+    }
+    let wish = wish?;
+    let here = |image| draft.observed.images.contains(&image);
+    if keep.is_some() || wish.waits || !wish.spec.image.is_some_and(here) {
         return None;
     }
-    if spec
-        .image
-        .is_none_or(|image| !draft.observed.images.contains(&image))
-    {
-        return None;
-    }
-    Some(start(draft, app, name, history, release, spec.digest))
+    may_start(draft, history, wish.spec).then_some(Next::Start(wish.release, wish.spec.digest))
 }
 
-/// Whether a container of the right spec stays: it runs, or it ended and is not to be replaced now.
+/// Whether a container of the right spec stays: it runs and is well, or it ended and is not to be replaced now.
 fn stays(draft: &mut Draft<'_>, history: &ServiceHistory, seen: &ObservedContainer) -> bool {
+    let instance = seen.container.id.instance;
     match seen.container.state {
-        ContainerState::Running { .. } => true,
+        ContainerState::Running { .. } => !history.has_ended(instance),
         ContainerState::Broken => false,
         ContainerState::Exited(_) => match history.resume {
-            Resume::Never => seen.container.id.instance == history.ended_instance,
+            Resume::Never => instance == history.instance,
             Resume::At(at) => draft.is_later(at),
             Resume::Now => false,
         },
@@ -457,18 +543,21 @@ fn start(
 ) -> Step {
     let instance = history.last_instance.saturating_add(1);
     if history.spec == Some(spec) {
-        history.restarts = history.restarts.saturating_add(1);
-        history.last_instance = instance;
+        history.restarts = history
+            .restarts
+            .saturating_add(u32::from(history.release == Some(release)));
     } else {
         *history = ServiceHistory {
-            last_instance: instance,
             spec: Some(spec),
-            ended_instance: history.ended_instance,
             ..ServiceHistory::default()
         };
     }
+    history.last_instance = instance;
+    history.instance = instance;
+    history.ended = false;
     history.release = Some(release);
     history.started = draft.now.ms;
+    history.began = true;
     Step::Start {
         id: ContainerId {
             app: app.clone(),
@@ -479,16 +568,26 @@ fn start(
     }
 }
 
-fn stop_of(draft: &Draft<'_>, seen: &ObservedContainer) -> (i32, u64) {
-    service_of(draft.observed, &seen.container, &BTreeSet::new()).map_or(
-        UNKNOWN_STOP,
-        |(_, service)| {
-            (
-                service.stop_signal.number(),
-                service.stop_grace_period.millis(),
-            )
+fn stop(draft: &Draft<'_>, seen: &ObservedContainer) -> Step {
+    let id = seen.container.id.clone();
+    match service_of(draft.observed, &seen.container, &BTreeSet::new()) {
+        Some((_, service)) => Step::Stop {
+            id,
+            signal: service.stop_signal.number(),
+            grace_ms: service.stop_grace_period.millis(),
+            pre_stop: service
+                .pre_stop
+                .iter()
+                .map(|hook| hook.command.clone())
+                .collect(),
         },
-    )
+        None => Step::Stop {
+            id,
+            signal: UNKNOWN_STOP.0,
+            grace_ms: UNKNOWN_STOP.1,
+            pre_stop: Vec::new(),
+        },
+    }
 }
 
 /// What a container was started as, from a release on disk that has a service of its spec; one of `first`

@@ -3,7 +3,8 @@
 use foreshore_protocol::AppName;
 use foreshore_protocol::message::{AppStatus, Phase, Reason, ServiceState, ServiceStatus};
 
-use super::service::{self, Health, Target};
+use super::health::{Health, health};
+use super::service::{self, Target};
 use super::{AppHistory, Observed, ObservedContainer, Resume, ServiceHistory};
 use crate::runtime::ContainerState;
 
@@ -63,7 +64,7 @@ fn services(
     target: &Target<'_>,
 ) -> (Vec<ServiceStatus>, Option<Reason>) {
     let mut trouble = None;
-    let services = service::health(history, containers, target)
+    let services = health(history, containers, target)
         .into_iter()
         .map(|(name, health)| {
             let spec = target.services.get(name).map(|spec| spec.digest);

@@ -31,8 +31,10 @@ pub enum Step {
         id: ContainerId,
         /// The signal to begin with (signal(7)).
         signal: i32,
-        /// How long until SIGKILL, in milliseconds.
+        /// How long until SIGKILL, in milliseconds, the commands before included.
         grace_ms: u64,
+        /// Commands to run in it before.
+        pre_stop: Vec<Vec<String>>,
     },
     /// Remove a container that has ended, and what is left of it. Its volumes and logs stay.
     Remove {

@@ -1,6 +1,6 @@
 //! The planner against a model device: examples first, then properties.
 
-use foreshore_protocol::manifest::RestartPolicy;
+use foreshore_protocol::manifest::{Condition, Dependency, RestartPolicy, UpdateOrder};
 use foreshore_protocol::message::{Phase, ReasonCode, ServiceState};
 use foreshore_protocol::release::Release;
 
@@ -172,6 +172,282 @@ fn services_that_no_release_has_any_more_are_forgotten_and_their_numbers_never_u
     world.assign(&first);
     world.run(HOUR);
     assert_eq!(world.phase("shop"), Phase::Succeeded);
+}
+
+/// A service that waits for others.
+fn after(
+    mut service: foreshore_protocol::manifest::Service,
+    others: &[(&str, Condition)],
+) -> foreshore_protocol::manifest::Service {
+    service.depends_on = others
+        .iter()
+        .map(|(name, condition)| {
+            let condition = *condition;
+            (name.parse().unwrap(), Dependency { condition })
+        })
+        .collect();
+    service
+}
+
+fn started(world: &World) -> Vec<String> {
+    world
+        .started
+        .iter()
+        .map(|(id, _)| format!("{}.{}", id.service, id.instance))
+        .collect()
+}
+
+fn job(behaviour: &str, seed: u32) -> foreshore_protocol::manifest::Service {
+    service(behaviour, seed, RestartPolicy::No)
+}
+
+#[test]
+fn services_start_after_what_they_depend_on_and_stop_before_it() {
+    let shop = |seed| {
+        release(
+            "shop",
+            &[
+                (
+                    "a-web",
+                    after(always("good", seed), &[("db", Condition::Healthy)]),
+                ),
+                (
+                    "db",
+                    after(
+                        always("good", 100 + seed),
+                        &[
+                            ("migrate", Condition::Completed),
+                            ("z-log", Condition::Started),
+                        ],
+                    ),
+                ),
+                ("migrate", job("exit 0 500", 200 + seed)),
+                ("z-log", always("good", 300 + seed)),
+            ],
+        )
+    };
+    let mut world = World::new();
+    world.assign(&shop(1));
+    world.run(300);
+    assert_eq!(started(&world), ["migrate.1", "z-log.1"]);
+    let status = world.status("shop");
+    let web = status
+        .services
+        .iter()
+        .find(|s| s.service.as_str() == "a-web");
+    assert_eq!(web.unwrap().state, ServiceState::Waiting);
+    world.run(HOUR);
+    assert_eq!(started(&world), ["migrate.1", "z-log.1", "db.1", "a-web.1"]);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    // Everything changes: stopped from the outside in, started again from the inside out.
+    world.assign(&shop(2));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    let stopped: Vec<_> = world.stopped.iter().map(|id| id.service.as_str()).collect();
+    assert_eq!(stopped, ["a-web", "db", "z-log"]);
+    assert_eq!(
+        started(&world)[4..],
+        ["migrate.2", "z-log.2", "db.2", "a-web.2"]
+    );
+    // After a reboot the job is done and the order holds.
+    world.reboot();
+    world.run(HOUR);
+    assert_eq!(started(&world)[8..], ["z-log.3", "db.3", "a-web.3"]);
+    world.unassign(&"shop".parse().unwrap());
+    world.run(HOUR);
+    let stopped: Vec<_> = world.stopped[3..]
+        .iter()
+        .map(|id| id.service.as_str())
+        .collect();
+    assert_eq!(stopped, ["a-web", "db", "z-log"]);
+}
+
+#[test]
+fn a_service_that_died_comes_back_although_what_it_depends_on_is_unwell() {
+    let shop = release(
+        "shop",
+        &[
+            ("db", always("unready 10000", 1)),
+            (
+                "web",
+                after(always("good", 2), &[("db", Condition::Healthy)]),
+            ),
+        ],
+    );
+    let mut world = settled(&shop);
+    let db_is_ill = world.status("shop");
+    assert!(!db_is_ill.services[0].ready, "{db_is_ill:?}");
+    world
+        .containers
+        .retain(|(container, ..)| container.id.service.as_str() != "web");
+    world.run(HOUR);
+    assert_eq!(started(&world), ["db.1", "web.1", "web.2"]);
+}
+
+#[test]
+fn a_job_that_fails_fails_the_release_and_who_waits_for_it_never_starts() {
+    let good = web("good", 1);
+    let mut world = settled(&good);
+    let broken = release(
+        "shop",
+        &[
+            ("migrate", job("exit 3 100", 1)),
+            (
+                "web",
+                after(always("good", 2), &[("migrate", Condition::Completed)]),
+            ),
+        ],
+    );
+    world.assign(&broken);
+    world.run(1_000);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::RolledBack);
+    let reason = status.reason.unwrap();
+    assert_eq!(
+        (reason.code, reason.service.unwrap().as_str()),
+        (ReasonCode::Exited, "migrate")
+    );
+    world.run(HOUR);
+    // The old one was replaced only when its turn came: it never ended.
+    assert_eq!(world.running("shop")["web"], good.digest());
+}
+
+#[test]
+fn going_back_keeps_the_order_too() {
+    let shop = |web: &str, seed| {
+        release(
+            "shop",
+            &[
+                (
+                    "a-web",
+                    after(always(web, seed), &[("db", Condition::Healthy)]),
+                ),
+                (
+                    "db",
+                    after(
+                        always("good", 100 + seed),
+                        &[("migrate", Condition::Completed)],
+                    ),
+                ),
+                ("migrate", job("exit 0 500", 200 + seed)),
+            ],
+        )
+    };
+    let mut world = settled(&shop("good", 1));
+    world.assign(&shop("never-ready", 2));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    let order: Vec<_> = world
+        .started
+        .iter()
+        .map(|(id, _)| id.service.as_str())
+        .collect();
+    assert_eq!(order, ["migrate", "db", "a-web"].repeat(3));
+}
+
+#[test]
+fn a_job_runs_once_for_each_release_and_not_again_after_a_restart_or_reboot() {
+    let shop = |seed| {
+        let web = after(always("good", seed), &[("init", Condition::Completed)]);
+        release("shop", &[("init", job("exit 0 100", 1)), ("web", web)])
+    };
+    let mut world = settled(&shop(1));
+    world.crash();
+    world.run(HOUR);
+    world.reboot();
+    world.run(HOUR);
+    assert_eq!(started(&world), ["init.1", "web.1", "web.2"]);
+    world.assign(&shop(2));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    assert_eq!(started(&world)[3..], ["init.2", "web.3"]);
+    assert_eq!(world.status("shop").services[0].restarts, 0);
+}
+
+#[test]
+fn a_container_whose_liveness_probe_fails_is_stopped_and_started_again() {
+    let shop = web("hang 100000", 1);
+    let mut world = settled(&shop);
+    assert!(world.started.len() > 10, "{}", world.started.len());
+    assert!(world.started.len() - world.stopped.len() <= 1);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Succeeded);
+    world.run(100_000);
+    let reason = (0..1_000)
+        .find_map(|_| {
+            world.run(1_000);
+            world.status("shop").reason
+        })
+        .unwrap();
+    assert_eq!(reason.code, ReasonCode::ProbeFailed);
+    assert!(reason.message.contains("liveness"), "{reason:?}");
+    // During a soak it fails the release.
+    let mut world = settled(&web("good", 1));
+    world.assign(&web("hang 2000", 2));
+    world.run(2_200);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::RolledBack);
+    assert_eq!(status.reason.unwrap().code, ReasonCode::ProbeFailed);
+}
+
+#[test]
+fn a_service_is_not_ready_before_its_startup_probe_succeeded() {
+    let mut world = World::new();
+    world.assign(&web("slow 4000", 1));
+    world.run(3_999);
+    assert_eq!(world.phase("shop"), Phase::Activating);
+    world.run(SOAK_MS);
+    assert_eq!(world.phase("shop"), Phase::Soaking);
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    assert_eq!(
+        world
+            .history
+            .apps
+            .values()
+            .next()
+            .unwrap()
+            .services
+            .values()
+            .next()
+            .unwrap()
+            .came_up,
+        1
+    );
+    let mut world = settled(&web("good", 1));
+    world.assign(&web("never-up 1000", 2));
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::RolledBack);
+    let why = status.reason.unwrap().message;
+    assert!(why.contains("startup probe fails"), "{why}");
+}
+
+fn beside(
+    mut service: foreshore_protocol::manifest::Service,
+) -> foreshore_protocol::manifest::Service {
+    service.deploy.update_config.order = UpdateOrder::StartFirst;
+    service
+}
+
+#[test]
+fn start_first_keeps_the_old_container_until_the_new_one_is_ready() {
+    let shop = |behaviour: &str, seed| release("shop", &[("web", beside(always(behaviour, seed)))]);
+    let mut world = settled(&shop("good", 1));
+    world.assign(&shop("good", 2));
+    world.run(99);
+    assert_eq!((started(&world).len(), world.stopped.len()), (2, 0));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    assert_eq!((world.stopped.len(), world.stopped[0].instance), (1, 1));
+    // A bad one: the old one never stops.
+    let good = world.running("shop");
+    world.assign(&shop("never-ready", 3));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    assert_eq!(world.running("shop"), good);
+    let stopped: Vec<_> = world.stopped.iter().map(|id| id.instance).collect();
+    assert_eq!(stopped, [1, 3]);
 }
 
 #[test]
@@ -359,36 +635,6 @@ fn the_hub_may_take_a_release_back_in_the_middle_of_its_activation() {
     assert_eq!(world.running("shop")["web"], v1.digest());
     world.run(HOUR);
     assert_eq!(world.phase("shop"), Phase::Succeeded);
-}
-
-#[test]
-fn a_job_runs_once_and_not_again_after_a_reboot_or_an_unrelated_change() {
-    let job = service("exit 0 500", 3, RestartPolicy::No);
-    let first = release("shop", &[("job", job.clone()), ("web", always("good", 1))]);
-    let mut world = settled(&first);
-    let job_runs = |world: &World| {
-        let mut starts = world.started.iter();
-        starts
-            .by_ref()
-            .filter(|(id, _)| id.service.as_str() == "job")
-            .count()
-    };
-    assert!(
-        world
-            .status("shop")
-            .services
-            .iter()
-            .all(|service| service.ready)
-    );
-    world.reboot();
-    world.run(HOUR);
-    world.assign(&release(
-        "shop",
-        &[("job", job), ("web", always("good", 2))],
-    ));
-    world.run(HOUR);
-    assert_eq!(world.phase("shop"), Phase::Succeeded);
-    assert_eq!(job_runs(&world), 1);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! A model of a device: does the steps of plans on virtual time. For tests.
 //!
 //! How a container behaves is written in its service's command: `good`, `never-ready`, `refuse`,
-//! `exit CODE AFTER_MS`, `unready AFTER_MS`. `good` with a probe is ready 100 ms after its start.
+//! `exit CODE AFTER_MS`, `unready AFTER_MS`, `hang AFTER_MS` (its liveness probe fails then), `slow MS` (its startup
+//! probe succeeds then), `never-up MS` (fails then). `good` with a probe is ready 100 ms after its start.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,7 +23,13 @@ pub(super) fn service(behaviour: &str, seed: u32, restart: RestartPolicy) -> Ser
     let probe = if behaviour.starts_with("exit") || behaviour == "refuse" {
         ""
     } else {
-        ", \"probes\": {\"readiness\": {\"tcp\": {\"port\": 80}}}"
+        match behaviour.split(' ').next() {
+            Some("hang") => {
+                ", \"probes\": {\"liveness\": {\"tcp\": {\"port\": 80}}, \"readiness\": {\"tcp\": {\"port\": 80}}}"
+            }
+            Some("slow" | "never-up") => ", \"probes\": {\"startup\": {\"tcp\": {\"port\": 80}}}",
+            _ => ", \"probes\": {\"readiness\": {\"tcp\": {\"port\": 80}}}",
+        }
     };
     let image = Digest::of(&[u8::try_from(seed % 5).unwrap()]);
     let text = format!(
@@ -146,6 +153,7 @@ impl World {
                 container.state = ContainerState::Exited(Exit {
                     code: code.parse().unwrap(),
                     oom: false,
+                    signal: None,
                 });
             }
         }
@@ -154,7 +162,11 @@ impl World {
             .iter()
             .map(|(container, started, service)| ObservedContainer {
                 container: container.clone(),
-                probe: probe(service, now.since((*started).max(self.watching_since))),
+                probes: probes(
+                    service,
+                    now.since((*started).max(self.watching_since)),
+                    now.since(*started),
+                ),
             })
             .collect();
         Observed {
@@ -213,6 +225,7 @@ impl World {
                         container.state = ContainerState::Exited(Exit {
                             code: 143,
                             oom: false,
+                            signal: Some(15),
                         });
                     }
                 }
@@ -275,6 +288,11 @@ impl World {
                         let (ready, unready) =
                             (watched.plus(100), started.plus(after.parse().unwrap()));
                         Some(if ready > self.now.ms { ready } else { unready })
+                    }
+                    ["hang" | "slow" | "never-up", after] => {
+                        let (ready, later) =
+                            (watched.plus(100), started.plus(after.parse().unwrap()));
+                        Some(if ready > self.now.ms { ready } else { later })
                     }
                     ["good"] => Some(watched.plus(100)),
                     _ => None,
@@ -346,16 +364,37 @@ fn words(service: &Service) -> Vec<&str> {
         .map_or_else(Vec::new, |command| command[0].split(' ').collect())
 }
 
-fn probe(service: &Service, watched_ms: u64) -> ProbeState {
+fn probes(service: &Service, watched_ms: u64, age_ms: u64) -> ProbeStates {
     let words = words(service);
     if watched_ms < 100 {
-        return ProbeState::Unknown;
+        return ProbeStates::default();
     }
-    match words[..] {
-        ["never-ready"] => ProbeState::NotReady("connection refused".to_owned()),
-        ["unready", after] if watched_ms >= after.parse().unwrap() => {
-            ProbeState::NotReady("status 500".to_owned())
-        }
+    let is_over = |after: &str, ms: u64| ms >= after.parse().unwrap();
+    let refused = || ProbeState::NotReady("connection refused".to_owned());
+    let startup = match words[..] {
+        ["slow", ms] if !is_over(ms, age_ms) => ProbeState::Unknown,
+        ["never-up", ms] if !is_over(ms, age_ms) => ProbeState::Unknown,
+        ["never-up", _] => refused(),
         _ => ProbeState::Ready,
+    };
+    if startup != ProbeState::Ready {
+        return ProbeStates {
+            startup,
+            ..ProbeStates::default()
+        };
+    }
+    ProbeStates {
+        startup,
+        readiness: match words[..] {
+            ["never-ready"] => refused(),
+            ["unready", after] if is_over(after, watched_ms) => {
+                ProbeState::NotReady("status 500".to_owned())
+            }
+            _ => ProbeState::Ready,
+        },
+        liveness: match words[..] {
+            ["hang", after] if is_over(after, age_ms) => refused(),
+            _ => ProbeState::Ready,
+        },
     }
 }

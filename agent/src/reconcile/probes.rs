@@ -1,20 +1,20 @@
-//! One probe task for each running container whose service has a readiness probe.
+//! One task for each running container whose service has probes.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use foreshore_protocol::Digest;
-use foreshore_protocol::manifest::Probe;
+use foreshore_protocol::manifest;
 use foreshore_protocol::release::{Release, service_digest};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use crate::plan::ProbeState;
+use crate::plan::{History, ProbeState, ProbeStates};
 use crate::probe;
 use crate::runtime::{Container, ContainerId, ContainerState, Runtime};
 
-type States = Rc<RefCell<BTreeMap<ContainerId, ProbeState>>>;
+type States = Rc<RefCell<BTreeMap<ContainerId, ProbeStates>>>;
 
 #[derive(Debug)]
 pub(super) struct Probes {
@@ -32,8 +32,8 @@ impl Probes {
         }
     }
 
-    /// What a container's probe says.
-    pub(super) fn state(&self, id: &ContainerId) -> ProbeState {
+    /// What a container's probes say.
+    pub(super) fn states(&self, id: &ContainerId) -> ProbeStates {
         self.states.borrow().get(id).cloned().unwrap_or_default()
     }
 
@@ -48,6 +48,7 @@ impl Probes {
         runtime: &Rc<R>,
         containers: &[Container],
         releases: &BTreeMap<Digest, Release>,
+        history: &History,
     ) {
         let runs =
             |container: &&Container| matches!(container.state, ContainerState::Running { .. });
@@ -64,8 +65,9 @@ impl Probes {
             if self.tasks.contains_key(&container.id) {
                 continue;
             }
-            if let Some(probe) = probe_of(container, releases) {
-                let task = self.begin(Rc::clone(runtime), container.id.clone(), probe);
+            if let Some(probes) = probes_of(container, releases) {
+                let came_up = came_up(&container.id, history);
+                let task = self.begin(Rc::clone(runtime), container.id.clone(), probes, came_up);
                 self.tasks.insert(container.id.clone(), task);
             }
         }
@@ -75,16 +77,41 @@ impl Probes {
         &self,
         runtime: Rc<R>,
         id: ContainerId,
-        probe: Probe,
+        probes: manifest::Probes,
+        came_up: bool,
     ) -> JoinHandle<()> {
         let (states, changed) = (Rc::clone(&self.states), Rc::clone(&self.changed));
         tokio::task::spawn_local(async move {
-            probe::watch(&*runtime, &id, &probe, |state| {
-                tracing::debug!(container = %id, ?state, "probe");
-                states.borrow_mut().insert(id.clone(), state);
+            let tell = |name: &str, state: ProbeState| {
+                tracing::debug!(container = %id, probe = name, ?state, "probe");
+                let mut states = states.borrow_mut();
+                let states = states.entry(id.clone()).or_default();
+                match name {
+                    "startup" => states.startup = state,
+                    "readiness" => states.readiness = state,
+                    _ => states.liveness = state,
+                }
                 changed.notify_one();
-            })
-            .await;
+            };
+            match &probes.startup {
+                Some(startup) if !came_up => {
+                    probe::until_ready(&*runtime, &id, startup, |state| {
+                        tell("startup", state);
+                    })
+                    .await
+                }
+                // Nobody waits for one that is not there; one that succeeded once is not asked again.
+                _ => tell("startup", ProbeState::Ready),
+            }
+            let watch = async |name, probe: &Option<manifest::Probe>| {
+                if let Some(probe) = probe {
+                    probe::watch(&*runtime, &id, probe, |state| tell(name, state)).await;
+                }
+            };
+            tokio::join!(
+                watch("readiness", &probes.readiness),
+                watch("liveness", &probes.liveness)
+            );
         })
     }
 }
@@ -97,14 +124,22 @@ impl Drop for Probes {
     }
 }
 
-/// The readiness probe of the service that a container was started as.
-fn probe_of(container: &Container, releases: &BTreeMap<Digest, Release>) -> Option<Probe> {
-    releases
+/// The probes of the service that a container was started as, if it has any.
+fn probes_of(
+    container: &Container,
+    releases: &BTreeMap<Digest, Release>,
+) -> Option<manifest::Probes> {
+    let service = releases
         .values()
         .filter(|release| release.app == container.id.app)
         .filter_map(|release| release.services.get(&container.id.service))
-        .find(|service| service_digest(service) == container.service_digest)?
-        .probes
-        .readiness
-        .clone()
+        .find(|service| service_digest(service) == container.service_digest)?;
+    let any = service.probes.each().next().is_some();
+    any.then(|| service.probes.clone())
+}
+
+fn came_up(id: &ContainerId, history: &History) -> bool {
+    let app = history.apps.get(&id.app);
+    app.and_then(|app| app.services.get(&id.service))
+        .is_some_and(|service| service.came_up == id.instance)
 }

@@ -43,8 +43,12 @@ impl<R: Runtime + 'static> Agent<R> {
                 return;
             }
         };
-        self.probes
-            .follow(&self.tools.runtime, &containers, &self.releases);
+        self.probes.follow(
+            &self.tools.runtime,
+            &containers,
+            &self.releases,
+            &self.history,
+        );
         let lines = containers.iter().map(ContainerLine::from).collect();
         let observed = self.observe(containers);
         let desired = self.head.as_ref().map(Desired::from).unwrap_or_default();
@@ -60,7 +64,7 @@ impl<R: Runtime + 'static> Agent<R> {
             containers: containers
                 .into_iter()
                 .map(|container| ObservedContainer {
-                    probe: self.probes.state(&container.id),
+                    probes: self.probes.states(&container.id),
                     container,
                 })
                 .collect(),
@@ -133,9 +137,15 @@ impl<R: Runtime + 'static> Agent<R> {
                 id,
                 signal,
                 grace_ms,
+                pre_stop,
             } => {
-                let grace = Duration::from_millis(grace_ms);
-                (service(&id), Task::Stop { id, signal, grace })
+                let task = Task::Stop {
+                    id: id.clone(),
+                    signal,
+                    grace: Duration::from_millis(grace_ms),
+                    pre_stop,
+                };
+                (service(&id), task)
             }
             Step::Remove { id } => (service(&id), Task::Remove { id }),
             Step::Start { id, release } => {

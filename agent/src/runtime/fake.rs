@@ -194,6 +194,7 @@ impl Runtime for FakeRuntime {
             container.state = ContainerState::Exited(Exit {
                 code: 128 + signal,
                 oom: false,
+                signal: u8::try_from(signal).ok(),
             });
         }
         Ok(())

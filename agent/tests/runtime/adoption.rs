@@ -51,7 +51,8 @@ async fn a_new_agent_finds_running_containers_and_what_ended_meanwhile() {
         find(&second, &ends.id).await.unwrap().state,
         ContainerState::Exited(Exit {
             code: 3,
-            oom: false
+            oom: false,
+            signal: None,
         })
     );
     assert_eq!(

@@ -14,7 +14,8 @@ async fn too_much_memory_ends_in_an_oom_kill() {
         exit,
         Exit {
             code: 137,
-            oom: true
+            oom: true,
+            signal: Some(9),
         }
     );
     bed.assert_clean();

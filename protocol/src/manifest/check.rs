@@ -4,11 +4,15 @@
 //! nothing that did not pass them. Devices check again what they have on disk, so a later version may loosen
 //! these rules but never tighten them: it would take a running release away.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
-use super::{App, Logging, Probe, ProbeAction, RolloutPolicy, Service, VolumeSource, WaveTarget};
+use super::{
+    App, Condition, Logging, Probe, ProbeAction, RestartPolicy, RolloutPolicy, Service,
+    VolumeSource, WaveTarget,
+};
 use crate::Digest;
+use crate::id::ServiceName;
 use crate::quantity::{Bytes, Cpus, Span};
 use crate::release::{MAX_RELEASE_BYTES, Release};
 
@@ -29,6 +33,8 @@ const MIN_MEM_LIMIT: Bytes = Bytes(4 << 20);
 /// The kernel's smallest quota is 1 ms of a 100 ms period (`cfs_quota_us`).
 const MIN_CPUS: Cpus = Cpus(10);
 const MAX_PIDS: u32 = 32_768;
+/// Hooks of one service at one occasion.
+const MAX_HOOKS: usize = 8;
 const MAX_STOP_GRACE_PERIOD: Span = Span::from_secs(3600);
 const MIN_PROBE_PERIOD: Span = Span(100);
 const MAX_PROBE_TIMEOUT: Span = Span::from_secs(300);
@@ -81,8 +87,85 @@ pub(super) fn app(app: &App) -> Checked {
         substitutions(&path, service)?;
         in_time(&path, service, spec.rollout.progress_deadline)?;
     }
+    dependencies("spec.services", &spec.services)?;
     rollout(&spec.rollout)?;
     size(app)
+}
+
+/// What the services of one app say about each other: whoever is depended on exists, can come to hold what is
+/// asked of it, and nobody waits for itself.
+pub(crate) fn dependencies(path: &str, services: &BTreeMap<ServiceName, Service>) -> Checked {
+    for (name, service) in services {
+        for (other, dependency) in &service.depends_on {
+            let path = format!("{path}.{name}.depends_on.{other}");
+            let Some(other_service) = services.get(other) else {
+                let known: Vec<_> = services.keys().map(ServiceName::as_str).collect();
+                return refuse(
+                    path,
+                    format!(
+                        "there is no service {other}; the app has {}",
+                        known.join(", ")
+                    ),
+                );
+            };
+            match dependency.condition {
+                Condition::Healthy if other_service.probes.readiness.is_none() => refuse(
+                    path,
+                    format!(
+                        "service {other} has no readiness probe to be healthy by; give it one under `probes`, or use \
+                         condition service_started"
+                    ),
+                )?,
+                Condition::Completed if other_service.restart == RestartPolicy::Always => refuse(
+                    path,
+                    format!(
+                        "service {other} is restarted whenever it ends, so it never completes; give it restart \"no\" \
+                         or on-failure"
+                    ),
+                )?,
+                Condition::Started | Condition::Healthy | Condition::Completed => {}
+            }
+        }
+    }
+    match cycle(services) {
+        Some(names) => refuse(
+            format_args!("{path}.{}.depends_on", names[0]),
+            format!("services wait for each other: {}", names.join(" → ")),
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Services that wait for each other, the first of them again at the end.
+fn cycle(services: &BTreeMap<ServiceName, Service>) -> Option<Vec<&str>> {
+    let mut open: BTreeSet<&ServiceName> = services.keys().collect();
+    loop {
+        let before = open.len();
+        let waits = |name: &ServiceName| {
+            services[name]
+                .depends_on
+                .keys()
+                .any(|other| open.contains(other))
+        };
+        let still: BTreeSet<_> = open.iter().copied().filter(|name| waits(name)).collect();
+        open = still;
+        if open.len() == before {
+            break;
+        }
+    }
+    // Everyone left waits for someone left: whoever follows that comes back to where they were.
+    let mut walk = vec![*open.first()?];
+    loop {
+        let next = services[*walk.last()?]
+            .depends_on
+            .keys()
+            .find_map(|other| open.get(other))?;
+        if let Some(begin) = walk.iter().position(|name| name == next) {
+            walk.push(next);
+            return Some(walk[begin..].iter().map(|name| name.as_str()).collect());
+        }
+        walk.push(next);
+    }
 }
 
 /// 1 to [`MAX_SERVICES`].
@@ -108,8 +191,23 @@ pub(crate) fn service(path: &str, service: &Service) -> Checked {
     }
     mounts(path, service)?;
     limits(path, service)?;
-    if let Some(readiness) = &service.probes.readiness {
-        probe(&format!("{path}.probes.readiness"), readiness)?;
+    for (name, probe) in service.probes.each() {
+        let path = format!("{path}.probes.{name}");
+        self::probe(&path, probe)?;
+        ensure(
+            name == "readiness" || probe.success_threshold == 1,
+            format_args!("{path}.success_threshold"),
+            || format!("must be 1 for a {name} probe"),
+        )?;
+    }
+    ensure(
+        service.pre_stop.len() <= MAX_HOOKS,
+        format_args!("{path}.pre_stop"),
+        || format!("at most {MAX_HOOKS} hooks are allowed"),
+    )?;
+    for (index, hook) in service.pre_stop.iter().enumerate() {
+        let path = format!("{path}.pre_stop[{index}].command");
+        arguments(&path, Some(&hook.command))?;
     }
     logging(&format!("{path}.logging"), service.logging)
 }
@@ -449,18 +547,18 @@ fn substitutions(path: &str, service: &Service) -> Checked {
     for (key, text) in &service.environment {
         no_substitution(&format!("{path}.environment.{key}"), text)?;
     }
-    if let Some(probe) = service
-        .probes
-        .readiness
-        .as_ref()
-        .and_then(|probe| probe.exec.as_ref())
-    {
-        for (index, text) in probe.command.iter().enumerate() {
-            no_substitution(
-                &format!("{path}.probes.readiness.exec.command[{index}]"),
-                text,
-            )?;
+    for (name, probe) in service.probes.each() {
+        for (index, text) in probe.exec.iter().flat_map(|exec| &exec.command).enumerate() {
+            no_substitution(&format!("{path}.probes.{name}.exec.command[{index}]"), text)?;
         }
+    }
+    for (hook, text) in service
+        .pre_stop
+        .iter()
+        .enumerate()
+        .flat_map(|(index, hook)| hook.command.iter().map(move |text| (index, text)))
+    {
+        no_substitution(&format!("{path}.pre_stop[{hook}].command"), text)?;
     }
     Ok(())
 }
@@ -476,17 +574,29 @@ fn no_substitution(path: &str, text: &str) -> Checked {
 
 /// A probe that cannot pass before the deadline would fail every rollout.
 fn in_time(path: &str, service: &Service, deadline: Span) -> Checked {
-    let Some(probe) = &service.probes.readiness else {
+    if service.probes.startup.is_none() && service.probes.readiness.is_none() {
         return Ok(());
+    }
+    let earliest = |probe: &Option<Probe>| {
+        probe.as_ref().map_or(0, |probe| {
+            let more = u64::from(probe.success_threshold.saturating_sub(1));
+            let waits = probe.period.millis().saturating_mul(more);
+            probe.initial_delay.millis().saturating_add(waits)
+        })
     };
-    let more = u64::from(probe.success_threshold.saturating_sub(1));
-    let earliest = probe
-        .initial_delay
-        .millis()
-        .saturating_add(probe.period.millis().saturating_mul(more));
+    let (startup, readiness) = (
+        earliest(&service.probes.startup),
+        earliest(&service.probes.readiness),
+    );
+    let name = if startup > readiness {
+        "startup"
+    } else {
+        "readiness"
+    };
+    let earliest = startup.saturating_add(readiness);
     ensure(
         earliest < deadline.millis(),
-        format_args!("{path}.probes.readiness"),
+        format_args!("{path}.probes.{name}"),
         || {
             format!(
                 "cannot pass before {}, but spec.rollout.progressDeadline is {deadline}; make it longer",

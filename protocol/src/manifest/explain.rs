@@ -180,7 +180,10 @@ enum Scope {
     Spec,
     Selector,
     Service,
-    Probes,
+    Dependency,
+    Command,
+    Deploy,
+    UpdateConfig,
     Probe,
     Http,
     Logging,
@@ -189,17 +192,20 @@ enum Scope {
 
 impl Scope {
     fn of(expected: &[&str]) -> Option<Self> {
-        const MARKS: [(&str, Scope); 10] = [
+        const MARKS: [(&str, Scope); 13] = [
             ("apiVersion", Scope::App),
             ("image", Scope::Service),
             ("services", Scope::Spec),
             ("name", Scope::Metadata),
             ("matchLabels", Scope::Selector),
-            ("readiness", Scope::Probes),
+            ("condition", Scope::Dependency),
+            ("update_config", Scope::Deploy),
+            ("order", Scope::UpdateConfig),
             ("http", Scope::Probe),
             ("path", Scope::Http),
             ("max_size", Scope::Logging),
             ("waves", Scope::Rollout),
+            ("command", Scope::Command),
         ];
         MARKS
             .into_iter()
@@ -215,7 +221,10 @@ impl Scope {
             Self::Spec => spec_key(key),
             Self::Selector => selector_key(key),
             Self::Service => service_key(key),
-            Self::Probes => probes_key(key),
+            Self::Dependency => dependency_key(key),
+            Self::Command => command_key(key),
+            Self::Deploy => deploy_key(key),
+            Self::UpdateConfig => update_config_key(key),
             Self::Probe => probe_key(key),
             Self::Http => http_key(key),
             Self::Logging => logging_key(key),
@@ -274,15 +283,12 @@ fn service_key(key: &str) -> Option<&'static str> {
         | "extra_hosts" | "mac_address" => {
             "is not built yet; use `network_mode: none` or `network_mode: host`"
         }
-        "depends_on" => {
-            "is not built yet; services start together, so let a service end or wait until what it needs is there"
-        }
         "healthcheck" | "readinessProbe" => "does not exist; use `probes: {readiness: …}`",
-        "livenessProbe" | "startupProbe" => "is not built yet; use `probes: {readiness: …}`",
+        "livenessProbe" => "does not exist; use `probes: {liveness: …}`",
+        "startupProbe" => "does not exist; use `probes: {startup: …}`",
+        "lifecycle" | "preStop" => "does not exist; use `pre_stop: [{command: […]}]`",
         "build" => "is not for devices; push the image to a registry, or import it into the hub",
-        "deploy" | "resources" => {
-            "does not exist; use `mem_limit`, `cpus`, `pids_limit` and `spec.rollout`"
-        }
+        "resources" => "does not exist; use `mem_limit`, `cpus`, `pids_limit`",
         "mem_reservation" | "memswap_limit" | "mem_swappiness" => {
             "is not built yet; `mem_limit` limits memory, swap included"
         }
@@ -337,8 +343,6 @@ fn service_key(key: &str) -> Option<&'static str> {
         | "develop"
         | "attach"
         | "post_start"
-        | "pre_stop"
-        | "lifecycle"
         | "models"
         | "provider"
         | "hostname"
@@ -349,9 +353,40 @@ fn service_key(key: &str) -> Option<&'static str> {
     })
 }
 
-fn probes_key(key: &str) -> Option<&'static str> {
+fn dependency_key(key: &str) -> Option<&'static str> {
     Some(match key {
-        "liveness" | "startup" => "is not built yet; use `readiness`",
+        "required" | "restart" => NOT_BUILT,
+        _ => return None,
+    })
+}
+
+fn command_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "user" | "privileged" | "working_dir" | "environment" => {
+            "is not built yet; it runs as the service does"
+        }
+        "exec" => "does not exist; write `command` here",
+        _ => return None,
+    })
+}
+
+fn deploy_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "resources" => "does not exist here; use the service's `mem_limit`, `cpus`, `pids_limit`",
+        "restart_policy" => "does not exist here; use the service's `restart`",
+        "mode" | "replicas" | "placement" | "endpoint_mode" | "labels" => {
+            "does not exist; every selected device runs each service once"
+        }
+        "rollback_config" => "is not needed; a failed release goes back by itself",
+        _ => return None,
+    })
+}
+
+fn update_config_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "parallelism" | "delay" | "monitor" | "max_failure_ratio" | "failure_action" => {
+            "does not exist here; use `spec.rollout`"
+        }
         _ => return None,
     })
 }

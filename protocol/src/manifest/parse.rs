@@ -9,7 +9,8 @@ use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::check::{self, Violation};
 use super::explain::syntax;
-use super::{Amount, App, Tmpfs, VolumeMount, VolumeSource};
+use super::{Amount, App, Condition, Dependencies, Dependency, Tmpfs, VolumeMount, VolumeSource};
+use crate::id::ServiceName;
 use crate::quantity::Bytes;
 
 /// The largest manifest that is looked at: 256 KiB.
@@ -153,6 +154,46 @@ pub(super) fn environment<'de, D: Deserializer<'de>>(
     }
 
     deserializer.deserialize_any(Environment)
+}
+
+/// `depends_on:` as a map of conditions, or as a list of names.
+pub(super) fn dependencies<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Dependencies, D::Error> {
+    struct Visit;
+
+    impl<'de> Visitor<'de> for Visit {
+        type Value = Dependencies;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of services, or a map of services and conditions")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut dependencies = Dependencies::new();
+            while let Some((service, dependency)) = map.next_entry()? {
+                dependencies.insert(service, dependency);
+            }
+            Ok(dependencies)
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            let condition = Condition::Started;
+            let mut dependencies = Dependencies::new();
+            while let Some(service) = seq.next_element::<ServiceName>()? {
+                let twice = format!("service {service} is named twice");
+                if dependencies
+                    .insert(service, Dependency { condition })
+                    .is_some()
+                {
+                    return Err(de::Error::custom(twice));
+                }
+            }
+            Ok(dependencies)
+        }
+    }
+
+    deserializer.deserialize_any(Visit)
 }
 
 /// One string or a list of them, as Compose allows for `tmpfs`.

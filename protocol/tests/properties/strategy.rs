@@ -216,6 +216,9 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::Exited,
         ReasonCode::Poisoned,
         ReasonCode::Internal,
+        ReasonCode::Signaled,
+        ReasonCode::ProbeFailed,
+        ReasonCode::UpdateLocked,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))
@@ -319,6 +322,8 @@ pub(crate) fn event() -> impl Strategy<Value = Event> {
         EventKind::Ready,
         EventKind::OomKilled,
         EventKind::Adopted,
+        EventKind::Signaled,
+        EventKind::ProbeFailed,
     ]);
     let about = option::of((name::<AppName>(), option::of(name::<ServiceName>())));
     (any::<[u64; 3]>(), kind, about, "\\PC{0,200}").prop_map(

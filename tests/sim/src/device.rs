@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_agent::plan::{
     self, BootId, BootMs, Busy, Desired, History, Now, Observed, ObservedContainer, Outcome, Plan,
-    ProbeState, Step,
+    ProbeState, ProbeStates, Step,
 };
 use foreshore_agent::runtime::{Container, ContainerId, ContainerState, Exit};
 use foreshore_protocol::message::{AppStatus, Head, Phase, Reason, ReasonCode, Reported};
@@ -247,6 +247,7 @@ impl Device {
                 live.container.state = ContainerState::Exited(Exit {
                     code: 1,
                     oom: false,
+                    signal: None,
                 });
             }
         }
@@ -268,10 +269,13 @@ impl Device {
                 .values()
                 .map(|live| ObservedContainer {
                     container: live.container.clone(),
-                    probe: match live.ready_at {
-                        Some(at) if at <= now => ProbeState::Ready,
-                        Some(_) => ProbeState::Unknown,
-                        None => ProbeState::NotReady("connection refused".to_owned()),
+                    probes: ProbeStates {
+                        readiness: match live.ready_at {
+                            Some(at) if at <= now => ProbeState::Ready,
+                            Some(_) => ProbeState::Unknown,
+                            None => ProbeState::NotReady("connection refused".to_owned()),
+                        },
+                        ..ProbeStates::default()
                     },
                 })
                 .collect(),
@@ -414,6 +418,7 @@ impl Device {
                     live.container.state = ContainerState::Exited(Exit {
                         code: 143,
                         oom: false,
+                        signal: Some(15),
                     });
                 }
                 Some(Outcome::Stopped { id: id.clone() })
@@ -722,6 +727,7 @@ fn mutate(plan: &mut Plan, observed: &Observed, before: &History, mutation: Opti
             id: container.id.clone(),
             signal: 15,
             grace_ms: 10,
+            pre_stop: Vec::new(),
         }));
     }
 }

@@ -43,11 +43,15 @@ impl OciRuntime {
             Err(error) => return Err(error),
         };
         let oom = || self.cgroups.oom_kills(&id.to_string()) > 0;
-        let exit = |code: i32| Exit {
+        let mut words = text.split_ascii_whitespace();
+        let Some(code) = words.next().and_then(|code| code.parse().ok()) else {
+            return Ok(None);
+        };
+        Ok(Some(Exit {
             code,
             oom: code != 0 && oom(),
-        };
-        Ok(text.trim().parse().ok().map(exit))
+            signal: words.next().and_then(|signal| signal.parse().ok()),
+        }))
     }
 
     /// Whether its first process runs.
