@@ -374,7 +374,8 @@ mod defaults {
     }
 }
 
-fn read_secret(path: &Path) -> Result<String, ConfigError> {
+/// The one line of a file that holds a token or a password.
+pub(crate) fn read_secret(path: &Path) -> Result<String, ConfigError> {
     let text = read_bounded(path, MAX_SECRET_BYTES)?;
     let secret = text.trim_end_matches(['\r', '\n']);
     if secret.is_empty() || secret.contains('\n') {

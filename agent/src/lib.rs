@@ -22,11 +22,12 @@
 //! | [`stage`] | pulling and unpacking images in a child process |
 //! | [`runtime`] | containers, behind a trait; libcontainer and a fake |
 //! | [`shim`], [`exec`] | the programs that start a container, and a command in one |
-//! | [`status`], [`removal`] | what an operator on the device asks for |
+//! | [`status`], [`removal`], [`doctor`] | what an operator on the device asks for |
 //! | [`config`], [`inventory`], [`clock`] | the configuration, the device, its clocks |
 
 pub mod clock;
 pub mod config;
+pub mod doctor;
 pub mod exec;
 pub mod execute;
 pub mod inventory;

@@ -34,6 +34,7 @@ mod tls;
 
 pub use pause::Pause;
 pub use tls::TlsError;
+pub(crate) use tls::client as tls_client;
 
 /// MQTT packets larger than this are refused by both sides: 64 KiB.
 const MAX_PACKET_BYTES: u32 = 64 * 1024;

@@ -18,7 +18,7 @@ use foreshore_agent::runtime::Runtime as _;
 use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
 use foreshore_agent::state::{Loaded, OpenError, State};
 use foreshore_agent::status::{ContainerLine, Published};
-use foreshore_agent::{clock, exec, link, plan, removal, shim, stage, state, status};
+use foreshore_agent::{clock, doctor, exec, link, plan, removal, shim, stage, state, status};
 use foreshore_images::store::Store;
 use foreshore_protocol::message::{AppStatus, ServiceState};
 
@@ -37,6 +37,7 @@ struct Arguments {
 const AFTER_HELP: &str = "\
 Try it:
   foreshore-agent check-config --config /etc/foreshore/agent.toml
+  foreshore-agent doctor
   foreshore-agent run
   foreshore-agent status -o json
 
@@ -54,6 +55,15 @@ enum Command {
     Run(At),
     /// Read the configuration, say what is wrong with it, and end. Exit status 2 when something is.
     CheckConfig(At),
+    /// Look at this device and name the fix for whatever keeps containers from running well. Exit status 1 when an
+    /// error is found.
+    Doctor {
+        #[command(flatten)]
+        at: At,
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
     /// Show what runs here; needs no hub and no running agent.
     Status {
         #[command(flatten)]
@@ -98,11 +108,12 @@ enum Output {
 }
 
 fn main() -> ExitCode {
-    // These two must run before any thread exists, and are for the agent only.
+    // These must run before any thread exists, and are for the agent only.
     let mut arguments = std::env::args_os().skip(1);
     match arguments.next().as_deref().and_then(|first| first.to_str()) {
         Some("shim") => return shim::run(arguments),
         Some("exec") => return exec::run(arguments),
+        Some(doctor::attempt::SUBCOMMAND) => return doctor::attempt::run(arguments),
         _ => {}
     }
     let arguments = Arguments::parse();
@@ -119,6 +130,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Stage { at, images } => Ok(stage::run(&Config::load(&at.config)?, &images)),
         Command::CheckConfig(at) => Ok(check_config(&at.config)),
+        Command::Doctor { at, output } => examine(&at.config, output),
         Command::Run(at) => run_agent(&at.config).map(|()| ExitCode::SUCCESS),
         Command::Status { at, output } => {
             show_status(&at.config, output).map(|()| ExitCode::SUCCESS)
@@ -146,6 +158,23 @@ fn check_config(path: &Path) -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+fn examine(config: &Path, output: Output) -> anyhow::Result<ExitCode> {
+    let program = std::env::current_exe().context("failed to find the agent's own program")?;
+    let report = doctor::examine(&program, config);
+    let mut out = std::io::stdout().lock();
+    match output {
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut out, &report)?;
+            writeln!(out)?;
+        }
+        Output::Text => out.write_all(report.text().as_bytes())?,
+    }
+    Ok(match report.worst() {
+        doctor::Level::Error => ExitCode::FAILURE,
+        _ => ExitCode::SUCCESS,
+    })
 }
 
 fn one_thread() -> anyhow::Result<tokio::runtime::Runtime> {

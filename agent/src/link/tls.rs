@@ -34,7 +34,7 @@ pub enum TlsError {
 /// # Errors
 ///
 /// See [`TlsError`].
-pub(super) fn client(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
+pub(crate) fn client(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
     let path = ca_file.unwrap_or_else(|| Path::new(SYSTEM_BUNDLE));
     let read = |source| TlsError::Read {
         path: path.to_owned(),

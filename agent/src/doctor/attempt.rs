@@ -1,0 +1,233 @@
+//! Real tries, each in a short-lived process of its own: `foreshore-agent doctor-try WHAT…`.
+//!
+//! In a process, because namespaces and filters cannot be taken off again, because a name look-up or a dying medium
+//! may hang for minutes, and because the agent never forks with threads. The child prints [`Said`], one JSON object
+//! a line, as it gets on; what it did not come to is known from the lines that lack.
+
+mod child;
+mod hub;
+mod registry;
+mod state;
+
+use std::ffi::OsString;
+use std::io::Read as _;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
+
+pub use self::child::run;
+use super::facts::{Connect, Handshake, Namespace, RegistryAnswer, Space, Tried};
+
+/// The hidden subcommand.
+pub const SUBCOMMAND: &str = "doctor-try";
+
+/// A child that prints more than this is not ours.
+const OUTPUT_MAX: usize = 64 * 1024;
+
+/// What a child found out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "said", rename_all = "kebab-case")]
+pub(super) enum Said {
+    /// The one thing that was tried; `why` when it failed.
+    Tried { why: Option<String> },
+    /// The state directory, or the nearest one above it.
+    LookedAt { dir: String, space: Option<Space> },
+    /// Who has its lock.
+    Lock { lock: LockSaid },
+    /// A file was written and synced in `ms`.
+    Synced { why: Option<String>, ms: u64 },
+    /// An overlay was mounted.
+    Overlay { why: Option<String> },
+    /// A name was looked up.
+    Addresses {
+        found: Vec<String>,
+        why: Option<String>,
+    },
+    /// A connection was made.
+    Connect { how: Connect },
+    /// TLS was spoken.
+    Tls { how: Handshake },
+    /// A registry was asked.
+    Registry { answer: RegistryAnswer },
+}
+
+/// The lock of a state directory, as a child sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum LockSaid {
+    Free,
+    /// With the file's inode number.
+    Held(u64),
+    Unknown(String),
+}
+
+/// What to try.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Try<'a> {
+    Namespace(Namespace),
+    Seccomp,
+    /// Of this state directory: space, sync, overlay, lock.
+    State(&'a Path),
+    /// Of the broker that this configuration names: name, connection, TLS.
+    Hub(&'a Path),
+    /// Of this configuration, this registry.
+    Registry(&'a Path, &'a str),
+}
+
+impl Try<'_> {
+    fn arguments(self) -> Vec<OsString> {
+        match self {
+            Self::Namespace(kind) => vec!["namespace".into(), kind.name().into()],
+            Self::Seccomp => vec!["seccomp".into()],
+            Self::State(dir) => vec!["state".into(), dir.into()],
+            Self::Hub(config) => vec!["hub".into(), config.into()],
+            Self::Registry(config, host) => vec!["registry".into(), config.into(), host.into()],
+        }
+    }
+
+    /// How long it may take.
+    const fn seconds(self) -> u64 {
+        match self {
+            Self::Namespace(_) | Self::Seccomp => 5,
+            Self::State(_) => 15,
+            // The resolver's own default is two rounds of 5 s; then 5 s each for the connection and for TLS.
+            Self::Hub(_) => 21,
+            Self::Registry(..) => 12,
+        }
+    }
+}
+
+/// A try under way.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    started: Result<(Child, ChildStdout), String>,
+    until: Instant,
+    seconds: u64,
+    /// It cleans up after itself, so it is left to end by itself.
+    tidies: bool,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) said: Vec<Said>,
+    /// Why there is no more of it.
+    pub(super) end: End,
+}
+
+/// How a child ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum End {
+    Ended,
+    /// Not within so many seconds.
+    TimedOut(u64),
+    NotStarted(String),
+}
+
+impl Attempt {
+    /// Starts `program` with the hidden subcommand.
+    pub(super) fn start(program: &Path, what: Try<'_>) -> Self {
+        let seconds = what.seconds();
+        let child = Command::new(program)
+            .arg(SUBCOMMAND)
+            .args(what.arguments())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn();
+        Self {
+            started: match child {
+                Ok(mut child) => {
+                    let output = child.stdout.take().expect("stdout is piped");
+                    Ok((child, output))
+                }
+                Err(error) => Err(format!("{} cannot be started: {error}", program.display())),
+            },
+            until: Instant::now() + Duration::from_secs(seconds),
+            seconds,
+            tidies: matches!(what, Try::State(_)),
+        }
+    }
+
+    /// Waits for its end, no longer than its time.
+    pub(super) fn finish(self) -> Outcome {
+        let (mut child, mut output) = match self.started {
+            Ok(started) => started,
+            Err(why) => {
+                return Outcome {
+                    said: Vec::new(),
+                    end: End::NotStarted(why),
+                };
+            }
+        };
+        let mut text = Vec::new();
+        let ended = read_until(&mut output, &mut text, self.until);
+        let end = if ended {
+            // Its output is closed, so it is about to be gone.
+            let _reaped = child.wait();
+            End::Ended
+        } else {
+            if !self.tidies {
+                // Not waited for: one that hangs in the kernel would take us along.
+                let _may_be_gone = child.kill();
+            }
+            End::TimedOut(self.seconds)
+        };
+        let said = text
+            .split(|byte| *byte == b'\n')
+            .filter_map(|line| serde_json::from_slice(line).ok())
+            .collect();
+        Outcome { said, end }
+    }
+}
+
+/// Reads to the end, or until `until`; whether the end was reached.
+fn read_until(output: &mut ChildStdout, text: &mut Vec<u8>, until: Instant) -> bool {
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() || text.len() > OUTPUT_MAX {
+            return false;
+        }
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(
+            &mut [PollFd::new(output.as_fd(), PollFlags::POLLIN)],
+            timeout,
+        ) {
+            Ok(0) | Err(nix::Error::EINTR) => continue,
+            Ok(_) => {}
+            Err(_) => return false,
+        }
+        let mut buffer = [0; 4096];
+        match output.read(&mut buffer) {
+            Ok(0) => return true,
+            Ok(count) => text.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+impl Outcome {
+    /// The one thing that was tried.
+    pub(super) fn tried(&self) -> Tried {
+        self.part(|said| match said {
+            Said::Tried { why } => Some(why.clone()),
+            _ => None,
+        })
+    }
+
+    /// One of several things that were tried.
+    pub(super) fn part(&self, pick: impl Fn(&Said) -> Option<Option<String>>) -> Tried {
+        match (self.said.iter().find_map(pick), &self.end) {
+            (Some(None), _) => Tried::Works,
+            (Some(Some(why)), _) => Tried::Fails(why),
+            (None, End::TimedOut(seconds)) => Tried::TimedOut(*seconds),
+            (None, End::NotStarted(why)) => Tried::Fails(why.clone()),
+            (None, End::Ended) => Tried::Fails("the try ended without a result".to_owned()),
+        }
+    }
+}
