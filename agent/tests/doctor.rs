@@ -50,6 +50,7 @@ fn a_device_that_is_well_ends_with_0_and_what_is_wrong_with_1_and_misuse_with_2(
     assert_eq!(report.code, Some(0));
     for id in [
         "host.seccomp",
+        "host.shim",
         "namespace.mount",
         "namespace.pid",
         "namespace.network",

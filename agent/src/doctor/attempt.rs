@@ -7,13 +7,14 @@
 mod child;
 mod hub;
 mod registry;
+mod shim;
 mod state;
 
 use std::ffi::OsString;
 use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::child::run;
 use super::facts::{Connect, Handshake, Namespace, RegistryAnswer, Space, Tried};
+use crate::runtime::process::PidFd;
 
 /// The hidden subcommand.
 pub const SUBCOMMAND: &str = "doctor-try";
@@ -70,6 +72,8 @@ pub(super) enum LockSaid {
 pub(super) enum Try<'a> {
     Namespace(Namespace),
     Seccomp,
+    /// The child becomes foreshore-shim, which says nothing and ends with 0.
+    Shim,
     /// Of this state directory: space, sync, overlay, lock.
     State(&'a Path),
     /// Of the broker that this configuration names: name, connection, TLS.
@@ -83,6 +87,7 @@ impl Try<'_> {
         match self {
             Self::Namespace(kind) => vec!["namespace".into(), kind.name().into()],
             Self::Seccomp => vec!["seccomp".into()],
+            Self::Shim => vec!["shim".into()],
             Self::State(dir) => vec!["state".into(), dir.into()],
             Self::Hub(config) => vec!["hub".into(), config.into()],
             Self::Registry(config, host) => vec!["registry".into(), config.into(), host.into()],
@@ -92,7 +97,7 @@ impl Try<'_> {
     /// How long it may take.
     const fn seconds(self) -> u64 {
         match self {
-            Self::Namespace(_) | Self::Seccomp => 5,
+            Self::Namespace(_) | Self::Seccomp | Self::Shim => 5,
             Self::State(_) => 15,
             // The resolver's own default is two rounds of 5 s; then 5 s each for the connection and for TLS.
             Self::Hub(_) => 21,
@@ -122,7 +127,8 @@ pub(super) struct Outcome {
 /// How a child ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum End {
-    Ended,
+    /// With a text for people where that was not with 0.
+    Ended(Option<String>),
     /// Not within so many seconds.
     TimedOut(u64),
     NotStarted(String),
@@ -165,17 +171,17 @@ impl Attempt {
             }
         };
         let mut text = Vec::new();
-        let ended = read_until(&mut output, &mut text, self.until);
-        let end = if ended {
-            // Its output is closed, so it is about to be gone.
-            let _reaped = child.wait();
-            End::Ended
-        } else {
-            if !self.tidies {
-                // Not waited for: one that hangs in the kernel would take us along.
-                let _may_be_gone = child.kill();
+        let read = read_until(&mut output, &mut text, self.until);
+        let ended = read.then(|| wait_until(&mut child, self.until)).flatten();
+        let end = match ended {
+            Some(status) => End::Ended((!status.success()).then(|| status.to_string())),
+            None => {
+                if !self.tidies {
+                    // Not waited for: one that hangs in the kernel would take us along.
+                    let _may_be_gone = child.kill();
+                }
+                End::TimedOut(self.seconds)
             }
-            End::TimedOut(self.seconds)
         };
         let said = text
             .split(|byte| *byte == b'\n')
@@ -211,7 +217,36 @@ fn read_until(output: &mut ChildStdout, text: &mut Vec<u8>, until: Instant) -> b
     }
 }
 
+/// Waits for the end of a child whose output has ended, or until `until`.
+fn wait_until(child: &mut Child, until: Instant) -> Option<ExitStatus> {
+    let ended = i32::try_from(child.id()).map(PidFd::open);
+    // Without pidfds (before Linux 5.3) there is only to wait.
+    let Ok(Ok(ended)) = ended else {
+        return child.wait().ok();
+    };
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(
+            &mut [PollFd::new(ended.fd().as_fd(), PollFlags::POLLIN)],
+            timeout,
+        ) {
+            Err(nix::Error::EINTR) => {}
+            _ => return child.try_wait().ok().flatten(),
+        }
+    }
+}
+
 impl Outcome {
+    /// Whether a child that says nothing when it works has ended well.
+    pub(super) fn ended_well(&self) -> Tried {
+        match &self.end {
+            End::Ended(None) if self.said.is_empty() => Tried::Works,
+            End::Ended(Some(status)) if self.said.is_empty() => Tried::Fails(status.clone()),
+            End::Ended(_) | End::TimedOut(_) | End::NotStarted(_) => self.tried(),
+        }
+    }
+
     /// The one thing that was tried.
     pub(super) fn tried(&self) -> Tried {
         self.part(|said| match said {
@@ -227,7 +262,15 @@ impl Outcome {
             (Some(Some(why)), _) => Tried::Fails(why),
             (None, End::TimedOut(seconds)) => Tried::TimedOut(*seconds),
             (None, End::NotStarted(why)) => Tried::Fails(why.clone()),
-            (None, End::Ended) => Tried::Fails("the try ended without a result".to_owned()),
+            (None, End::Ended(status)) => Tried::Fails(no_result(status.as_deref())),
         }
+    }
+}
+
+/// A child that died.
+pub(super) fn no_result(status: Option<&str>) -> String {
+    match status {
+        Some(status) => format!("the try ended without a result: {status}"),
+        None => "the try ended without a result".to_owned(),
     }
 }

@@ -19,6 +19,8 @@ pub(crate) struct Facts {
     /// Debian's `kernel.unprivileged_userns_clone`.
     pub(crate) unprivileged_userns: Option<bool>,
     pub(crate) seccomp: Tried,
+    /// Running the program that watches over each container.
+    pub(crate) shim: Tried,
     pub(crate) state: StateDir,
     pub(crate) run: RunDir,
     pub(crate) swap: Swap,
@@ -81,6 +83,7 @@ pub(crate) struct Host {
     pub(crate) container: Option<String>,
     /// Files that the boot loader takes the kernel's command line from, with what is in them.
     pub(crate) boot_files: BTreeMap<String, String>,
+    pub(crate) page_bytes: u64,
     pub(crate) euid: u32,
     /// `CapEff` of `/proc/self/status`.
     pub(crate) capabilities: u64,

@@ -27,6 +27,7 @@ pub enum CheckId {
     HostKernel,
     HostPrivileges,
     HostSeccomp,
+    HostShim,
     CgroupVersion,
     CgroupMemory,
     CgroupCpu,
@@ -62,12 +63,13 @@ pub enum CheckId {
 
 impl CheckId {
     /// Every check, in the order of the report.
-    pub const ALL: [Self; 36] = [
+    pub const ALL: [Self; 37] = [
         Self::ConfigFile,
         Self::ConfigSecrets,
         Self::HostKernel,
         Self::HostPrivileges,
         Self::HostSeccomp,
+        Self::HostShim,
         Self::CgroupVersion,
         Self::CgroupMemory,
         Self::CgroupCpu,
@@ -110,6 +112,7 @@ impl CheckId {
             Self::HostKernel => "host.kernel",
             Self::HostPrivileges => "host.privileges",
             Self::HostSeccomp => "host.seccomp",
+            Self::HostShim => "host.shim",
             Self::CgroupVersion => "cgroup.version",
             Self::CgroupMemory => "cgroup.memory",
             Self::CgroupCpu => "cgroup.cpu",

@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::time::{ClockId, clock_gettime};
 
 use self::files::Tree;
-use super::attempt::{Attempt, End, LockSaid, Outcome, Said, Try};
+use super::attempt::{Attempt, End, LockSaid, Outcome, Said, Try, no_result};
 use super::chain;
 use super::facts::{
     Broker, Clock, ConfigFile, ConfigProblem, Connect, Facts, Handshake, Host, Hub, Namespace,
@@ -48,6 +48,7 @@ pub(crate) fn gather(program: &Path, config_path: &Path) -> Facts {
         .collect();
     let state = Attempt::start(program, Try::State(&paths.state));
     let seccomp = Attempt::start(program, Try::Seccomp);
+    let shim = root.then(|| Attempt::start(program, Try::Shim));
     let namespaces: Vec<(Namespace, Option<Attempt>)> = Namespace::ALL
         .into_iter()
         .map(|kind| {
@@ -78,14 +79,14 @@ pub(crate) fn gather(program: &Path, config_path: &Path) -> Facts {
         namespaces: namespaces
             .into_iter()
             .map(|(kind, attempt)| {
-                let none = || Tried::Skipped("only root may".to_owned());
                 (
                     kind,
-                    attempt.map_or_else(none, |attempt| attempt.finish().tried()),
+                    attempt.map_or_else(only_root, |attempt| attempt.finish().tried()),
                 )
             })
             .collect(),
         seccomp: seccomp.finish().tried(),
+        shim: shim.map_or_else(only_root, |attempt| attempt.finish().ended_well()),
         run: run_dir(&tree, &paths),
         state: state_dir(&tree, &paths, &state.finish()),
         hub: hub_facts(&tree, config, hub.map(Attempt::finish)),
@@ -95,6 +96,10 @@ pub(crate) fn gather(program: &Path, config_path: &Path) -> Facts {
             .collect(),
         host,
     }
+}
+
+fn only_root() -> Tried {
+    Tried::Skipped("only root may".to_owned())
 }
 
 fn configured_registries(config: &Config) -> Vec<String> {
@@ -125,6 +130,11 @@ fn host(tree: &Tree) -> Host {
         boot_files: super::judge::boot_files()
             .filter_map(|file| Some((file.to_owned(), tree.text(file.trim_start_matches('/'))?)))
             .collect(),
+        page_bytes: nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+            .ok()
+            .flatten()
+            .and_then(|bytes| u64::try_from(bytes).ok())
+            .unwrap_or(0),
         euid: nix::unistd::geteuid().as_raw(),
         capabilities: effective.unwrap_or(0),
     }
@@ -196,9 +206,7 @@ fn state_dir(tree: &Tree, paths: &Paths, outcome: &Outcome) -> StateDir {
         Tried::Skipped("see state.sync".to_owned())
     };
     let overlay = match overlay {
-        Tried::Fails(_) if !nix::unistd::geteuid().is_root() => {
-            Tried::Skipped("only root may".to_owned())
-        }
+        Tried::Fails(_) if !nix::unistd::geteuid().is_root() => only_root(),
         overlay => overlay,
     };
     StateDir {
@@ -230,7 +238,7 @@ fn state_lock(tree: &Tree, outcome: &Outcome) -> StateLock {
         (Some(LockSaid::Held(inode)), _) => StateLock::Held(files::lock_holder(tree, *inode)),
         (Some(LockSaid::Unknown(why)), _) => StateLock::Unknown(why.clone()),
         (None, End::NotStarted(why)) => StateLock::Unknown(why.clone()),
-        (None, End::Ended | End::TimedOut(_)) => {
+        (None, End::Ended(_) | End::TimedOut(_)) => {
             StateLock::Unknown("the directory could not be looked at".to_owned())
         }
     }
@@ -328,7 +336,7 @@ fn registry(outcome: &Outcome) -> RegistryAnswer {
         (Some(answer), _) => answer,
         (None, End::TimedOut(_)) => RegistryAnswer::Silent,
         (None, End::NotStarted(why)) => RegistryAnswer::Failed(why.clone()),
-        (None, End::Ended) => RegistryAnswer::Failed("the try ended without a result".to_owned()),
+        (None, End::Ended(status)) => RegistryAnswer::Failed(no_result(status.as_deref())),
     }
 }
 

@@ -33,6 +33,7 @@ fn check(id: CheckId, facts: &Facts) -> Check {
         CheckId::HostKernel => host::kernel(facts),
         CheckId::HostPrivileges => host::privileges(facts),
         CheckId::HostSeccomp => host::seccomp(facts),
+        CheckId::HostShim => host::shim(facts),
         CheckId::CgroupVersion => cgroup::version(facts),
         CheckId::CgroupMemory => cgroup::controller(id, "memory", facts),
         CheckId::CgroupCpu => cgroup::controller(id, "cpu", facts),

@@ -27,8 +27,24 @@ pub struct Bed {
 
 impl Bed {
     pub fn new() -> Self {
+        // Not the usual place, which often is a tmpfs: that is no place for state, and the doctor says so.
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let dir = if dir.is_dir() {
+            dir.to_owned()
+        } else {
+            std::env::temp_dir()
+        };
+        Self::within(&dir)
+    }
+
+    /// Where other users can look, too.
+    pub fn open_to_others() -> Self {
+        Self::within(&std::env::temp_dir())
+    }
+
+    fn within(dir: &Path) -> Self {
         let bed = Self {
-            dir: tempfile::tempdir().unwrap(),
+            dir: tempfile::tempdir_in(dir).unwrap(),
             broker: TcpListener::bind("127.0.0.1:0").unwrap(),
         };
         std::fs::create_dir(bed.state()).unwrap();

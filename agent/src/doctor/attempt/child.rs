@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 
-use super::{Said, hub, registry, state};
+use super::{Said, hub, registry, shim, state};
 use crate::doctor::chain;
 use crate::doctor::facts::Namespace;
 use crate::runtime::seccomp::Filter;
@@ -33,6 +33,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
                 .map_err(io::Error::from)
                 .and_then(|()| Filter::new().install());
             say_tried(filtered);
+        }
+        ([Some("shim")], _) => {
+            die_with_the_doctor();
+            let why = Some(shim::become_it());
+            say(&Said::Tried { why });
         }
         // Not to die with the doctor: it cleans up after itself.
         ([Some("state"), _], [_, dir]) => state::examine(Path::new(dir)),

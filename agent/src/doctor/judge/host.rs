@@ -126,6 +126,22 @@ pub(super) fn seccomp(facts: &Facts) -> Check {
     })
 }
 
+pub(super) fn shim(facts: &Facts) -> Check {
+    let id = CheckId::HostShim;
+    let slow = "see why processes do not end: dmesg | tail";
+    unless_failed(id, &facts.shim, "the program that watches over each container runs", slow).unwrap_or_else(|why| {
+        let pages = facts.host.page_bytes;
+        let fix = if pages > 4096 && facts.host.is_raspberry_pi() {
+            format!("use the kernel with pages of 4 KiB, this one has {}: echo 'kernel=kernel8.img' >> /boot/firmware/config.txt && reboot", super::size(pages))
+        } else if pages > 4096 {
+            format!("use a kernel with pages of 4 KiB, this one has {}", super::size(pages))
+        } else {
+            "install the foreshore-agent that is built for this processor (uname -m): x86_64 or aarch64".to_owned()
+        };
+        Check::error(id, format!("the program that watches over each container does not run: {why}"), fix)
+    })
+}
+
 pub(super) fn namespace(id: CheckId, kind: Namespace, facts: &Facts) -> Check {
     let Some(tried) = facts.namespaces.get(&kind) else {
         return Check::info(id, "not tried");

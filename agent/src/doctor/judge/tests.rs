@@ -82,6 +82,7 @@ pub(in crate::doctor) fn debian() -> Facts {
             )]
             .into(),
             capabilities: 0x1ff_ffff_ffff,
+            page_bytes: 4096,
             ..Host::default()
         },
         cgroups: Cgroups {
@@ -99,6 +100,7 @@ pub(in crate::doctor) fn debian() -> Facts {
         namespaces_max: Namespace::ALL.map(|kind| (kind, 15_000)).into(),
         unprivileged_userns: Some(true),
         seccomp: Tried::Works,
+        shim: Tried::Works,
         state: StateDir {
             path: "/var/lib/foreshore".into(),
             looked_at: Some("/var/lib/foreshore".into()),
