@@ -74,7 +74,16 @@ pub(super) fn controller(id: CheckId, name: &str, facts: &Facts) -> Check {
                 "cgroup v2 has no such controller; containers lack CAP_MKNOD and have a /dev of their own",
             );
         }
-        Layout::Unified { .. } => unified(name, facts),
+        Layout::Unified { .. } => match unified(name, facts) {
+            Ok(_) if blocker(&facts.cgroups, name).is_some() => {
+                let parent = &facts.cgroups.parent;
+                return Check::info(
+                    id,
+                    format!("there, but not for {parent}: see cgroup.delegation"),
+                );
+            }
+            other => other,
+        },
         // blkio is what v1 calls it.
         Layout::Split { controllers, .. } => {
             let v1 = if name == "io" { "blkio" } else { name };
@@ -117,13 +126,7 @@ fn unified(name: &str, facts: &Facts) -> Result<String, (String, String)> {
         .find(|place| !place.enabled.contains(name));
     Ok(match lacking {
         None => format!("enabled for {}", cgroups.parent),
-        Some(place) => match blocker(cgroups, name) {
-            None => format!("there; the agent enables it in {}", shown(place)),
-            Some(_) => format!(
-                "there, but not for {}: see cgroup.delegation",
-                cgroups.parent
-            ),
-        },
+        Some(place) => format!("there; the agent enables it in {}", shown(place)),
     })
 }
 
@@ -255,6 +258,12 @@ pub(super) fn delegation(facts: &Facts) -> Check {
         Layout::Unified { read_only: false } => {
             let blocked = ["memory", "cpu", "pids"]
                 .into_iter()
+                .filter(|name| {
+                    cgroups
+                        .chain
+                        .first()
+                        .is_some_and(|root| root.controllers.contains(*name))
+                })
                 .filter_map(|name| Some((name, blocker(cgroups, name)?)))
                 .collect::<Vec<_>>();
             match blocked.first() {

@@ -30,7 +30,7 @@ fn suits(kind: &str) -> Suits {
         "ext4" | "xfs" | "btrfs" | "f2fs" | "bcachefs" | "zfs" | "ubifs" => Suits::Yes,
         "ext2" | "ext3" => Suits::Yes,
         "overlay" | "aufs" => Suits::No("overlays cannot be stacked on an overlay"),
-        "tmpfs" | "ramfs" => Suits::No("it is empty after a reboot"),
+        "tmpfs" | "ramfs" | "rootfs" => Suits::No("it is empty after a reboot"),
         "vfat" | "exfat" | "msdos" | "ntfs" | "ntfs3" | "hfsplus" => {
             Suits::No("it has neither owners nor extended attributes as Linux needs them")
         }

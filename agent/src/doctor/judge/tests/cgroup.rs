@@ -289,6 +289,13 @@ fn on_v2_what_is_not_yet_enabled_is_fine_and_what_cannot_be_is_not() {
         "memory, cpu, pids cannot be enabled in system.slice/foreshore-agent.service",
         "`Delegate=yes` below [Service] of foreshore-agent.service",
     );
+    finding(
+        &facts,
+        CheckId::CgroupMemory,
+        Level::Info,
+        "see cgroup.delegation",
+        "",
+    );
     // Processes in the parent itself are moved aside by the agent.
     facts.cgroups.parent = "system.slice/foreshore-agent.service".to_owned();
     assert_eq!(bad(&facts), []);
