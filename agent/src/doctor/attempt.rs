@@ -137,7 +137,10 @@ pub(super) enum End {
 impl Attempt {
     /// Starts `program` with the hidden subcommand.
     pub(super) fn start(program: &Path, what: Try<'_>) -> Self {
-        let seconds = what.seconds();
+        Self::start_for(program, what, what.seconds())
+    }
+
+    fn start_for(program: &Path, what: Try<'_>, seconds: u64) -> Self {
         let child = Command::new(program)
             .arg(SUBCOMMAND)
             .args(what.arguments())
@@ -272,5 +275,63 @@ pub(super) fn no_result(status: Option<&str>) -> String {
     match status {
         Some(status) => format!("the try ended without a result: {status}"),
         None => "the try ended without a result".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    /// What comes of a program in place of the child, within a second.
+    fn outcome(script: &str) -> Outcome {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("child");
+        std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let what = Try::Namespace(Namespace::Uts);
+        Attempt::start_for(&program, what, 1).finish()
+    }
+
+    fn synced(outcome: &Outcome) -> Tried {
+        outcome.part(|said| match said {
+            Said::Synced { why, .. } => Some(why.clone()),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn what_a_child_said_counts_and_what_it_did_not_come_to_is_known() {
+        let begin = Instant::now();
+        let hangs = outcome(r#"echo '{"said":"synced","why":null,"ms":3}'; exec sleep 60"#);
+        assert!(begin.elapsed() < Duration::from_secs(10));
+        assert_eq!(synced(&hangs), Tried::Works);
+        assert_eq!(hangs.tried(), Tried::TimedOut(1));
+        assert_eq!(hangs.ended_well(), Tried::TimedOut(1));
+
+        let fails = outcome(r#"echo '{"said":"tried","why":"EPERM"}'"#);
+        assert_eq!(fails.tried(), Tried::Fails("EPERM".to_owned()));
+        assert_eq!(fails.ended_well(), Tried::Fails("EPERM".to_owned()));
+        assert_eq!(outcome("exit 0").ended_well(), Tried::Works);
+    }
+
+    #[test]
+    fn a_child_that_dies_talks_nonsense_or_does_not_start_has_failed() {
+        for script in [
+            "kill -9 $$",
+            "exit 3",
+            "echo nonsense; echo '{}'; printf '\\377'",
+        ] {
+            let outcome = outcome(script);
+            assert!(matches!(outcome.tried(), Tried::Fails(_)), "{outcome:?}");
+        }
+        let died = outcome("kill -9 $$");
+        assert!(matches!(died.ended_well(), Tried::Fails(why) if why.contains("signal: 9")));
+        // More than any child says is read no further.
+        let endless = outcome("exec cat /dev/zero");
+        assert_eq!(endless.tried(), Tried::TimedOut(1));
+        let missing = Attempt::start(Path::new("/nonexistent/agent"), Try::Seccomp).finish();
+        assert!(matches!(missing.tried(), Tried::Fails(why) if why.contains("/nonexistent/agent")));
     }
 }

@@ -208,7 +208,7 @@ pub(super) fn registries(facts: &Facts) -> Check {
     match fix {
         None => {
             let names: Vec<&str> = facts.registries.keys().map(String::as_str).collect();
-            Check::ok(id, format!("{} answer", names.join(", ")))
+            Check::ok(id, format!("reached: {}", names.join(", ")))
         }
         // What runs goes on running, and what is staged can be started.
         Some(fix) => Check::warning(id, found.join("; "), fix),
