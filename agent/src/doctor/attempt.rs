@@ -27,6 +27,9 @@ use crate::runtime::process::PidFd;
 /// The hidden subcommand.
 pub const SUBCOMMAND: &str = "doctor-try";
 
+/// How patient glibc's resolver is (resolv.conf(5)): its own default may take minutes to give up.
+const RESOLVER: &str = "timeout:3 attempts:2";
+
 /// A child that prints more than this is not ours.
 const OUTPUT_MAX: usize = 64 * 1024;
 
@@ -99,8 +102,8 @@ impl Try<'_> {
         match self {
             Self::Namespace(_) | Self::Seccomp | Self::Shim => 5,
             Self::State(_) => 15,
-            // The resolver's own default is two rounds of 5 s; then 5 s each for the connection and for TLS.
-            Self::Hub(_) => 21,
+            // Some 12 s for the name (see `RESOLVER`), then 5 s each for the connection and for TLS.
+            Self::Hub(_) => 24,
             Self::Registry(..) => 12,
         }
     }
@@ -144,6 +147,7 @@ impl Attempt {
         let child = Command::new(program)
             .arg(SUBCOMMAND)
             .args(what.arguments())
+            .env("RES_OPTIONS", RESOLVER)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())

@@ -130,6 +130,7 @@ fn host(tree: &Tree) -> Host {
         boot_files: super::judge::boot_files()
             .filter_map(|file| Some((file.to_owned(), tree.text(file.trim_start_matches('/'))?)))
             .collect(),
+        own_users: files::own_users(tree),
         page_bytes: nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
             .ok()
             .flatten()

@@ -82,6 +82,18 @@ fn unless_failed(id: CheckId, tried: &Tried, works: &str, slow: &str) -> Result<
     }
 }
 
+/// What helps when the doctor is in a container that may too little.
+fn privileged(kind: &str) -> String {
+    match kind {
+        "docker" | "podman" => format!(
+            "run the agent on the device itself, or start this {kind} container with --privileged"
+        ),
+        _ => format!(
+            "run the agent on the device itself, or make this {kind} container a privileged one"
+        ),
+    }
+}
+
 /// A path as a shell takes it.
 fn quoted(path: &Path) -> String {
     let text = path.display().to_string();

@@ -120,6 +120,14 @@ pub(super) fn container(tree: &Tree) -> Option<String> {
     said.or_else(marked).or_else(image)
 }
 
+/// Whether root here is another user on the machine: the machine's own map is the identity.
+pub(super) fn own_users(tree: &Tree) -> bool {
+    tree.text("proc/self/uid_map").is_some_and(|map| {
+        let first: Vec<&str> = map.split_whitespace().take(3).collect();
+        !matches!(first.as_slice(), [] | ["0", "0", "4294967295"])
+    })
+}
+
 /// Every swap area of `/proc/swaps` (proc_swaps(5)).
 pub(super) fn swap_bytes(tree: &Tree) -> u64 {
     let text = tree.text("proc/swaps").unwrap_or_default();

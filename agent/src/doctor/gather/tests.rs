@@ -275,6 +275,18 @@ fn a_machine_that_was_made_from_a_container_image_is_none() {
 }
 
 #[test]
+fn root_of_a_user_namespace_is_known_by_its_map() {
+    for (map, own) in [
+        ("         0          0 4294967295\n", false),
+        ("         0     100000      65536\n", true),
+        ("", false),
+    ] {
+        let (_dir, tree) = system(&[("proc/self/uid_map", map)]);
+        assert_eq!(files::own_users(&tree), own, "{map}");
+    }
+}
+
+#[test]
 fn locks_and_nameservers_are_found() {
     let (_dir, tree) = system(&[
         (

@@ -328,9 +328,7 @@ fn here(facts: &Facts) -> String {
 /// What helps when the doctor is in a container itself.
 fn outside(facts: &Facts, option: &str) -> String {
     match &facts.host.container {
-        Some(kind) => format!(
-            "run the agent on the device itself; or start this {kind} container with --privileged {option}"
-        ),
+        Some(kind) => format!("{}, and with {option}", super::privileged(kind)),
         None => "run it in the machine's own cgroup namespace: nsenter --target 1 --cgroup --mount foreshore-agent doctor"
             .to_owned(),
     }

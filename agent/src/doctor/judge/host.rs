@@ -93,9 +93,7 @@ pub(super) fn privileges(facts: &Facts) -> Check {
             Some(kind) => Check::error(
                 id,
                 format!("in a {kind} container without {missing}"),
-                format!(
-                    "run the agent on the device itself, or start this {kind} container with --privileged"
-                ),
+                super::privileged(kind),
             ),
             None => Check::error(
                 id,
@@ -103,6 +101,13 @@ pub(super) fn privileges(facts: &Facts) -> Check {
                 "take what limits it out of the unit of the agent (CapabilityBoundingSet=, systemctl cat foreshore-agent), or start the doctor from a root shell",
             ),
         };
+    }
+    if host.own_users {
+        return Check::error(
+            id,
+            "root of a user namespace only, which may neither mount what containers need nor set their limits",
+            super::privileged(host.container.as_deref().unwrap_or("unprivileged")),
+        );
     }
     if !has(CAP_SYS_RESOURCE) {
         return Check::warning(
@@ -172,9 +177,7 @@ fn namespace_fix(kind: Namespace, facts: &Facts) -> String {
             .to_owned();
     }
     if let Some(container) = &facts.host.container {
-        return format!(
-            "run the agent on the device itself, or start this {container} container with --privileged"
-        );
+        return super::privileged(container);
     }
     if facts.host.euid != 0 {
         return "run it as root: sudo foreshore-agent doctor".to_owned();

@@ -18,13 +18,19 @@ pub(super) fn resolve(facts: &Facts) -> Check {
         return Check::ok(id, format!("{host} is an address"));
     }
     let fix = resolve_fix(facts, host);
+    let silent = "no nameserver answers: ip route shows whether there is a way, cat /etc/resolv.conf whom it asks";
     let works = format!("{host} is {}", hub.addresses.join(", "));
     match &hub.resolve {
         Tried::TimedOut(seconds) => Check::error(
             id,
             format!("no nameserver answered within {seconds} s for {host}"),
-            fix,
+            format!("{silent}; or {}", by_hand(facts, host)),
         ),
+        // EAI_AGAIN (getaddrinfo(3)).
+        Tried::Fails(why) if why.contains("Temporary failure") && facts.hub.nameservers > 0 => {
+            let fix = format!("{silent}; or {}", by_hand(facts, host));
+            Check::error(id, format!("{host} has no address: {why}"), fix)
+        }
         tried @ (Tried::Works | Tried::Fails(_) | Tried::Skipped(_)) => {
             unless_failed(id, tried, &works, &fix).unwrap_or_else(|why| {
                 Check::error(id, format!("{host} has no address: {why}"), fix)
@@ -33,11 +39,13 @@ pub(super) fn resolve(facts: &Facts) -> Check {
     }
 }
 
-fn resolve_fix(facts: &Facts, host: &str) -> String {
+fn by_hand(facts: &Facts, host: &str) -> String {
     let config = quoted(&facts.config.path);
-    let by_hand = format!(
-        "echo 'ADDRESS {host}' >> /etc/hosts, or the hub's address in `broker` in {config}"
-    );
+    format!("echo 'ADDRESS {host}' >> /etc/hosts, or the hub's address in `broker` in {config}")
+}
+
+fn resolve_fix(facts: &Facts, host: &str) -> String {
+    let by_hand = by_hand(facts, host);
     if facts.hub.nameservers == 0 {
         return format!(
             "/etc/resolv.conf names no nameserver: echo 'nameserver ADDRESS' >> /etc/resolv.conf (by DHCP as a rule: networkctl, nmcli); or {by_hand}"
@@ -196,6 +204,12 @@ pub(super) fn registries(facts: &Facts) -> Check {
         let (said, then) = match answer {
             RegistryAnswer::Answers => continue,
             RegistryAnswer::Denied(why) => (why.clone(), denied_fix(host, &config)),
+            RegistryAnswer::Failed(_) if clock_is_wrong(facts) => (
+                format!(
+                    "registry {host} cannot be trusted or reached while this device's clock is wrong"
+                ),
+                "set the clock first: see clock.wall".to_owned(),
+            ),
             RegistryAnswer::Failed(why) => (why.clone(), unreachable_fix(host, &config)),
             RegistryAnswer::Silent => (
                 format!("registry {host} does not answer in time"),

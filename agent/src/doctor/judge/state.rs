@@ -230,7 +230,7 @@ fn overlay_fix(facts: &Facts, why: &str) -> String {
     }
     if why.contains("not permitted") || why.contains("permission") {
         return match &facts.host.container {
-            Some(kind) => format!("run the agent on the device itself, or start this {kind} container with --privileged"),
+            Some(kind) => super::privileged(kind),
             None => "see host.privileges; and whether a security module refuses it: dmesg | grep -i -e apparmor -e selinux | tail".to_owned(),
         };
     }

@@ -62,6 +62,26 @@ fn a_container_without_rights_is_told_so() {
         "stacked",
         "-v foreshore-state:/var/lib/foreshore",
     );
+    facts.host.container = Some("lxc".to_owned());
+    let lxc = "make this lxc container a privileged one";
+    finding(
+        &facts,
+        CheckId::HostPrivileges,
+        Level::Error,
+        "CAP_SYS_ADMIN",
+        lxc,
+    );
+    // Every capability, over nothing.
+    facts.host.capabilities = 0x1ff_ffff_ffff;
+    facts.host.own_users = true;
+    finding(
+        &facts,
+        CheckId::HostPrivileges,
+        Level::Error,
+        "user namespace",
+        lxc,
+    );
+    facts.host.container = Some("docker".to_owned());
     // With rights, but in its own cgroup namespace.
     facts.cgroups.layout = Layout::Unified { read_only: false };
     finding(

@@ -22,8 +22,17 @@ fn every_step_of_the_way_to_the_hub_has_its_own_finding() {
         CheckId::HubResolve,
         Level::Error,
         "no nameserver answered",
-        "getent hosts hub.lan",
+        "ip route",
     );
+    facts.hub.resolve = Tried::Fails("Temporary failure in name resolution".to_owned());
+    finding(
+        &facts,
+        CheckId::HubResolve,
+        Level::Error,
+        "Temporary",
+        "no nameserver answers",
+    );
+    facts.hub.resolve = Tried::Fails("Name or service not known".to_owned());
     facts.hub.nameservers = 0;
     finding(
         &facts,
@@ -123,6 +132,25 @@ fn registries_are_told_by_name_and_the_hub_s_by_its_token() {
         Level::Warning,
         "",
         "below [registries.\"registry.lan:5000\"]",
+    );
+    facts.registries.insert(
+        "registry.lan:5000".to_owned(),
+        RegistryAnswer::Failed("invalid peer certificate: NotValidYet".to_owned()),
+    );
+    finding(
+        &facts,
+        CheckId::RegistryReachable,
+        Level::Warning,
+        "NotValidYet",
+        "curl -v",
+    );
+    facts.clock.unix_s = 0;
+    finding(
+        &facts,
+        CheckId::RegistryReachable,
+        Level::Warning,
+        "clock",
+        "see clock.wall",
     );
     facts.registries = BTreeMap::new();
     finding(
