@@ -216,3 +216,39 @@ fn a_user_who_is_not_root_learns_what_can_be_learned() {
     );
     assert_eq!(report.of("hub.connect").level, "ok");
 }
+
+#[test]
+fn root_that_may_too_little_is_told_the_one_cause_and_nothing_is_left() {
+    assert_root();
+    for (wrapper, found) in [
+        (
+            vec!["setpriv", "--bounding-set=-sys_admin"],
+            "CAP_SYS_ADMIN",
+        ),
+        (
+            vec!["unshare", "--user", "--map-root-user"],
+            "user namespace",
+        ),
+    ] {
+        let bed = Bed::new();
+        let output = Command::new(wrapper[0])
+            .args(&wrapper[1..])
+            .arg(AGENT)
+            .args(["doctor", "-o", "json", "--config"])
+            .arg(bed.config())
+            .output()
+            .unwrap();
+        let report = Report::read(&output);
+        assert_eq!(report.code, Some(1));
+        assert!(
+            report.of("host.privileges").found.contains(found),
+            "{report:#?}"
+        );
+        let overlay = report.of("state.overlay");
+        assert!(
+            overlay.fix.unwrap().contains("see host.privileges"),
+            "{report:#?}"
+        );
+        assert_eq!(bed.left(), Vec::<String>::new());
+    }
+}

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::sys::statvfs::{FsFlags, fstatvfs};
@@ -194,7 +195,9 @@ fn overlay(scratch: &Path) -> Result<(), String> {
     let mounted = mount_overlay(&layers, &scratch.join("writable"), &merged)
         .map_err(step)
         .and_then(|()| use_it(&merged).map_err(|error| format!("mounted, but {error}")));
-    // Nothing of the namespace is left when this process ends, even if going back fails.
+    // Going back fails in a user namespace that does not own the device's mounts, and what is mounted cannot be
+    // removed.
+    let _not_mounted = umount2(&merged, MntFlags::MNT_DETACH);
     let left = seclusion.leave().map_err(step);
     mounted.and(left)
 }

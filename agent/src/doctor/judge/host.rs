@@ -21,9 +21,12 @@ const CAPABILITIES: [(u32, &str); 11] = [
     (8, "CAP_SETPCAP"),
     (10, "CAP_NET_BIND_SERVICE"),
     (12, "CAP_NET_ADMIN"),
-    (21, "CAP_SYS_ADMIN"),
+    (CAP_SYS_ADMIN, "CAP_SYS_ADMIN"),
     (27, "CAP_MKNOD"),
 ];
+
+/// To make namespaces and mounts.
+const CAP_SYS_ADMIN: u32 = 21;
 
 /// To lower an OOM score.
 const CAP_SYS_RESOURCE: u32 = 24;
@@ -119,6 +122,15 @@ pub(super) fn privileges(facts: &Facts) -> Check {
     Check::ok(id, "root with every capability that is needed")
 }
 
+/// Whether the doctor itself may too little for its tries to say anything about the kernel.
+pub(super) const fn may_too_little(facts: &Facts) -> bool {
+    let host = &facts.host;
+    host.own_users || host.capabilities >> CAP_SYS_ADMIN & 1 == 0
+}
+
+/// Where the one cause of several findings is told.
+pub(super) const SEE_PRIVILEGES: &str = "see host.privileges: the same is in the way here";
+
 pub(super) fn seccomp(facts: &Facts) -> Check {
     let id = CheckId::HostSeccomp;
     let slow = "see why processes do not end: dmesg | tail";
@@ -136,7 +148,9 @@ pub(super) fn shim(facts: &Facts) -> Check {
     let slow = "see why processes do not end: dmesg | tail";
     unless_failed(id, &facts.shim, "the program that watches over each container runs", slow).unwrap_or_else(|why| {
         let pages = facts.host.page_bytes;
-        let fix = if pages > 4096 && facts.host.is_raspberry_pi() {
+        let fix = if may_too_little(facts) {
+            SEE_PRIVILEGES.to_owned()
+        } else if pages > 4096 && facts.host.is_raspberry_pi() {
             format!("use the kernel with pages of 4 KiB, this one has {}: echo 'kernel=kernel8.img' >> /boot/firmware/config.txt && reboot", super::size(pages))
         } else if pages > 4096 {
             format!("use a kernel with pages of 4 KiB, this one has {}", super::size(pages))
@@ -176,11 +190,11 @@ fn namespace_fix(kind: Namespace, facts: &Facts) -> String {
         return "sysctl -w kernel.unprivileged_userns_clone=1 && echo 'kernel.unprivileged_userns_clone = 1' > /etc/sysctl.d/60-foreshore-userns.conf"
             .to_owned();
     }
+    if kind != Namespace::User && may_too_little(facts) {
+        return SEE_PRIVILEGES.to_owned();
+    }
     if let Some(container) = &facts.host.container {
         return super::privileged(container);
-    }
-    if facts.host.euid != 0 {
-        return "run it as root: sudo foreshore-agent doctor".to_owned();
     }
     let option = kind.build_option();
     format!("use a kernel that is built with {option}=y (zgrep {option} /proc/config.gz)")

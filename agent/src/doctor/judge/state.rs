@@ -1,5 +1,6 @@
 //! The state directory and what it is on, and the run directory.
 
+use super::host::{SEE_PRIVILEGES, may_too_little};
 use super::{quoted, size, unless_failed};
 use crate::doctor::facts::{Facts, InitKind, Mount, Space, StateLock};
 use crate::doctor::finding::{Check, CheckId, Level};
@@ -215,8 +216,8 @@ fn overlay_fix(facts: &Facts, why: &str) -> String {
         return "modprobe overlay && echo overlay > /etc/modules-load.d/foreshore.conf; if there is no such module, use a kernel that is built with CONFIG_OVERLAY_FS"
             .to_owned();
     }
-    if facts.host.euid != 0 {
-        return "run it as root: sudo foreshore-agent doctor".to_owned();
+    if may_too_little(facts) {
+        return SEE_PRIVILEGES.to_owned();
     }
     if why.contains("no space") {
         return make_room(facts, "du -xhd1");
@@ -231,7 +232,7 @@ fn overlay_fix(facts: &Facts, why: &str) -> String {
     if why.contains("not permitted") || why.contains("permission") {
         return match &facts.host.container {
             Some(kind) => super::privileged(kind),
-            None => "see host.privileges; and whether a security module refuses it: dmesg | grep -i -e apparmor -e selinux | tail".to_owned(),
+            None => "see whether a security module refuses it: dmesg | grep -i -e apparmor -e selinux | tail".to_owned(),
         };
     }
     match mount {

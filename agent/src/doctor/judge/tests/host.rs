@@ -46,7 +46,7 @@ fn a_container_without_rights_is_told_so() {
         CheckId::NamespaceMount,
         Level::Error,
         "EPERM",
-        privileged,
+        "see host.privileges",
     );
     finding(
         &facts,
