@@ -1,7 +1,7 @@
 //! Real tries, each in a short-lived process of its own: `foreshore-agent doctor-try WHAT…`.
 //!
 //! In a process, because namespaces and filters cannot be taken off again, because a name look-up or a dying medium
-//! may hang for minutes, and because the agent never forks with threads. The child prints [`Said`], one JSON object
+//! may hang for minutes, and because the agent never forks with threads. The child prints one JSON object
 //! a line, as it gets on; what it did not come to is known from the lines that lack.
 
 mod child;

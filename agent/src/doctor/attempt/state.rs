@@ -78,14 +78,19 @@ fn nearest(state: &Path) -> Option<PathBuf> {
 
 fn space(dir: &File) -> Option<Space> {
     let stat = fstatvfs(dir).ok()?;
-    let block = stat.fragment_size();
+    let block = wide(stat.fragment_size());
     Some(Space {
-        total_bytes: stat.blocks().saturating_mul(block),
-        free_bytes: stat.blocks_available().saturating_mul(block),
-        total_inodes: stat.files(),
-        free_inodes: stat.files_available(),
+        total_bytes: wide(stat.blocks()).saturating_mul(block),
+        free_bytes: wide(stat.blocks_available()).saturating_mul(block),
+        total_inodes: wide(stat.files()),
+        free_inodes: wide(stat.files_available()),
         read_only: stat.flags().contains(FsFlags::ST_RDONLY),
     })
+}
+
+/// These numbers have other widths on 32-bit systems.
+fn wide(number: impl TryInto<u64>) -> u64 {
+    number.try_into().unwrap_or(u64::MAX)
 }
 
 /// Whether an agent has the lock that [`crate::state::lock`] takes. Taken for a moment, shared, if nobody has; an
