@@ -47,3 +47,4 @@ pub mod shim;
 pub mod stage;
 pub mod state;
 pub mod status;
+pub mod update_lock;

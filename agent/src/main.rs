@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use foreshore_agent::config::{Config, DEFAULT_PATH};
 use foreshore_agent::execute::Tools;
-use foreshore_agent::plan::{Busy, Desired, Observed, ObservedContainer, ProbeStates};
+use foreshore_agent::plan::{Busy, Desired, Observed, ObservedContainer, ProbeStates, UpdateLocks};
 use foreshore_agent::reconcile::{Agent, Memory, Parts};
 use foreshore_agent::runtime::Runtime as _;
 use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
@@ -411,6 +411,7 @@ fn work_out(config: &Config) -> anyhow::Result<Published> {
             .collect(),
         releases,
         images,
+        update_locks: UpdateLocks::default(),
         busy: Busy::default(),
     };
     let desired = head.as_ref().map(Desired::from).unwrap_or_default();

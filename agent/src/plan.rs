@@ -123,8 +123,19 @@ pub struct Observed {
     pub releases: BTreeMap<Digest, Release>,
     /// The images that are wholly on disk, by the digest that releases name them by.
     pub images: BTreeSet<Digest>,
+    /// Which update locks are had, and which are not to be had.
+    pub update_locks: UpdateLocks,
     /// What is being done at this moment; no second step is planned on it.
     pub busy: Busy,
+}
+
+/// Update locks ([`foreshore_protocol::manifest::Service::update_lock`]) as last tried.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UpdateLocks {
+    /// The agent has them: these apps may be updated.
+    pub held: BTreeSet<AppName>,
+    /// The apps have them.
+    pub refused: BTreeSet<AppName>,
 }
 
 /// One container and its probes.
@@ -180,6 +191,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// Release manifests that are needed and not there: to be had from the hub.
     pub fetch: BTreeSet<Digest>,
+    /// Apps whose update lock is wanted; all others are given back.
+    pub update_locks: BTreeSet<AppName>,
     /// When to plan again if nothing happens before; `None` is never.
     pub wake_at: Option<BootMs>,
     /// What is reported, sorted by app.
@@ -250,6 +263,7 @@ pub fn plan(desired: &Desired, observed: &Observed, history: &History, now: Now)
     Plan {
         steps: draft.steps,
         fetch: draft.fetch,
+        update_locks: draft.update_locks,
         wake_at: draft.wake_at,
         notices: draft.notices,
         status,
@@ -266,6 +280,7 @@ struct Draft<'a> {
     disk_full: bool,
     steps: Vec<Step>,
     fetch: BTreeSet<Digest>,
+    update_locks: BTreeSet<AppName>,
     /// Releases with images that are not there, in the order they came up.
     candidates: Vec<(AppName, Digest, Vec<String>)>,
     forget_staging: BTreeSet<Digest>,
@@ -283,6 +298,7 @@ impl<'a> Draft<'a> {
             disk_full: history.disk_full,
             steps: Vec::new(),
             fetch: BTreeSet::new(),
+            update_locks: BTreeSet::new(),
             candidates: Vec::new(),
             forget_staging: BTreeSet::new(),
             collect_soon: false,

@@ -33,6 +33,7 @@ use crate::plan::{BootId, BootMs, Busy, History, Outcome};
 use crate::runtime::{ContainerState, Runtime};
 use crate::state::{Loaded, Outbox, State};
 use crate::status::Published;
+use crate::update_lock::Locks;
 
 mod downlink;
 mod probes;
@@ -160,6 +161,7 @@ pub struct Agent<R> {
     tasks: JoinSet<Ended>,
     staging: Option<(Digest, AbortHandle)>,
     probes: Probes,
+    update_locks: Locks,
     fetching: BTreeSet<Digest>,
     offered: Option<Offered>,
     connected_at: Option<Instant>,
@@ -177,6 +179,7 @@ impl<R: Runtime + 'static> Agent<R> {
     pub fn new(parts: Parts<R>) -> Self {
         let boot_count = parts.memory.state.borrow().boot();
         let interval = parts.config.hub.report_interval();
+        let run = parts.config.paths.run.clone();
         Self {
             uplink: Uplink::new(parts.link, boot_count, interval, BEACON_INTERVAL),
             config: parts.config,
@@ -194,6 +197,7 @@ impl<R: Runtime + 'static> Agent<R> {
             tasks: JoinSet::new(),
             staging: None,
             probes: Probes::new(),
+            update_locks: Locks::new(run),
             fetching: BTreeSet::new(),
             offered: None,
             connected_at: None,

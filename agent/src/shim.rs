@@ -207,6 +207,7 @@ fn prepare(dir: &Path, request: &Request) -> Result<(), Failure> {
         user: &user,
         cgroup: &request.cgroup,
         volumes: &request.volumes,
+        update_lock: request.update_lock.as_deref(),
         swap_limit: request.swap_limit,
         cgroup_namespace: Path::new("/proc/self/ns/cgroup").exists(),
         max_nofile: nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)

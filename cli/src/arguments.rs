@@ -345,6 +345,11 @@ Examples:
         /// The app
         app: AppName,
     },
+    /// Update devices although the app holds its update lock there
+    OverrideLocks {
+        /// The app
+        app: AppName,
+    },
     /// Roll out the release before, in waves like any other
     Undo {
         /// The app

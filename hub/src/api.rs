@@ -91,6 +91,10 @@ pub fn router(api: Api) -> Router {
         .route("/rollouts/{id}/pause", post(rollouts::pause))
         .route("/rollouts/{id}/resume", post(rollouts::resume))
         .route("/rollouts/{id}/abort", post(rollouts::abort))
+        .route(
+            "/rollouts/{id}/override-locks",
+            post(rollouts::override_locks),
+        )
         .route("/events", get(events::list))
         .route("/events/stream", get(events::stream))
         .route("/images", get(images::list))

@@ -36,6 +36,9 @@ pub struct HeadApp {
     pub soak_ms: u64,
     /// How long from switching until every service is ready, in milliseconds.
     pub progress_deadline_ms: u64,
+    /// Whether to switch although the app holds its update lock
+    /// ([`crate::manifest::Service::update_lock`]): an operator said so.
+    pub override_lock: bool,
 }
 
 /// Down: something to do or to know once. Not retained.

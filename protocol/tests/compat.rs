@@ -70,6 +70,7 @@ fn downlinks() {
         since: version(since),
         soak_ms: 60_000,
         progress_deadline_ms: 300_000,
+        override_lock: name == "web",
     };
     message(
         "head.bin",
@@ -159,6 +160,9 @@ fn reports_with_every_phase_and_reason() {
         R::Poisoned,
         R::StateCorrupt,
         R::Internal,
+        R::Signaled,
+        R::ProbeFailed,
+        R::UpdateLocked,
     ];
     let states = [
         ServiceState::Waiting,
@@ -237,6 +241,8 @@ fn events_of_every_kind() {
         K::StateCorrupt,
         K::EventsDropped,
         K::Adopted,
+        K::Signaled,
+        K::ProbeFailed,
     ];
     for (seq, kind) in (1..).zip(kinds) {
         let event = Event::new(seq, 3, 1_790_000_000_000, kind, "what happened");

@@ -1,6 +1,6 @@
 //! Probes, dependencies, jobs, hooks and the order of a switch, with real containers.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use e2e::fleet::{
     Fleet, LONG, app_status, await_container, await_rollout, container, containers, http_get,
@@ -67,6 +67,23 @@ fn data(fleet: &Fleet) -> PathBuf {
 fn journal(fleet: &Fleet) -> Vec<String> {
     let text = std::fs::read_to_string(data(fleet).join("journal")).unwrap_or_default();
     text.lines().map(str::to_owned).collect()
+}
+
+/// Copies a program of this machine and the libraries that it needs into an image.
+fn copy_program(program: &str, root: &Path) {
+    let needs = std::process::Command::new("ldd")
+        .arg(program)
+        .output()
+        .expect("ldd is part of libc-bin");
+    let needs = String::from_utf8_lossy(&needs.stdout).into_owned();
+    let libraries = needs
+        .split_ascii_whitespace()
+        .filter(|word| word.starts_with('/'));
+    for file in libraries.chain([program]) {
+        let target = root.join(file.trim_start_matches('/'));
+        std::fs::create_dir_all(target.parent().expect("a file has a parent")).expect("writable");
+        std::fs::copy(file, target).expect("the file is there");
+    }
 }
 
 fn status(fleet: &Fleet) -> Value {
@@ -173,6 +190,78 @@ fn a_container_whose_liveness_probe_fails_is_stopped_and_started_again_and_the_h
     assert_eq!(container(&bed, "device-1", "shop", "db"), Some(db));
     let events = fleet.api().get("/events?limit=200").ok().to_string();
     assert!(events.contains("the liveness probe fails"), "{events}");
+}
+
+#[test]
+fn an_app_that_holds_its_update_lock_is_not_updated_until_it_lets_go_or_the_operator_says_so() {
+    let bed = Bed::new("lock");
+    let builder = Builder::new(&bed);
+    // Debian's static busybox has no flock.
+    builder.image("v1", &[], |root| copy_program("/usr/bin/flock", root));
+    let fleet = Fleet::start(&bed, Hub::start(&bed), 1);
+    let image = import(&fleet.api(), &builder, "v1");
+    // Holds the lock while /data/busy is there, and says when it has it.
+    let apply = |release: &str| {
+        let manifest = format!(
+            "apiVersion: foreshore/v1
+kind: App
+metadata: {{name: shop}}
+spec:
+  services:
+    web:
+      image: {image}
+      mem_limit: 32m
+      environment: {{RELEASE: {release}}}
+      entrypoint: [/bin/sh, -c]
+      command: ['flock /run/foreshore/update.lock sh -c \"echo $RELEASE > /data/has; while test -e /data/busy; do sleep 0.1; done\"; exec sleep 1000']
+      volumes: ['data:/data']
+      update_lock: true
+      stop_grace_period: 1s
+  rollout: {{waves: [{{percent: 100}}], soak: 500ms, bake: 0s, progressDeadline: 30s, maxUnavailable: 100%}}
+"
+        );
+        fleet.api().apply("shop", &manifest).ok();
+    };
+    let has = || std::fs::read_to_string(data(&fleet).join("has")).unwrap_or_default();
+    let busy = || std::fs::write(data(&fleet).join("busy"), "").expect("writable");
+    std::fs::create_dir_all(data(&fleet)).expect("writable");
+    busy();
+    apply("one");
+    fleet.await_rollout("shop", "completed");
+    wait_until("the lock to be taken", LONG, || has() == "one\n");
+    let first = await_container(&bed, "device-1", "shop", "web");
+
+    let blocked = || {
+        wait_for("the update to be held back", LONG, || {
+            let status = status(&fleet);
+            if status["reason"]["code"] == "update-locked" {
+                Ok(())
+            } else {
+                Err(status)
+            }
+        });
+    };
+    apply("two");
+    blocked();
+    assert_eq!(container(&bed, "device-1", "shop", "web"), Some(first));
+    // An app that dies lets go of it: nothing stays locked by accident.
+    std::fs::remove_file(data(&fleet).join("busy")).expect("it was made above");
+    fleet.await_rollout("shop", "completed");
+    assert_eq!(has(), "two\n");
+
+    // The second release does not hold it any more; the third takes it again.
+    busy();
+    apply("three");
+    fleet.await_rollout("shop", "completed");
+    wait_until("the lock to be taken again", LONG, || has() == "three\n");
+    apply("four");
+    blocked();
+    let rollout = fleet.api().rollout("shop");
+    let path = format!("/rollouts/{}/override-locks", rollout["id"]);
+    fleet.api().send("POST", &path, b"").ok();
+    fleet.await_rollout("shop", "completed");
+    let again = fleet.api().send("POST", &path, b"");
+    assert_eq!(again.code(), "rollout-is-final");
 }
 
 #[test]

@@ -57,6 +57,12 @@ pub(super) fn advance(
         draft.fetch(current);
         return;
     };
+    if history.trial.is_some()
+        && draft.observed.update_locks.held.contains(app)
+        && service::is_before_start(containers, &target)
+    {
+        draft.update_locks.insert(app.clone());
+    }
     draft.stage(app, current, target.missing_images(&draft.observed.images));
     service::advance(
         draft,
@@ -204,7 +210,11 @@ fn stage_and_switch(
     desired: &HeadApp,
 ) {
     let release = desired.release;
-    let (phase, reason) = match gate(draft, app, release) {
+    let gate = match gate(draft, app, release) {
+        Gate::Open => update_lock(draft, app, history, desired),
+        closed @ Gate::Closed(..) => closed,
+    };
+    let (phase, reason) = match gate {
         Gate::Open => {
             switch(draft, history, desired);
             (Phase::Activating, None)
@@ -248,6 +258,36 @@ fn gate(draft: &mut Draft<'_>, app: &AppName, release: Digest) -> Gate {
     }
     draft.stage(app, release, missing);
     waiting(Phase::Staging)
+}
+
+/// Whether the app lets itself be updated. What runs of it decides: only that can have the lock.
+fn update_lock(
+    draft: &mut Draft<'_>,
+    app: &AppName,
+    history: &AppHistory,
+    desired: &HeadApp,
+) -> Gate {
+    let running = history
+        .current
+        .filter(|current| *current != desired.release)
+        .and_then(|current| draft.observed.releases.get(&current));
+    let locks =
+        running.is_some_and(|release| release.services.values().any(|service| service.update_lock));
+    if !locks || desired.override_lock {
+        return Gate::Open;
+    }
+    draft.update_locks.insert(app.clone());
+    if draft.observed.update_locks.held.contains(app) {
+        Gate::Open
+    } else if draft.observed.update_locks.refused.contains(app) {
+        let message = "the app holds its update lock; it is updated when it lets go of it";
+        Gate::Closed(
+            Phase::Blocked,
+            Some(reason(ReasonCode::UpdateLocked, None, message)),
+        )
+    } else {
+        Gate::Closed(Phase::Staging, None)
+    }
 }
 
 /// Why a release whose digest is right can still not be run as `app`.

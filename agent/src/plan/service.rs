@@ -291,6 +291,20 @@ pub(super) fn has_stale(containers: &[&ObservedContainer], target: &Target<'_>) 
     containers.iter().any(|seen| !target.matches(seen))
 }
 
+/// Whether something of the release before still runs, and nothing of `target` yet that may wait for its update lock.
+pub(super) fn is_before_start(containers: &[&ObservedContainer], target: &Target<'_>) -> bool {
+    let (new, before): (Vec<&ObservedContainer>, Vec<_>) = containers
+        .iter()
+        .copied()
+        .filter(|seen| matches!(seen.container.state, ContainerState::Running { .. }))
+        .partition(|seen| target.matches(seen));
+    let locks = |seen: &&ObservedContainer| {
+        let spec = target.services.get(&seen.container.id.service);
+        spec.is_some_and(|spec| spec.service.update_lock)
+    };
+    !before.is_empty() && !new.iter().any(locks)
+}
+
 /// What a switch to `release` makes of services that had ended for good: those that failed get another chance, and
 /// those that had done their job do it again, once for each release. What runs runs on.
 pub(super) fn forgive(history: &mut AppHistory, release: Digest) {

@@ -423,6 +423,55 @@ fn a_service_is_not_ready_before_its_startup_probe_succeeded() {
     assert!(why.contains("startup probe fails"), "{why}");
 }
 
+#[test]
+fn an_app_that_holds_its_update_lock_is_staged_and_updated_when_it_lets_go_or_an_operator_says_so()
+{
+    let locking = |seed| {
+        let mut web = always("good", seed);
+        web.update_lock = true;
+        release("shop", &[("web", web)])
+    };
+    let shop: AppName = "shop".parse().unwrap();
+    let mut world = settled(&locking(1));
+    world.busy_apps.insert(shop.clone());
+    let second = world.assign(&locking(2));
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Blocked);
+    assert_eq!(status.reason.unwrap().code, ReasonCode::UpdateLocked);
+    assert!(world.stopped.is_empty());
+    // It is on the disk already.
+    world.registry = Some(ReasonCode::RegistryUnreachable);
+    world.busy_apps.clear();
+    world.turn(0);
+    let stop = world.turn(usize::MAX);
+    assert!(matches!(&stop.steps[..], [Step::Stop { .. }]), "{stop:?}");
+    assert_eq!(world.update_locks.held, [shop.clone()].into());
+    world.run(50);
+    assert_eq!(world.phase("shop"), Phase::Activating);
+    assert_eq!(world.update_locks, UpdateLocks::default());
+    world.run(HOUR);
+    assert_eq!(world.status("shop").running, Some(second));
+    assert_eq!(world.update_locks, UpdateLocks::default());
+    // What goes back does not ask.
+    world.registry = None;
+    let mut bad = locking(3);
+    bad.services.values_mut().next().unwrap().command = Some(vec!["never-ready".to_owned()]);
+    world.assign(&bad);
+    world.run(1_000);
+    assert_eq!(world.phase("shop"), Phase::Activating);
+    world.busy_apps.insert(shop.clone());
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    // The operator's word counts more.
+    let fourth = world.assign(&locking(4));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Blocked);
+    world.desired.apps.get_mut(&shop).unwrap().override_lock = true;
+    world.run(HOUR);
+    assert_eq!(world.status("shop").running, Some(fourth));
+}
+
 fn beside(
     mut service: foreshore_protocol::manifest::Service,
 ) -> foreshore_protocol::manifest::Service {

@@ -64,6 +64,12 @@ pub(super) struct World {
     /// While set, staging fails with this.
     pub(super) registry: Option<ReasonCode>,
     pub(super) hub_reachable: bool,
+    /// The agent's and the apps' update locks.
+    pub(super) update_locks: UpdateLocks,
+    /// Whether the last plan's wishes changed them.
+    locks_changed: bool,
+    /// Apps that hold their lock.
+    pub(super) busy_apps: BTreeSet<AppName>,
     /// Every container that was ever started, in order.
     pub(super) started: Vec<(ContainerId, Digest)>,
     /// Every container that was ever told to stop.
@@ -87,6 +93,9 @@ impl World {
             containers: Vec::new(),
             registry: None,
             hub_reachable: true,
+            update_locks: UpdateLocks::default(),
+            locks_changed: false,
+            busy_apps: BTreeSet::new(),
             started: Vec::new(),
             stopped: Vec::new(),
             generation: 0,
@@ -111,6 +120,7 @@ impl World {
                 since: self.version(),
                 soak_ms: SOAK_MS,
                 progress_deadline_ms: DEADLINE_MS,
+                override_lock: false,
             },
         );
         digest
@@ -124,6 +134,7 @@ impl World {
 
     /// The agent is killed and started again.
     pub(super) fn crash(&mut self) {
+        self.update_locks = UpdateLocks::default();
         self.watching_since = self.now.ms;
     }
 
@@ -174,6 +185,7 @@ impl World {
             containers,
             releases: self.releases.clone(),
             images: self.images.clone(),
+            update_locks: self.update_locks.clone(),
             busy: Busy::default(),
         }
     }
@@ -185,6 +197,13 @@ impl World {
         let violations = check::check(&observed, &self.history, &plan);
         assert!(violations.is_empty(), "{violations:?}\n{plan:#?}");
         self.history = plan.history.clone();
+        let (refused, held) =
+            plan.update_locks.iter().cloned().partition(|app| {
+                self.busy_apps.contains(app) && !self.update_locks.held.contains(app)
+            });
+        let update_locks = UpdateLocks { held, refused };
+        self.locks_changed = self.update_locks != update_locks;
+        self.update_locks = update_locks;
         if cut > 0 && self.hub_reachable {
             for digest in &plan.fetch {
                 if let Some(release) = self.hub.get(digest) {
@@ -314,7 +333,7 @@ impl World {
                 .fetch
                 .iter()
                 .any(|digest| self.hub.contains_key(digest));
-            if !plan.steps.is_empty() || (fetched && self.hub_reachable) {
+            if !plan.steps.is_empty() || self.locks_changed || (fetched && self.hub_reachable) {
                 continue;
             }
             let next = [plan.wake_at, self.next_change()]

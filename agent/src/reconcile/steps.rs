@@ -24,6 +24,9 @@ enum May {
     Heal,
 }
 
+/// How often an app is asked again whether it may be updated.
+const LOCK_RETRY: Duration = Duration::from_secs(2);
+
 /// When the link is busy, what was not asked for is asked for after this.
 const FETCH_RETRY: Duration = Duration::from_secs(1);
 
@@ -70,8 +73,21 @@ impl<R: Runtime + 'static> Agent<R> {
                 .collect(),
             releases: self.releases.clone(),
             images: self.images.clone(),
+            update_locks: self.update_locks.observed(),
             busy: self.busy.clone(),
         }
+    }
+
+    fn settle_update_locks(&mut self, wanted: &BTreeSet<AppName>) {
+        if self.update_locks.settle(wanted) {
+            self.wake_at = Some(Instant::now());
+        } else if self.update_locks.is_refused() {
+            self.wake_by(Instant::now() + LOCK_RETRY);
+        }
+    }
+
+    fn wake_by(&mut self, at: Instant) {
+        self.wake_at = Some(self.wake_at.map_or(at, |earlier| earlier.min(at)));
     }
 
     fn carry_out(&mut self, plan: Plan, containers: Vec<ContainerLine>, now: BootMs) {
@@ -84,8 +100,7 @@ impl<R: Runtime + 'static> Agent<R> {
             self.stored.clone_from(&self.history);
             May::All
         } else {
-            let retry = Instant::now() + RETRY;
-            self.wake_at = Some(self.wake_at.map_or(retry, |at| at.min(retry)));
+            self.wake_by(Instant::now() + RETRY);
             May::Heal
         };
         for Notice {
@@ -98,6 +113,7 @@ impl<R: Runtime + 'static> Agent<R> {
             self.event(kind, app, service, message);
         }
         self.fetch(plan.fetch);
+        self.settle_update_locks(&plan.update_locks);
         self.tell_status(plan.status, containers);
         for step in plan.steps {
             if may == May::All || self.is_healing(&step) {
@@ -227,8 +243,7 @@ impl<R: Runtime + 'static> Agent<R> {
             if !self.uplink.send(Outgoing::Fetch(release)) {
                 // The link is busy, or there is none: asked again soon, or when there is one.
                 if self.connected_at.is_some() {
-                    let retry = Instant::now() + FETCH_RETRY;
-                    self.wake_at = Some(self.wake_at.map_or(retry, |at| at.min(retry)));
+                    self.wake_by(Instant::now() + FETCH_RETRY);
                 }
                 break;
             }

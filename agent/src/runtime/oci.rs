@@ -39,6 +39,8 @@ use super::{
 };
 use watch::Watch;
 
+use crate::update_lock;
+
 mod children;
 mod connection;
 mod logs;
@@ -217,6 +219,13 @@ impl OciRuntime {
             container: None,
         };
         let app = spec.id.app.as_str();
+        let update_lock = spec
+            .service
+            .update_lock
+            .then(|| update_lock::directory(&self.config.run_dir, &spec.id.app));
+        if let Some(directory) = &update_lock {
+            update_lock::open(directory)?;
+        }
         let request = Request {
             id: spec.id.clone(),
             service: spec.service.clone(),
@@ -226,6 +235,7 @@ impl OciRuntime {
             writable: (!spec.service.read_only).then(|| self.writable(&id)),
             volumes: self.config.state_dir.join("volumes").join(app),
             logs: self.config.state_dir.join("logs").join(app),
+            update_lock,
             shim: self.shim.clone(),
             swap_limit: self.cgroups.limits_swap(),
             swap_file: self.cgroups.swap_file(&id),

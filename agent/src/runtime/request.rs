@@ -55,6 +55,8 @@ pub(crate) struct Request {
     pub(crate) volumes: PathBuf,
     /// Of this app.
     pub(crate) logs: PathBuf,
+    /// The directory of the app's update lock, for a service that may have it.
+    pub(crate) update_lock: Option<PathBuf>,
     /// The foreshore-shim program.
     pub(crate) shim: PathBuf,
     /// Whether the kernel can limit swap.

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::user::User;
 use super::{ContainerId, ImageConfig};
+use crate::update_lock;
 
 /// What docker(1) gives a container without a PATH of its own.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -88,6 +89,8 @@ pub struct Input<'a> {
     pub cgroup: &'a str,
     /// The app's volumes.
     pub volumes: &'a Path,
+    /// The directory of the app's update lock, if the service sees it.
+    pub update_lock: Option<&'a Path>,
     /// Whether the kernel can limit swap.
     pub swap_limit: bool,
     /// Whether the kernel has cgroup namespaces.
@@ -324,6 +327,10 @@ fn mounts(input: &Input<'_>) -> Result<Vec<Value>, Refusal> {
         json!({"destination": "/sys", "type": "sysfs", "source": "sysfs",
                "options": ["nosuid", "noexec", "nodev", "ro"]}),
     ];
+    if let Some(directory) = input.update_lock {
+        // Read-only: a lock needs no more, and nobody fills the device's memory with files.
+        mounts.push(bind(directory, update_lock::TARGET, true));
+    }
     if input.service.network_mode == NetworkMode::Host {
         for path in input.host_files {
             mounts.push(bind(Path::new(path), path, true));
@@ -430,6 +437,7 @@ mod tests {
                 home: "/home/x".to_owned(),
             },
             cgroup: "/parent/shop.web.7",
+            update_lock: None,
             volumes: Path::new("/state/volumes/shop"),
             swap_limit: true,
             cgroup_namespace: true,

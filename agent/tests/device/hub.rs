@@ -135,6 +135,7 @@ impl Hub {
     pub fn assign_only(&self, generation: u64, release: &Release) {
         let version = Version::from_numbers(1, generation).unwrap();
         let app = HeadApp {
+            override_lock: false,
             app: release.app.clone(),
             release: release.digest(),
             since: version,

@@ -36,6 +36,7 @@ pub(super) fn run(hub: &Hub, verb: &Rollout, format: Format, out: &mut dyn Write
         Rollout::Pause { app } => steer(hub, app, "pause", format, out),
         Rollout::Resume { app } => steer(hub, app, "resume", format, out),
         Rollout::Abort { app } => steer(hub, app, "abort", format, out),
+        Rollout::OverrideLocks { app } => steer(hub, app, "override-locks", format, out),
         Rollout::Undo { app } => {
             let answer: ApplyAnswer = hub.call(
                 "POST",

@@ -122,6 +122,22 @@ pub async fn abort(State(api): Hub, Segment(id): Segment) -> Result<Json<Rollout
     command(&api, &id, Command::Abort).await
 }
 
+/// `POST /rollouts/{id}/override-locks`: devices switch although the app holds its update lock there.
+///
+/// # Errors
+///
+/// When there is none, it has ended, or the store fails.
+pub async fn override_locks(
+    State(api): Hub,
+    Segment(id): Segment,
+) -> Result<Json<RolloutView>, Failure> {
+    let id = rollout_id(&id)?;
+    api.controller
+        .change(move |change| rollouts::override_locks(change, id))
+        .await?;
+    view(&api, id).await
+}
+
 /// How much of a rollout's devices is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Devices {

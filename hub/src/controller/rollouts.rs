@@ -105,6 +105,31 @@ pub fn command(change: &mut Change<'_>, id: u64, command: Command) -> Result<(),
     advance_newest(change, &app)
 }
 
+/// Lets the devices of a rollout switch to its release although the app there holds its update lock.
+///
+/// # Errors
+///
+/// When there is no such rollout, it has ended, or the store fails.
+pub fn override_locks(change: &mut Change<'_>, id: u64) -> Result<(), ControlError> {
+    let rollout =
+        store::rollout::get(change.connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
+    if rollout.state.is_final() {
+        let state = StateName(rollout.state);
+        return Err(Refused::Final { id, state }.into());
+    }
+    let told = store::desired::override_locks(change.connection, &rollout.app, &rollout.to)?;
+    change
+        .event("update-locks-overridden")
+        .app(&rollout.app)
+        .rollout(id)
+        .record(format!(
+            "for {}; {told} devices are told now",
+            rollout.to.short()
+        ))?;
+    change.effects.publish = true;
+    Ok(())
+}
+
 /// Ends a live rollout where it stands, without giving devices anything; its app is being removed from them.
 ///
 /// # Errors

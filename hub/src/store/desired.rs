@@ -100,6 +100,36 @@ pub fn place(
     Ok(version)
 }
 
+/// Lets devices switch to this release of an app although the app holds its update lock: those that have it assigned
+/// are told, and those that will be. How many were told.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn override_locks(
+    connection: &Connection,
+    app: &AppName,
+    release: &Digest,
+) -> rusqlite::Result<usize> {
+    let release = release.to_string();
+    let changed = connection
+        .prepare_cached(
+            "UPDATE app SET unlocked_release = ?2 WHERE name = ?1 AND unlocked_release IS NOT ?2",
+        )?
+        .execute(params![app.as_str(), release])?;
+    if changed == 0 {
+        return Ok(0);
+    }
+    let devices: Vec<DeviceId> = connection
+        .prepare_cached("SELECT device FROM placement WHERE app = ?1 AND release = ?2")?
+        .query_map(params![app.as_str(), release], |row| column::parsed(row, 0))?
+        .collect::<rusqlite::Result<_>>()?;
+    for device in &devices {
+        bump(connection, device)?;
+    }
+    Ok(devices.len())
+}
+
 /// Takes an app from a device, and remembers that the device must say so; the version, or `None` when
 /// there was nothing to take.
 ///
@@ -166,8 +196,9 @@ pub fn head(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
     };
     let apps = connection
         .prepare_cached(
-            "SELECT app, release, since_epoch, since_generation, soak_ms, deadline_ms
-             FROM placement WHERE device = ?1 ORDER BY app",
+            "SELECT p.app, p.release, p.since_epoch, p.since_generation, p.soak_ms, p.deadline_ms,
+                    coalesce(a.unlocked_release = p.release, 0)
+             FROM placement p LEFT JOIN app a ON a.name = p.app WHERE p.device = ?1 ORDER BY p.app",
         )?
         .query_map([device.as_str()], |row| {
             Ok(HeadApp {
@@ -176,6 +207,7 @@ pub fn head(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
                 since: column::version(row, 2)?,
                 soak_ms: row.get(4)?,
                 progress_deadline_ms: row.get(5)?,
+                override_lock: row.get(6)?,
             })
         })?
         .collect::<rusqlite::Result<_>>()?;

@@ -5,7 +5,10 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::StoreError;
 
 /// One step per version; never edited after a release, only added to.
-const MIGRATIONS: &[&str] = &[INITIAL];
+const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE];
+
+/// The release of an app that devices switch to although the app holds its update lock.
+const UNLOCKED_RELEASE: &str = "ALTER TABLE app ADD COLUMN unlocked_release TEXT;";
 
 /// Brings the database to the newest schema, each step in its own transaction.
 ///

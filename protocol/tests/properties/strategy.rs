@@ -145,6 +145,7 @@ pub(crate) fn head() -> impl Strategy<Value = Head> {
                 .into_iter()
                 .map(
                     |(app, (since, release, soak_ms, progress_deadline_ms))| HeadApp {
+                        override_lock: soak_ms % 2 == 1,
                         app,
                         release,
                         since,

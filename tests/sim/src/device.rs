@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_agent::plan::{
     self, BootId, BootMs, Busy, Desired, History, Now, Observed, ObservedContainer, Outcome, Plan,
-    ProbeState, ProbeStates, Step,
+    ProbeState, ProbeStates, Step, UpdateLocks,
 };
 use foreshore_agent::runtime::{Container, ContainerId, ContainerState, Exit};
 use foreshore_protocol::message::{AppStatus, Head, Phase, Reason, ReasonCode, Reported};
@@ -281,6 +281,7 @@ impl Device {
                 .collect(),
             releases: self.disk.releases.clone(),
             images: self.disk.images.clone(),
+            update_locks: UpdateLocks::default(),
             busy,
         }
     }

@@ -121,6 +121,7 @@ impl Hub {
             since: *since,
             soak_ms: placement.soak_ms,
             progress_deadline_ms: placement.progress_deadline_ms,
+            override_lock: false,
         });
         Some(Head {
             version: version(row.generation),
