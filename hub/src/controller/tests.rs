@@ -468,7 +468,7 @@ fn a_device_behind_is_repaired_less_and_less_often() {
         hub.connection.execute("DELETE FROM outbox", []).unwrap();
         hub.hear("a", false, beacon());
         if store::desired::outbox_depth(&hub.connection).unwrap() > 0
-            && !store::desired::waiting_heads(&hub.connection, "", 1)
+            && !store::desired::waiting_heads(&hub.connection, 1, |_, _| false)
                 .unwrap()
                 .is_empty()
         {

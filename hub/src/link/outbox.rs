@@ -2,7 +2,7 @@
 //! took exactly what the row asks for.
 //!
 //! Releases go before heads, so that a device which reads its head finds the release. What the broker refuses
-//! stays in the outbox and is tried again.
+//! stays in the outbox and [rests] before it is tried again; everything else goes past it.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -16,10 +16,13 @@ use futures_util::stream::FuturesUnordered;
 use rumqttc::{AsyncClient, ClientError, PublishOptions};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use self::rests::{Key, Rests};
 use super::{ANSWER_WITHIN, LinkCounters, reconnect_spread_ms};
 use crate::clock::wall_clock;
 use crate::controller::{BEACON_INTERVAL_MS, ControlError, Controller};
 use crate::store::{self, StoreError};
+
+mod rests;
 
 /// Messages that are on their way to the broker at once.
 const PAGE: usize = 200;
@@ -29,9 +32,6 @@ const PAGE_EVERY: Duration = Duration::from_millis(50);
 
 /// The outbox is looked at so often even without news.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
-
-/// How long to wait after the broker refused something.
-const AFTER_REFUSAL: Duration = Duration::from_secs(5);
 
 /// How often the hub's own topic is renewed, for devices that take the time from it.
 const HUB_INFO_EVERY: Duration = Duration::from_secs(3600);
@@ -68,6 +68,17 @@ enum Item {
     Head(DeviceId, Version, Vec<u8>),
 }
 
+impl Item {
+    /// What rests when the broker refuses it. Topics to be cleared are given up instead.
+    fn key(&self) -> Option<Key> {
+        match self {
+            Self::Clear(_) => None,
+            Self::Release(digest, _) => Some(Key::Release(*digest)),
+            Self::Head(device, version, _) => Some(Key::Head(device.clone(), *version)),
+        }
+    }
+}
+
 /// Publishes until the connection ends.
 ///
 /// # Errors
@@ -81,65 +92,74 @@ pub async fn run(
     let mut pace = tokio::time::interval(PAGE_EVERY);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut renew_at = Instant::now();
+    let mut rests = Rests::default();
     loop {
         if renew_at <= Instant::now() {
             publish_hub_info(client, controller).await?;
             renew_at = Instant::now() + HUB_INFO_EVERY;
         }
-        let mut refused = false;
-        while let Some(page) = next_page(controller).await? {
+        while let Some(page) = next_page(controller, &rests).await? {
             pace.tick().await;
-            if publish(client, controller, counters, page).await? > 0 {
-                refused = true;
-                break;
-            }
+            publish(client, controller, counters, page, &mut rests).await?;
         }
-        if refused {
-            tokio::time::sleep(AFTER_REFUSAL).await;
-            continue;
-        }
+        let now = Instant::now();
+        let look_at = now + LOOK_EVERY;
+        let look_at = rests.next(now).map_or(look_at, |end| end.min(look_at));
         tokio::select! {
             () = controller.outbox_news() => {}
-            () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = tokio::time::sleep_until(look_at) => {}
         }
     }
 }
 
 /// What waits longest for nothing: clears, then releases, then heads; `None` when nothing waits.
-async fn next_page(controller: &Controller) -> Result<Option<Vec<Item>>, PublishError> {
+async fn next_page(
+    controller: &Controller,
+    rests: &Rests,
+) -> Result<Option<Vec<Item>>, PublishError> {
+    let (rests, now) = (rests.clone(), Instant::now());
     let page = controller
         .store()
-        .read(|connection| {
-            let clears = store::desired::waiting_clears(connection, PAGE)?
-                .into_iter()
-                .map(Item::Clear);
-            let releases = store::desired::waiting_releases(connection, PAGE)?;
-            let mut page: Vec<Item> = clears.collect();
-            page.extend(
-                releases
-                    .into_iter()
-                    .map(|(digest, bytes)| Item::Release(digest, bytes)),
-            );
-            // Heads only once every release is out.
-            if page.is_empty() {
-                for (device, head) in store::desired::waiting_heads(connection, "", PAGE)? {
-                    page.push(Item::Head(device, head.version, frame::encode(&head)));
-                }
-            }
-            Ok::<_, StoreError>(page)
-        })
+        .read(move |connection| Ok::<_, StoreError>(waiting(connection, &rests, now, PAGE)?))
         .await
         .map_err(ControlError::from)?;
     Ok((!page.is_empty()).then_some(page))
 }
 
-/// Publishes a page and clears what the broker took; how many it refused.
+/// At most `limit` clears and as many releases, or as many heads; nothing that rests.
+fn waiting(
+    connection: &rusqlite::Connection,
+    rests: &Rests,
+    now: Instant,
+    limit: usize,
+) -> rusqlite::Result<Vec<Item>> {
+    let clears = store::desired::waiting_clears(connection, limit)?
+        .into_iter()
+        .map(Item::Clear);
+    let mut page: Vec<Item> = clears.collect();
+    let resting = |digest: &Digest| rests.holds_release(digest, now);
+    for (digest, bytes) in store::desired::waiting_releases(connection, limit, resting)? {
+        page.push(Item::Release(digest, bytes));
+    }
+    // Heads only once every release is out, those apart that the broker refuses: one of them must not hold up
+    // the fleet. A device that is told of such a release waits for it.
+    if page.is_empty() {
+        let resting = |device: &DeviceId, version| rests.holds_head(device, version, now);
+        for (device, head) in store::desired::waiting_heads(connection, limit, resting)? {
+            page.push(Item::Head(device, head.version, frame::encode(&head)));
+        }
+    }
+    Ok(page)
+}
+
+/// Publishes a page and clears what the broker took; what it refused rests.
 async fn publish(
     client: &AsyncClient,
     controller: &Controller,
     counters: &LinkCounters,
     page: Vec<Item>,
-) -> Result<usize, PublishError> {
+    rests: &mut Rests,
+) -> Result<(), PublishError> {
     let mut answers = FuturesUnordered::new();
     for item in page {
         let (topic, payload) = match &item {
@@ -153,20 +173,31 @@ async fn publish(
             .await?;
         answers.push(async move { (item, topic, notice.wait_completion_async().await) });
     }
-    let (mut taken, mut refused) = (Vec::new(), 0);
+    let mut taken = Vec::new();
     loop {
         let next = tokio::time::timeout(ANSWER_WITHIN, answers.next());
         match next.await.map_err(|_| PublishError::NoAnswer)? {
             None => break,
-            Some((item, _, Ok(()))) => taken.push(item),
+            Some((item, _, Ok(()))) => {
+                if let Some(key) = item.key() {
+                    rests.taken(&key);
+                }
+                taken.push(item);
+            }
             // The hub's right to clear a device's own topics depends on the broker's rules; not worth a retry.
             Some((Item::Clear(topic), _, Err(error))) => {
                 tracing::debug!(%topic, %error, "the broker did not clear a retained message");
                 taken.push(Item::Clear(topic));
             }
-            Some((_, topic, Err(error))) => {
-                refused += 1;
-                tracing::warn!(%topic, %error, "the broker did not take a message; it is sent again");
+            Some((item, topic, Err(error))) => {
+                let first = item
+                    .key()
+                    .is_some_and(|key| rests.refused(key, Instant::now()));
+                if first {
+                    tracing::warn!(%topic, %error, "the broker did not take a message; it is sent again, less and less often");
+                } else {
+                    tracing::debug!(%topic, %error, "the broker did not take a message again");
+                }
             }
         }
     }
@@ -176,7 +207,7 @@ async fn publish(
     controller
         .change(move |change| clear(change.connection, &taken).map_err(ControlError::from))
         .await?;
-    Ok(refused)
+    Ok(())
 }
 
 fn clear(connection: &rusqlite::Connection, taken: &[Item]) -> rusqlite::Result<()> {
@@ -218,4 +249,75 @@ async fn publish_hub_info(
         .publish(topic::HUB, frame::encode(&info), options)
         .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rollout::{Placement, UnixMs};
+    use crate::store::tests::memory;
+
+    #[test]
+    fn what_the_broker_refuses_for_good_holds_nobody_else_up() {
+        let connection = memory();
+        let app = "shop".parse().unwrap();
+        let place = |device: &str, content: &[u8]| {
+            let (id, release) = (device.parse().unwrap(), Digest::of(content));
+            _ = store::device::insert(&connection, &id, UnixMs(1));
+            store::app::put_release(&connection, &release, &app, content, UnixMs(1)).unwrap();
+            store::desired::enqueue_release(&connection, &release).unwrap();
+            let placement = Placement {
+                release,
+                soak_ms: 1,
+                progress_deadline_ms: 2,
+            };
+            store::desired::place(&connection, &id, &app, &placement).unwrap();
+        };
+        // More that are refused than a page holds, and in front of the others.
+        for device in ["a-1", "a-2", "a-3", "b-1", "b-2"] {
+            place(device, if device < "b" { b"bad" } else { b"good" });
+        }
+        let (mut rests, now) = (Rests::default(), Instant::now());
+        let mut asked = 0;
+        let mut all_pages = |rests: &mut Rests, now| loop {
+            let page = waiting(&connection, rests, now, 2).unwrap();
+            if page.is_empty() {
+                break;
+            }
+            for item in page {
+                asked += 1;
+                assert!(asked < 100, "{item:?} is asked for ever");
+                let refused = match &item {
+                    Item::Clear(_) => false,
+                    Item::Release(digest, _) => *digest == Digest::of(b"bad"),
+                    Item::Head(device, ..) => device.as_str() < "b",
+                };
+                match item.key().filter(|_| refused) {
+                    Some(key) => _ = rests.refused(key, now),
+                    None => clear(&connection, &[item]).unwrap(),
+                }
+            }
+        };
+        all_pages(&mut rests, now);
+        let left = store::desired::waiting_heads(&connection, 10, |_, _| false).unwrap();
+        let left: Vec<_> = left.iter().map(|(device, _)| device.as_str()).collect();
+        assert_eq!(left, ["a-1", "a-2", "a-3"]);
+
+        // What rests is tried again in its time, a newer head at once.
+        assert!(waiting(&connection, &rests, now, 2).unwrap().is_empty());
+        place("a-2", b"good");
+        let page = waiting(&connection, &rests, now, 2).unwrap();
+        assert!(matches!(&page[..], [Item::Release(..)]), "{page:?}");
+        clear(&connection, &page).unwrap();
+        let page = waiting(&connection, &rests, now, 2).unwrap();
+        assert!(
+            matches!(&page[..], [Item::Head(device, ..)] if device.as_str() == "a-2"),
+            "{page:?}"
+        );
+        let later = rests.next(now).unwrap();
+        assert!(matches!(
+            &waiting(&connection, &rests, later, 2).unwrap()[..],
+            [Item::Release(..)]
+        ));
+    }
 }

@@ -214,20 +214,29 @@ pub fn head(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
     Ok(Some(Head { version, apps }))
 }
 
-/// Heads that wait to be published, in the order of their devices after `after`, at most `limit`.
+/// Heads that wait to be published, in the order of their devices, but those that `rests` says yes to; at most
+/// `limit`.
 ///
 /// # Errors
 ///
 /// When SQLite fails.
 pub fn waiting_heads(
     connection: &Connection,
-    after: &str,
     limit: usize,
+    rests: impl Fn(&DeviceId, Version) -> bool,
 ) -> rusqlite::Result<Vec<(DeviceId, Head)>> {
-    let devices: Vec<DeviceId> = connection
-        .prepare_cached("SELECT device FROM outbox WHERE device > ?1 ORDER BY device LIMIT ?2")?
-        .query_map(params![after, limit], |row| column::parsed(row, 0))?
-        .collect::<rusqlite::Result<_>>()?;
+    let mut devices: Vec<DeviceId> = Vec::new();
+    let mut waiting = connection
+        .prepare_cached("SELECT device, epoch, generation FROM outbox ORDER BY device")?;
+    let mut rows = waiting.query([])?;
+    while devices.len() < limit
+        && let Some(row) = rows.next()?
+    {
+        let device = column::parsed(row, 0)?;
+        if !rests(&device, column::version(row, 1)?) {
+            devices.push(device);
+        }
+    }
     let mut heads = Vec::with_capacity(devices.len());
     for device in devices {
         if let Some(head) = head(connection, &device)? {
@@ -269,7 +278,7 @@ pub fn enqueue_release(connection: &Connection, digest: &Digest) -> rusqlite::Re
     cleared(connection, &topic::release(digest))
 }
 
-/// Releases that wait to be published, at most `limit`.
+/// Releases that wait to be published, but those that `rests` says yes to; at most `limit`.
 ///
 /// # Errors
 ///
@@ -277,13 +286,22 @@ pub fn enqueue_release(connection: &Connection, digest: &Digest) -> rusqlite::Re
 pub fn waiting_releases(
     connection: &Connection,
     limit: usize,
+    rests: impl Fn(&Digest) -> bool,
 ) -> rusqlite::Result<Vec<(Digest, Vec<u8>)>> {
-    connection
-        .prepare_cached(
-            "SELECT release.digest, release.bytes FROM outbox_release JOIN release USING (digest) LIMIT ?1",
-        )?
-        .query_map([limit], |row| Ok((column::parsed(row, 0)?, row.get(1)?)))?
-        .collect()
+    let mut waiting = connection.prepare_cached(
+        "SELECT release.digest, release.bytes FROM outbox_release JOIN release USING (digest)",
+    )?;
+    let mut rows = waiting.query([])?;
+    let mut releases = Vec::new();
+    while releases.len() < limit
+        && let Some(row) = rows.next()?
+    {
+        let digest = column::parsed(row, 0)?;
+        if !rests(&digest) {
+            releases.push((digest, row.get(1)?));
+        }
+    }
+    Ok(releases)
 }
 
 /// Clears the outbox row of a release that the broker took.
@@ -465,12 +483,16 @@ mod tests {
         let second = place(&connection, &id, &app, &placed(&connection, b"2")).unwrap();
         assert!(second > first);
         published(&connection, &id, first).unwrap();
-        let waiting = waiting_heads(&connection, "", 10).unwrap();
+        let waiting = waiting_heads(&connection, 10, |_, _| false).unwrap();
         assert_eq!(waiting.len(), 1);
         assert_eq!(waiting[0].1.version, second);
         assert_eq!(waiting[0].1.apps[0].since, second);
         published(&connection, &id, second).unwrap();
-        assert!(waiting_heads(&connection, "", 10).unwrap().is_empty());
+        assert!(
+            waiting_heads(&connection, 10, |_, _| false)
+                .unwrap()
+                .is_empty()
+        );
     }
 
     #[test]
@@ -500,8 +522,13 @@ mod tests {
         let before = place(&connection, &id, &app, &placed(&connection, b"1")).unwrap();
         published(&connection, &id, before).unwrap();
         begin_epoch(&connection).unwrap();
-        let (_, head) = waiting_heads(&connection, "", 10).unwrap().remove(0);
+        let (_, head) = waiting_heads(&connection, 10, |_, _| false)
+            .unwrap()
+            .remove(0);
         assert!(head.version > before && head.version.epoch > before.epoch);
-        assert_eq!(waiting_releases(&connection, 10).unwrap().len(), 1);
+        assert_eq!(
+            waiting_releases(&connection, 10, |_| false).unwrap().len(),
+            1
+        );
     }
 }
