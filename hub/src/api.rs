@@ -24,7 +24,7 @@ use axum::http::request::Parts;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, patch, post};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::config::BrokerKind;
 use crate::controller::Controller;
@@ -64,6 +64,8 @@ pub struct Api {
     pub counters: Arc<LinkCounters>,
     /// For `/info`.
     pub broker: BrokerKind,
+    /// How many blobs may be sent at once.
+    pub blob_turns: Arc<Semaphore>,
     /// The largest image archive, in bytes.
     pub max_image_bytes: u64,
     /// True once the hub is stopping: streams end.

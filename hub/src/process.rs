@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::api::{self, Api};
@@ -19,6 +19,7 @@ use crate::controller::{ControlError, Controller};
 use crate::http;
 use crate::images::{Images, OpenError};
 use crate::link::{self, LinkConfig, LinkCounters};
+use crate::registry::BLOBS_AT_ONCE;
 use crate::secrets::{SecretError, Secrets};
 use crate::store::{self, Store, StoreError, Writer};
 
@@ -178,6 +179,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
         } else {
             BrokerKind::External
         },
+        blob_turns: Arc::new(Semaphore::new(BLOBS_AT_ONCE)),
         max_image_bytes: config.api.max_image_bytes,
         stopping: stopping.clone(),
     });

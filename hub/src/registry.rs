@@ -5,6 +5,8 @@
 //! again. Errors have the specification's own shape, since clients know no other.
 
 use std::io::SeekFrom;
+use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -18,6 +20,7 @@ use foreshore_images::reference::Reference;
 use foreshore_protocol::Digest;
 use futures_util::stream;
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::api::{Api, authority};
 use crate::images::HUB_HOST;
@@ -25,6 +28,12 @@ use crate::store::{self, StoreError};
 
 /// How much of a blob is read at once.
 const CHUNK: usize = 128 * 1024;
+
+/// Blobs that are sent at once. Each holds a file and up to [`CHUNK`] bytes, and more at once are slower for all.
+pub const BLOBS_AT_ONCE: usize = 64;
+
+/// How long a blob may wait for its turn; whoever asked for it tries again.
+const TURN_WITHIN: Duration = Duration::from_secs(15);
 
 /// The most tags in one answer.
 const TAGS_MAX: usize = 10_000;
@@ -247,6 +256,12 @@ async fn blob(
     headers: &HeaderMap,
     method: &Method,
 ) -> Result<Response, Refusal> {
+    // Before the file is opened, so that who waits holds none; asking for the head alone takes no turn.
+    let turn = if *method == Method::HEAD {
+        None
+    } else {
+        Some(turn(&api.blob_turns, TURN_WITHIN).await?)
+    };
     let blobs = api.images.blobs().clone();
     let (file, size) = tokio::task::spawn_blocking(move || blobs.open_blob(&digest))
         .await
@@ -274,14 +289,14 @@ async fn blob(
         }
     };
     let (first, length) = range.map_or((0, size), |(first, last)| (first, last - first + 1));
-    let body = if *method == Method::HEAD {
-        Body::empty()
-    } else {
+    let body = if let Some(turn) = turn {
         let mut file = tokio::fs::File::from_std(file);
         file.seek(SeekFrom::Start(first))
             .await
             .map_err(Refusal::internal)?;
-        stream_file(file, length)
+        stream_file(file, length, turn)
+    } else {
+        Body::empty()
     };
     let fixed = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
@@ -305,9 +320,23 @@ async fn blob(
     })
 }
 
-/// Exactly `length` bytes of `file`; an error, and so a broken connection, if it holds fewer.
-fn stream_file(file: tokio::fs::File, length: u64) -> Body {
-    let chunks = stream::try_unfold((file, length), |(mut file, left)| async move {
+/// A place among the blobs that are sent.
+async fn turn(turns: &Arc<Semaphore>, within: Duration) -> Result<OwnedSemaphorePermit, Refusal> {
+    let turn = tokio::time::timeout(within, Arc::clone(turns).acquire_owned());
+    match turn.await {
+        Ok(turn) => turn.map_err(Refusal::internal),
+        Err(_) => Err(Refusal::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            "TOOMANYREQUESTS",
+            format!("the hub sends {BLOBS_AT_ONCE} blobs already; try again"),
+        )),
+    }
+}
+
+/// Exactly `length` bytes of `file`; an error, and so a broken connection, if it holds fewer. The turn ends with the
+/// body, however that ends.
+fn stream_file(file: tokio::fs::File, length: u64, turn: OwnedSemaphorePermit) -> Body {
+    let chunks = stream::try_unfold((file, length, turn), |(mut file, left, turn)| async move {
         if left == 0 {
             return Ok(None);
         }
@@ -318,7 +347,10 @@ fn stream_file(file: tokio::fs::File, length: u64) -> Body {
             return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof));
         }
         chunk.truncate(count);
-        Ok(Some((Bytes::from(chunk), (file, left - count as u64))))
+        Ok(Some((
+            Bytes::from(chunk),
+            (file, left - count as u64, turn),
+        )))
     });
     Body::from_stream(chunks)
 }
@@ -396,6 +428,27 @@ mod tests {
         ] {
             assert_eq!(parse(bad), None, "{bad}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_blob_keeps_its_turn_until_it_was_sent_or_given_up() {
+        let turns = Arc::new(Semaphore::new(1));
+        let moment = Duration::from_millis(10);
+        let body = async || {
+            let file = tokio::fs::File::from_std(tempfile::tempfile().unwrap());
+            stream_file(file, 1, turn(&turns, moment).await.unwrap())
+        };
+        let sending = body().await;
+        let refused = turn(&turns, moment).await.unwrap_err();
+        assert_eq!(
+            (refused.status, refused.code),
+            (StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS")
+        );
+        drop(sending);
+        let sent = body().await;
+        // The file is shorter than it was: the body ends with an error.
+        axum::body::to_bytes(sent, 100).await.unwrap_err();
+        assert!(turn(&turns, moment).await.is_ok());
     }
 
     #[test]
