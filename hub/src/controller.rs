@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use foreshore_protocol::AppName;
+use foreshore_protocol::message::{MAX_APPS, MAX_LABELS};
 use rusqlite::Connection;
 use tokio::sync::{Notify, watch};
 
@@ -98,6 +99,14 @@ pub enum ControlError {
         /// By which apps.
         apps: BTreeSet<AppName>,
     },
+    /// A device's desired state holds only so many apps.
+    #[error(
+        "device {0} would be selected by more than {MAX_APPS} apps; narrow a selector, or label the device otherwise"
+    )]
+    TooManyApps(foreshore_protocol::DeviceId),
+    /// Operators give a device only so many labels.
+    #[error("device {0} would have more than {MAX_LABELS} labels; remove some first")]
+    TooManyLabels(foreshore_protocol::DeviceId),
     /// A connected device would come back at once.
     #[error("device {0} is connected; stop its agent first, or it comes back at once")]
     Connected(foreshore_protocol::DeviceId),
@@ -365,7 +374,8 @@ impl Controller {
             if !stale.is_empty() {
                 change.touch_live()?;
             }
-            store::event::prune(change.connection, store::event::KEEP)?;
+            let since = UnixMs(change.now.0.saturating_sub(store::event::KEEP_MS));
+            store::event::prune(change.connection, store::event::KEEP, since)?;
             for app in store::app::list(change.connection)? {
                 store::rollout::prune(change.connection, app.name(), KEEP_ROLLOUTS)?;
             }

@@ -8,6 +8,7 @@ use base64::Engine as _;
 use foreshore_protocol::DeviceId;
 
 use super::{Api, problem};
+use crate::broker::HUB_NAME;
 use crate::secrets::Secrets;
 
 /// Lets only callers with the API token through.
@@ -50,7 +51,9 @@ pub fn may_pull(secrets: &Secrets, headers: &HeaderMap) -> bool {
     let Some((user, password)) = text.split_once(':') else {
         return false;
     };
-    let device = user.parse::<DeviceId>().is_ok() && secrets.join.matches(password);
+    // The hub's own name is no device's, wherever it is used.
+    let device = user.parse::<DeviceId>().is_ok() && user != HUB_NAME;
+    let device = device && secrets.join.matches(password);
     device || secrets.api.matches(password)
 }
 
@@ -86,6 +89,7 @@ mod tests {
         assert!(pulls("Bearer operator") && pulls("bearer operator"));
         for bad in [
             basic("gateway-1:hub"),
+            basic("foreshore-hub:join"),
             basic("Not A Device:join"),
             basic("gateway-1"),
             basic(":join"),

@@ -164,6 +164,18 @@ impl From<ControlError> for Failure {
             ControlError::Connected(_) => conflict("device-connected"),
             ControlError::UnknownImage(_) => Self::not_found("unknown-image", detail),
             ControlError::ImageInUse { .. } => conflict("image-in-use"),
+            ControlError::TooManyApps(_) => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "too-many-apps",
+                "a device has only so much room",
+                detail,
+            ),
+            ControlError::TooManyLabels(_) => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "too-many-labels",
+                "a device has only so much room",
+                detail,
+            ),
             ControlError::Store(error) => error.into(),
         }
     }

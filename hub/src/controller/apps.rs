@@ -7,10 +7,12 @@ use foreshore_protocol::api::{
     ServiceChange,
 };
 use foreshore_protocol::manifest::{App, Service};
+use foreshore_protocol::message::MAX_LABELS;
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, DeviceId, Digest, topic};
 
-use super::{Change, ControlError, membership, rollouts};
+use super::membership::{self, Beyond};
+use super::{Change, ControlError, rollouts};
 use crate::rollout::{Rollout, waves};
 use crate::store::{self, app::AppRow};
 
@@ -31,7 +33,7 @@ pub struct Resolved {
 ///
 /// # Errors
 ///
-/// When the store fails.
+/// When a device is selected by too many apps then, or the store fails.
 pub fn apply(
     change: &mut Change<'_>,
     resolved: &Resolved,
@@ -172,7 +174,7 @@ pub fn current_release(
 ///
 /// # Errors
 ///
-/// When the store fails.
+/// Those of [`apply`].
 pub fn plan(
     change: &Change<'_>,
     resolved: &Resolved,
@@ -194,6 +196,9 @@ pub fn plan(
         .filter(|(_, labels)| resolved.app.spec.selector.matches(labels))
         .map(|(device, _)| device)
         .collect();
+    for device in &selected {
+        membership::check_room(change.connection, name, device)?;
+    }
     let warnings = warnings(change.connection, name, &selected, existing.is_some())?;
     let waves = if matches!(outcome, ApplyOutcome::Created | ApplyOutcome::Updated) {
         plan_waves(resolved, seed, selected)
@@ -394,15 +399,19 @@ pub fn finish_deleting(change: &mut Change<'_>, name: &AppName) -> Result<(), Co
 ///
 /// # Errors
 ///
-/// When there is no such device, or the store fails.
+/// When there is no such device, it has too many labels or is selected by too many apps then, or the store fails.
 pub fn patch_labels(
     change: &mut Change<'_>,
     device: &DeviceId,
     patch: &LabelPatch,
 ) -> Result<(), ControlError> {
-    store::device::patch_labels(change.connection, device, &patch.labels)?
-        .ok_or_else(|| ControlError::UnknownDevice(device.clone()))?;
-    membership::refresh_device(change, device)
+    let counts = store::device::patch_labels(change.connection, device, &patch.labels)?;
+    let (before, after) = counts.ok_or_else(|| ControlError::UnknownDevice(device.clone()))?;
+    // A device that has more from before may lose some, one by one.
+    if after > MAX_LABELS && after > before {
+        return Err(ControlError::TooManyLabels(device.clone()));
+    }
+    membership::refresh_device(change, device, Beyond::Refused)
 }
 
 /// Forgets a device that is not connected, and clears what the broker keeps for it.

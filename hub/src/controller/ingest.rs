@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use foreshore_protocol::message::{Beacon, Event, Presence, Reported};
 use foreshore_protocol::{DeviceId, Version};
 
-use super::{Change, ControlError, apps, membership};
+use super::membership::{self, Beyond};
+use super::{Change, ControlError, apps};
+use crate::broker::HUB_NAME;
 use crate::rollout::UnixMs;
 use crate::store::{self, device::LinkState};
 
@@ -106,7 +108,8 @@ fn link_of(change: &mut Change<'_>, inbound: &Inbound) -> Result<Option<LinkStat
     }
     let born = matches!(&inbound.message, Message::Presence(presence) if presence.online);
     let will = matches!(&inbound.message, Message::Presence(presence) if !presence.online);
-    if will || (inbound.retained && !born) {
+    // A broker that the hub did not configure may let anybody take the hub's name; no device can have it.
+    if will || (inbound.retained && !born) || inbound.device.as_str() == HUB_NAME {
         return Ok(None);
     }
     store::device::insert(change.connection, &inbound.device, change.now)?;
@@ -114,7 +117,7 @@ fn link_of(change: &mut Change<'_>, inbound: &Inbound) -> Result<Option<LinkStat
         .event("device-joined")
         .device(&inbound.device)
         .record("it connected for the first time")?;
-    membership::refresh_device(change, &inbound.device)?;
+    membership::refresh_device(change, &inbound.device, Beyond::Skipped)?;
     Ok(store::device::link(change.connection, &inbound.device)?)
 }
 
@@ -230,7 +233,7 @@ impl Device<'_> {
             self.link.reported_seq = reported.seq;
             self.link.accepted = reported.version;
             if store::device::put_inventory(change.connection, self.id, &reported.inventory)? {
-                membership::refresh_device(change, self.id)?;
+                membership::refresh_device(change, self.id, Beyond::Skipped)?;
                 // The refresh may have given the device a new desired state.
                 if let Some(link) = store::device::link(change.connection, self.id)? {
                     self.link.desired = link.desired;

@@ -3,24 +3,53 @@
 //! A device that an app selects only now gets the release of the app's newest completed rollout at once. While a
 //! rollout runs it waits for its end: newcomers never skip the brakes. A device that is no longer selected
 //! has the app removed.
+//!
+//! A device takes only [`MAX_APPS`] apps. What would select it for more is refused, if an operator asks for it.
 
 use foreshore_protocol::api::RolloutState;
 use foreshore_protocol::id::Labels;
+use foreshore_protocol::message::MAX_APPS;
 use foreshore_protocol::{AppName, DeviceId};
 
 use super::{Change, ControlError, rollouts};
 use crate::rollout::{Action, Revert, Rollout, joiner_release};
 use crate::store::{self, app::AppRow};
 
+/// What becomes of an app that a device has no room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beyond {
+    /// The change is refused.
+    Refused,
+    /// The device goes without it, and an event says so: nobody is there who could be refused anything.
+    Skipped,
+}
+
+/// Whether a device has room for an app, beside the others that select it.
+///
+/// # Errors
+///
+/// [`ControlError::TooManyApps`] if not; or when the store fails.
+pub fn check_room(
+    connection: &rusqlite::Connection,
+    app: &AppName,
+    device: &DeviceId,
+) -> Result<(), ControlError> {
+    if store::app::others_selecting(connection, app, device)? < MAX_APPS {
+        Ok(())
+    } else {
+        Err(ControlError::TooManyApps(device.clone()))
+    }
+}
+
 /// Brings the members of an app in step with its selector.
 ///
 /// # Errors
 ///
-/// When the store fails.
+/// When a device has no room for the app, or the store fails.
 pub fn refresh_app(change: &mut Change<'_>, app: &AppRow) -> Result<(), ControlError> {
     let mut live = None;
     for (device, labels) in store::device::all_labels(change.connection)? {
-        set(change, app, &device, &labels, &mut live)?;
+        set(change, app, &device, &labels, Beyond::Refused, &mut live)?;
     }
     Ok(())
 }
@@ -29,16 +58,28 @@ pub fn refresh_app(change: &mut Change<'_>, app: &AppRow) -> Result<(), ControlE
 ///
 /// # Errors
 ///
-/// When the store fails.
-pub fn refresh_device(change: &mut Change<'_>, device: &DeviceId) -> Result<(), ControlError> {
+/// When the device has no room for an app and `beyond` refuses that, or the store fails.
+pub fn refresh_device(
+    change: &mut Change<'_>,
+    device: &DeviceId,
+    beyond: Beyond,
+) -> Result<(), ControlError> {
     let Some((operator, own)) = store::device::labels(change.connection, device)? else {
         return Ok(());
     };
     let labels = store::device::merged(operator, own);
-    for app in store::app::list(change.connection)? {
-        set(change, &app, device, &labels, &mut None)?;
+    // First those that let it go, then those that take it in: room is counted when all room there is was made.
+    let (come, go): (Vec<AppRow>, Vec<AppRow>) = store::app::list(change.connection)?
+        .into_iter()
+        .partition(|app| selects(app, &labels));
+    for app in go.iter().chain(&come) {
+        set(change, app, device, &labels, beyond, &mut None)?;
     }
     Ok(())
+}
+
+fn selects(app: &AppRow, labels: &Labels) -> bool {
+    !app.deleting && app.manifest.spec.selector.matches(labels)
 }
 
 fn set(
@@ -46,12 +87,23 @@ fn set(
     app: &AppRow,
     device: &DeviceId,
     labels: &Labels,
+    beyond: Beyond,
     live: &mut Option<Option<Rollout>>,
 ) -> Result<(), ControlError> {
-    let selected = !app.deleting && app.manifest.spec.selector.matches(labels);
+    let selected = selects(app, labels);
     let name = app.name();
     if !store::app::set_member(change.connection, name, device, selected)? {
         return Ok(());
+    }
+    if selected && let Err(error) = check_room(change.connection, name, device) {
+        return match (error, beyond) {
+            (error @ ControlError::TooManyApps(_), Beyond::Skipped) => {
+                store::app::set_member(change.connection, name, device, false)?;
+                let event = change.event("too-many-apps").device(device).app(name);
+                Ok(event.record(error.to_string())?)
+            }
+            (error, _) => Err(error),
+        };
     }
     change.effects.dirty.insert(name.clone());
     if selected {

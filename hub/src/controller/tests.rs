@@ -12,8 +12,11 @@ use rusqlite::Connection;
 
 use super::apps::Resolved;
 use super::ingest::{Inbound, Message, Receipt};
+use super::membership::Beyond;
 use super::*;
 use crate::store::tests::memory;
+
+mod bounds;
 
 struct Hub {
     connection: Connection,
@@ -531,9 +534,9 @@ fn a_device_that_leaves_a_rollout_and_comes_back_in_one_breath_is_out_of_it() {
         },
         effects: Effects::default(),
     };
-    membership::refresh_device(&mut change, &device("b")).unwrap();
+    membership::refresh_device(&mut change, &device("b"), Beyond::Refused).unwrap();
     role(&hub, "b", "web");
-    membership::refresh_device(&mut change, &device("b")).unwrap();
+    membership::refresh_device(&mut change, &device("b"), Beyond::Refused).unwrap();
     hub.change(|change| {
         change.effects.dirty.insert(shop());
         Ok(())
@@ -589,50 +592,4 @@ fn a_forgotten_device_that_comes_back_is_told_above_what_it_has_stored() {
         .unwrap();
     hub.join("a");
     assert!(hub.head("a").unwrap().version > stored);
-}
-
-#[test]
-fn rollouts_and_releases_are_bounded_however_often_an_app_fails() {
-    let mut hub = Hub::new();
-    hub.join("a");
-    let first = hub.apply(&resolved("0", AT_ONCE)).release;
-    hub.obey("a", Phase::Succeeded);
-    // None of the others ever completes.
-    let releases: Vec<Digest> = (1..=130)
-        .map(|tag| hub.apply(&resolved(&tag.to_string(), AT_ONCE)).release)
-        .collect();
-    store::rollout::prune(&hub.connection, &shop(), KEEP_ROLLOUTS).unwrap();
-    let kept = store::rollout::newest_ids(&hub.connection, None, 1000).unwrap();
-    assert_eq!(kept.len(), 101, "and the newest completed one");
-
-    let known = |hub: &Hub, digest| {
-        store::app::release_bytes(&hub.connection, digest)
-            .unwrap()
-            .is_some()
-    };
-    let topics = |hub: &Hub| store::desired::waiting_clears(&hub.connection, 1000).unwrap();
-    let expired = releases::Expired::find(&hub.connection).unwrap();
-    // Opened between the look and the deed.
-    let again = hub.apply(&resolved("50", AT_ONCE)).release;
-    let gone = hub
-        .change(|change| releases::forget(change, &expired))
-        .unwrap();
-    assert_eq!(
-        gone, 119,
-        "130 but the newest ten and the one applied meanwhile"
-    );
-    assert!(
-        known(&hub, &first),
-        "what the device says it runs, and goes back to"
-    );
-    assert!(known(&hub, &again) && releases[120..].iter().all(|release| known(&hub, release)));
-    assert_eq!(topics(&hub).len(), 119);
-
-    // Applied again before the broker was told: it is published and not cleared.
-    let topic = foreshore_protocol::topic::release(&releases[0]);
-    assert!(topics(&hub).contains(&topic) && !known(&hub, &releases[0]));
-    hub.apply(&resolved("1", AT_ONCE));
-    assert!(!topics(&hub).contains(&topic) && known(&hub, &releases[0]));
-    hub.obey("a", Phase::Succeeded);
-    assert_eq!(hub.state(), RolloutState::Completed);
 }

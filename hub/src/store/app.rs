@@ -152,6 +152,21 @@ pub fn member_count(connection: &Connection, app: &AppName) -> rusqlite::Result<
         .query_row([app.as_str()], |row| row.get(0))
 }
 
+/// How many apps other than `app` select a device.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn others_selecting(
+    connection: &Connection,
+    app: &AppName,
+    device: &DeviceId,
+) -> rusqlite::Result<usize> {
+    connection
+        .prepare_cached("SELECT count(*) FROM member WHERE device = ?1 AND app != ?2")?
+        .query_row([device.as_str(), app.as_str()], |row| row.get(0))
+}
+
 /// How many of the devices that an app selects say that `release` succeeded there.
 ///
 /// # Errors

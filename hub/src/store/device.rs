@@ -373,7 +373,7 @@ fn with_apps(connection: &Connection, mut view: DeviceView) -> rusqlite::Result<
     Ok(view)
 }
 
-/// Applies a label patch to the operator's labels; `None` when the device is unknown.
+/// Applies a label patch to the operator's labels: how many there were and are; `None` when the device is unknown.
 ///
 /// # Errors
 ///
@@ -382,10 +382,11 @@ pub fn patch_labels<'a>(
     connection: &Connection,
     device: &DeviceId,
     patch: impl IntoIterator<Item = (&'a LabelKey, &'a Option<LabelValue>)>,
-) -> rusqlite::Result<Option<()>> {
+) -> rusqlite::Result<Option<(usize, usize)>> {
     let Some((mut operator, _)) = labels(connection, device)? else {
         return Ok(None);
     };
+    let before = operator.len();
     for (key, value) in patch {
         match value {
             Some(value) => operator.insert(key.clone(), value.clone()),
@@ -393,5 +394,5 @@ pub fn patch_labels<'a>(
         };
     }
     put_operator_labels(connection, device, &operator)?;
-    Ok(Some(()))
+    Ok(Some((before, operator.len())))
 }

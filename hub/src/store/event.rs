@@ -2,13 +2,16 @@
 
 use foreshore_protocol::api::EventView;
 use foreshore_protocol::{AppName, DeviceId};
-use rusqlite::{Connection, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::column;
 use crate::rollout::UnixMs;
 
 /// How many events are kept: at 200 bytes each about 20 MB.
 pub const KEEP: u64 = 100_000;
+
+/// How long events are kept, in milliseconds: 30 days.
+pub const KEEP_MS: u64 = 30 * 24 * 3_600_000;
 
 /// The longest message that is kept, in bytes.
 const MESSAGE_MAX: usize = 1024;
@@ -86,14 +89,22 @@ pub fn newest(connection: &Connection) -> rusqlite::Result<u64> {
     })
 }
 
-/// Drops what is beyond `keep` events.
+/// Drops what is beyond `keep` events, and what came before the first event since `since`.
 ///
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn prune(connection: &Connection, keep: u64) -> rusqlite::Result<usize> {
-    let oldest = newest(connection)?.saturating_sub(keep);
-    connection.execute("DELETE FROM event WHERE id <= ?1", [oldest])
+pub fn prune(connection: &Connection, keep: u64, since: UnixMs) -> rusqlite::Result<usize> {
+    let newest = newest(connection)?;
+    // Events come in the order of their time. So this looks at those that go and at one more, without an index.
+    let first: Option<u64> = connection
+        .prepare_cached("SELECT id FROM event WHERE received_ms >= ?1 ORDER BY id LIMIT 1")?
+        .query_row([since.0], |row| row.get(0))
+        .optional()?;
+    let too_old = first.map_or(newest, |first| first - 1);
+    connection
+        .prepare_cached("DELETE FROM event WHERE id <= ?1")?
+        .execute([newest.saturating_sub(keep).max(too_old)])
 }
 
 fn view(row: &Row<'_>) -> rusqlite::Result<EventView> {
@@ -125,14 +136,20 @@ mod tests {
         for number in 0..10 {
             insert(&connection, &event(&number.to_string()), UnixMs(number)).unwrap();
         }
-        assert_eq!(prune(&connection, 3).unwrap(), 7);
+        assert_eq!(prune(&connection, 3, UnixMs(0)).unwrap(), 7);
         let ids: Vec<_> = after(&connection, 0, 100)
             .unwrap()
             .iter()
             .map(|event| event.id)
             .collect();
         assert_eq!(ids, [8, 9, 10]);
-        assert_eq!(prune(&connection, 0).unwrap(), 3);
+        assert_eq!(prune(&connection, 3, UnixMs(8)).unwrap(), 1, "by age");
+        assert_eq!(prune(&connection, 3, UnixMs(8)).unwrap(), 0);
+        assert_eq!(
+            prune(&connection, 3, UnixMs(100)).unwrap(),
+            2,
+            "all are old"
+        );
         insert(&connection, &event("x"), UnixMs(0)).unwrap();
         assert_eq!(
             newest(&connection).unwrap(),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::bed::{Bed, Kind, manifest};
+use crate::device::Device;
 
 #[test]
 fn calls_without_the_token_are_refused_and_health_is_open() {
@@ -272,6 +273,29 @@ fn paths_and_queries_that_are_no_text_are_refused_like_all_else() {
         );
         assert_eq!(body["errors"][0]["code"], "NAME_INVALID", "{path}");
     }
+}
+
+#[test]
+fn a_device_with_too_many_labels_is_left_as_it_was() {
+    let bed = Bed::start(Kind::Embedded);
+    let _devices = Device::fleet(&bed, 1);
+    bed.await_online(1);
+    let labels: serde_json::Map<String, Value> = (0..65)
+        .map(|number| (format!("l{number}"), json!("x")))
+        .collect();
+    let before = bed.get("/devices/device-0")["labels"].clone();
+    let body = json!({"labels": labels}).to_string();
+    let (status, answer) = bed.call("PATCH", "/devices/device-0/labels", body.as_bytes());
+    assert_eq!(
+        (status, &answer["code"]),
+        (422, &json!("too-many-labels")),
+        "{answer}"
+    );
+    assert!(
+        answer["detail"].as_str().unwrap().contains("device-0"),
+        "{answer}"
+    );
+    assert_eq!(bed.get("/devices/device-0")["labels"], before);
 }
 
 #[test]
