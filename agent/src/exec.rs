@@ -22,6 +22,7 @@ use nix::unistd::{Pid, pipe2};
 
 use crate::runtime::process::PidFd;
 use crate::runtime::request::{CONFIG, ExecReport, LIBRARY, read_json};
+use crate::runtime::seal;
 use crate::runtime::workload::{REFUSED, Workload};
 
 /// Runs the subcommand with the arguments after its name. Must be called before any thread exists.
@@ -64,6 +65,10 @@ fn parse(
 }
 
 fn exec(dir: &Path, timeout: Duration, command: &[String]) -> Result<ExecReport, String> {
+    seal::ensure().map_err(|error| format!("failed to seal the own program: {error}"))?;
+    // libcontainer leaves them as they are when the container's user is in no group.
+    nix::unistd::setgroups(&[])
+        .map_err(|error| format!("failed to leave the agent's groups: {error}"))?;
     let deadline = Instant::now() + timeout;
     let id = dir
         .file_name()

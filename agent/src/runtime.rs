@@ -16,10 +16,13 @@ use serde::{Deserialize, Serialize};
 
 mod cgroup;
 pub mod fake;
+pub(crate) mod mount_table;
+pub(crate) mod mounts;
 pub mod oci;
 pub(crate) mod process;
 pub(crate) mod request;
 pub(crate) mod rootfs;
+pub(crate) mod seal;
 pub(crate) mod seccomp;
 pub mod spec;
 pub mod user;

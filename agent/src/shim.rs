@@ -25,14 +25,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use foreshore_protocol::manifest::{NetworkMode, VolumeSource};
+use foreshore_protocol::manifest::{NetworkMode, Service, VolumeSource};
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sched::{CloneFlags, setns};
-use nix::unistd::Pid;
+use nix::unistd::{Gid, Pid, Uid};
+use serde_json::Value;
 
+use crate::runtime::mount_table;
 use crate::runtime::process::{Identity, PidFd};
 use crate::runtime::request::{
     CONFIG, LIBRARY, RECORD, REQUEST, ROOTFS, Record, Request, StartReport, read_json, write_json,
@@ -40,6 +42,7 @@ use crate::runtime::request::{
 use crate::runtime::rootfs::{
     Root, Seclusion, Step as _, StepError, make_volume, mount_overlay, mount_scratch,
 };
+use crate::runtime::seal;
 use crate::runtime::spec::{self, Refusal};
 use crate::runtime::user::{self, User};
 use crate::runtime::workload::{REFUSED, Workload};
@@ -103,7 +106,10 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 fn start(dir: &Path) -> Result<Infallible, Failure> {
+    seal::ensure().step(|| "seal the own program".to_owned())?;
     detach();
+    // libcontainer leaves them as they are when the container's user is in no group.
+    nix::unistd::setgroups(&[]).step(|| "leave the agent's groups".to_owned())?;
     let request: Request =
         read_json(&dir.join(REQUEST)).step(|| format!("read {}", dir.join(REQUEST).display()))?;
     let mut record: Record =
@@ -123,9 +129,12 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
     let said = Said::listen().step(|| "make a file for messages".to_owned())?;
 
     let seclusion = Seclusion::enter()?;
-    prepare(dir, &request)?;
-    let (stdout, stdout_end) = pipe()?;
-    let (stderr, stderr_end) = pipe()?;
+    let Prepared {
+        configuration,
+        user,
+    } = prepare(dir, &request)?;
+    let (stdout, stdout_end) = pipe(&user)?;
+    let (stderr, stderr_end) = pipe(&user)?;
     let mut container = build(dir, &request.id.to_string(), stdout_end, stderr_end)
         .map_err(|error| said.explain(&error))?;
     let pid = container.pid().map_or(0, Pid::as_raw);
@@ -144,6 +153,16 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
         if request.service.network_mode == NetworkMode::None {
             open_network(&pidfd).step(|| "bring up the container's loopback".to_owned())?;
         }
+        let mounts = format!("/proc/{pid}/mountinfo");
+        let mounts = fs::read_to_string(&mounts).step(|| format!("read {mounts}"))?;
+        mount_table::check(&configuration, &mounts, |path| {
+            Path::new(&format!("/proc/{pid}/root{path}")).exists()
+        })
+        .map_err(|wrong| {
+            Failure::Failed(format!(
+                "the container's mounts are not as asked for: {wrong}"
+            ))
+        })?;
         container.start().map_err(|error| said.explain(&error))?;
         report(&StartReport::Started);
         become_shim(&request, pid, [stdout, stderr], log_dir, run_dir, pidfd)
@@ -173,8 +192,14 @@ fn open_log_dir(path: &Path) -> io::Result<File> {
     File::open(path)
 }
 
+/// What the rest of the start needs to know.
+struct Prepared {
+    configuration: Value,
+    user: User,
+}
+
 /// Mounts the root file system and writes `config.json`.
-fn prepare(dir: &Path, request: &Request) -> Result<(), Failure> {
+fn prepare(dir: &Path, request: &Request) -> Result<Prepared, Failure> {
     let Request { service, image, .. } = request;
     let rootfs = dir.join(ROOTFS);
     fs::create_dir_all(&rootfs).step(|| format!("create {}", rootfs.display()))?;
@@ -194,7 +219,9 @@ fn prepare(dir: &Path, request: &Request) -> Result<(), Failure> {
         &root.database("etc/passwd")?,
         &root.database("etc/group")?,
     )?;
-    prepare_volumes(request, &root, &user)?;
+    // From here on with every mount point where it really is.
+    let service = &real_mount_points(service, &root)?;
+    prepare_volumes(request, service, &root, &user)?;
     root.make_working_dir(&spec::working_dir(service, image))?;
     let present = ["/etc/hosts", "/etc/resolv.conf"]
         .into_iter()
@@ -225,16 +252,34 @@ fn prepare(dir: &Path, request: &Request) -> Result<(), Failure> {
     }
     write_json(dir, CONFIG, &configuration)
         .step(|| format!("write {}", dir.join(CONFIG).display()))?;
-    Ok(())
+    Ok(Prepared {
+        configuration,
+        user,
+    })
 }
 
-fn prepare_volumes(request: &Request, root: &Root, user: &User) -> Result<(), Failure> {
-    for volume in &request.service.volumes {
+fn real_mount_points(service: &Service, root: &Root) -> Result<Service, Refusal> {
+    let mut service = service.clone();
+    for volume in &mut service.volumes {
+        volume.target = root.mount_point(&volume.target)?;
+    }
+    for tmpfs in &mut service.tmpfs {
+        tmpfs.target = root.mount_point(&tmpfs.target)?;
+    }
+    Ok(service)
+}
+
+fn prepare_volumes(
+    request: &Request,
+    service: &Service,
+    root: &Root,
+    user: &User,
+) -> Result<(), Failure> {
+    for volume in &service.volumes {
         let path = spec::volume_path(&request.volumes, &volume.source);
         match &volume.source {
             VolumeSource::Named(_) => {
-                let target = spec::mount_point(&volume.target)?;
-                make_volume(&path, root.owner(&target), (user.uid, user.gid))?;
+                make_volume(&path, root.owner(&volume.target), (user.uid, user.gid))?;
             }
             VolumeSource::Bind(source) => {
                 if !path.exists() {
@@ -246,11 +291,18 @@ fn prepare_volumes(request: &Request, root: &Root, user: &User) -> Result<(), Fa
     Ok(())
 }
 
-fn pipe() -> Result<(OwnedFd, OwnedFd), StepError> {
+/// A pipe whose writing end the container's user may open again, as `/dev/stdout`.
+fn pipe(user: &User) -> Result<(OwnedFd, OwnedFd), StepError> {
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).step(|| "make a pipe".to_owned())?;
     // Only this end: the container's programs expect theirs to block.
     fcntl(read.as_raw_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
         .step(|| "set up a pipe".to_owned())?;
+    nix::unistd::fchown(
+        write.as_raw_fd(),
+        Some(Uid::from_raw(user.uid)),
+        Some(Gid::from_raw(user.gid)),
+    )
+    .step(|| "set up a pipe".to_owned())?;
     Ok((read, write))
 }
 

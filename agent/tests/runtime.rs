@@ -8,6 +8,8 @@ mod adoption;
 mod bed;
 #[path = "runtime/confinement.rs"]
 mod confinement;
+#[path = "runtime/defaults.rs"]
+mod defaults;
 #[path = "runtime/files.rs"]
 mod files;
 #[path = "runtime/life.rs"]

@@ -33,6 +33,7 @@ use foreshore_protocol::{AppName, Digest, ServiceName};
 use super::cgroup::Cgroups;
 use super::process::{Identity, PidFd, boot_id, half_made};
 use super::request::{RECORD, REQUEST, Record, Request, read_json, write_json};
+use super::seal::Program;
 use super::{
     Container, ContainerId, ContainerSpec, ExecError, ListError, RemoveError, Runtime, StartError,
     StopError,
@@ -107,6 +108,8 @@ pub struct OciRuntime {
     config: OciConfig,
     cgroups: Cgroups,
     shim: PathBuf,
+    /// The agent's own program, as its children execute it.
+    program: Program,
     boot_id: String,
     /// The agent's own network namespace, to come back to.
     network: File,
@@ -143,6 +146,8 @@ impl OciRuntime {
                     config.state_dir.join("bin").display()
                 )
             })?,
+            program: Program::seal(&config.agent_exe)
+                .act(|| format!("make a read-only copy of {}", config.agent_exe.display()))?,
             boot_id: boot_id().act(|| "read the boot id".to_owned())?,
             network: File::open("/proc/thread-self/ns/net")
                 .act(|| "open the network namespace".to_owned())?,
@@ -368,7 +373,7 @@ impl Runtime for OciRuntime {
             act: format!("create {}", self.dir(&spec.id).display()),
             source,
         })?;
-        let outcome = children::start(&self.config.agent_exe, &dir, START_TIMEOUT).await;
+        let outcome = children::start(&self.program, &dir, START_TIMEOUT).await;
         drop(starting);
         let error = match outcome {
             children::Outcome::Started => {
@@ -484,7 +489,7 @@ impl Runtime for OciRuntime {
         if !runs {
             return Err(ExecError::NotRunning(id.to_string()));
         }
-        children::exec(&self.config.agent_exe, &self.dir(id), command, timeout).await
+        children::exec(&self.program, &self.dir(id), command, timeout).await
     }
 
     async fn connect(

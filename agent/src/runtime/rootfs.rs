@@ -18,7 +18,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::Mode;
 
-use super::spec::Refusal;
+use super::spec::{Refusal, mount_point};
 use super::user::MAX_DATABASE;
 
 /// A failed step, saying what was tried.
@@ -257,6 +257,53 @@ impl Root {
             };
         }
         Ok(at)
+    }
+
+    /// Where a mount on `target` would really be: links in the image are followed as in the container, and what is
+    /// missing is taken as it is written. A link may lead to another good place, but not to where no mount may be.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::MountPoint`] and [`Refusal::MountPointLeads`].
+    pub(crate) fn mount_point(&self, target: &str) -> Result<String, Refusal> {
+        let target = mount_point(target)?;
+        let leads = |to: &str| Refusal::MountPointLeads(target.clone(), to.to_owned());
+        let mut known = PathBuf::from(".");
+        let mut at = self
+            .open_inside(&known, OFlag::O_PATH, Mode::empty())
+            .map_err(|error| leads(&error.to_string()))?;
+        let mut components = Path::new(&target).components().skip(1);
+        let mut missing = PathBuf::new();
+        for component in components.by_ref() {
+            let next = known.join(component);
+            match self.open_inside(&next, OFlag::O_PATH, Mode::empty()) {
+                Ok(file) => (known, at) = (next, file),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    let nofollow = OFlag::O_PATH | OFlag::O_NOFOLLOW;
+                    if self.open_inside(&next, nofollow, Mode::empty()).is_ok() {
+                        return Err(leads("nowhere"));
+                    }
+                    missing.push(component);
+                    break;
+                }
+                Err(error) => return Err(leads(&error.to_string())),
+            }
+        }
+        missing.extend(components);
+        let real = self.inside(&at).ok_or_else(|| leads("nowhere"))?;
+        let real = real.join(missing);
+        let real = real.to_str().ok_or_else(|| leads("nowhere"))?;
+        if real == target {
+            return Ok(target);
+        }
+        mount_point(real).map_err(|_| leads(real))
+    }
+
+    /// The path of an open file as the container sees it.
+    fn inside(&self, file: &File) -> Option<PathBuf> {
+        let path = |fd: RawFd| fs::read_link(format!("/proc/self/fd/{fd}")).ok();
+        let (root, file) = (path(self.dir.as_raw_fd())?, path(file.as_raw_fd())?);
+        Some(Path::new("/").join(file.strip_prefix(root).ok()?))
     }
 
     /// Makes the working directory if the image lacks it, as Docker does.

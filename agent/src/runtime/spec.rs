@@ -60,6 +60,12 @@ const READ_ONLY: [&str; 5] = [
 /// Character devices every container has: null, zero, full, random, urandom, tty.
 const DEVICES: [(u32, u32); 6] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)];
 
+/// What every container has in `/dev`, and nothing may be mounted on or below.
+const NODES: [&str; 15] = [
+    "console", "core", "fd", "full", "mqueue", "null", "ptmx", "pts", "random", "stderr", "stdin",
+    "stdout", "tty", "urandom", "zero",
+];
+
 /// Descriptors a process may have open, at first and at most; programs that loop over all of them stay fast.
 const NOFILE: (u64, u64) = (1024, 65_536);
 
@@ -117,9 +123,15 @@ pub enum Refusal {
     UnknownGroup(String),
     /// A mount point that may not be.
     #[error(
-        "{0} cannot be a mount point; use an absolute path other than /, /dev, and anything in /proc and /sys"
+        "{0} cannot be a mount point; use an absolute path other than /, /dev with its nodes, and anything in /proc and /sys"
     )]
     MountPoint(String),
+    /// A mount point that is a link in the image, to where none may be.
+    #[error("the image's {0} leads to {1}, which cannot be a mount point; use another one")]
+    MountPointLeads(String, String),
+    /// A working directory among the kernel's own.
+    #[error("{0} cannot be the working directory; use one outside of /proc and /sys")]
+    WorkingDirectory(String),
     /// A bind mount without a source.
     #[error("{0} does not exist on this device; create it or remove the bind mount")]
     MissingSource(String),
@@ -165,7 +177,16 @@ pub fn arguments(service: &Service, image: &ImageConfig) -> Result<Vec<String>, 
 #[must_use]
 pub fn working_dir(service: &Service, image: &ImageConfig) -> PathBuf {
     let wanted = service.working_dir.as_deref().unwrap_or(&image.working_dir);
-    Path::new("/").join(wanted)
+    let mut dir = PathBuf::from("/");
+    for component in Path::new(wanted).components() {
+        match component {
+            Component::Normal(part) => dir.push(part),
+            // Above the root there is only the root.
+            Component::ParentDir => drop(dir.pop()),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    dir
 }
 
 /// Who the service runs as, as text to resolve.
@@ -240,6 +261,14 @@ pub fn configuration(input: &Input<'_>) -> Result<Value, Refusal> {
         user,
         ..
     } = input;
+    let working_dir = working_dir(service, image);
+    if ["/proc", "/sys"]
+        .iter()
+        .any(|kernel| working_dir.starts_with(kernel))
+    {
+        let shown = working_dir.display().to_string();
+        return Err(Refusal::WorkingDirectory(shown.chars().take(200).collect()));
+    }
     let mut configuration = json!({
         "ociVersion": "1.0.2",
         "root": {"path": "rootfs", "readonly": service.read_only},
@@ -248,7 +277,7 @@ pub fn configuration(input: &Input<'_>) -> Result<Value, Refusal> {
             "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups, "umask": 0o022},
             "args": arguments(service, image)?,
             "env": environment(input)?,
-            "cwd": working_dir(service, image),
+            "cwd": working_dir,
             "capabilities": {
                 "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES,
                 "inheritable": [], "ambient": [],
@@ -390,6 +419,7 @@ pub fn mount_point(text: &str) -> Result<String, Refusal> {
     }
     let confined = match parts.as_slice() {
         [] | ["dev" | "proc" | "sys"] => true,
+        ["dev", name, ..] => NODES.contains(name),
         [first, ..] => matches!(*first, "proc" | "sys"),
     };
     if confined || !text.starts_with('/') || text.contains('\0') {
@@ -520,6 +550,32 @@ mod tests {
     }
 
     #[test]
+    fn a_working_directory_stays_out_of_the_kernels_own() {
+        for (wanted, is) in [
+            ("a/b", "/a/b"),
+            ("/a/../../c/.", "/c"),
+            ("", "/"),
+            ("..", "/"),
+        ] {
+            let image = ImageConfig {
+                working_dir: wanted.to_owned(),
+                ..image()
+            };
+            assert_eq!(working_dir(&service(json!({})), &image), Path::new(is));
+        }
+        for wanted in ["/proc", "/proc/self/fd/7", "/x/../proc/self", "/sys/fs"] {
+            let image = ImageConfig {
+                working_dir: wanted.to_owned(),
+                ..image()
+            };
+            assert!(matches!(
+                configured(&service(json!({})), &image),
+                Err(Refusal::WorkingDirectory(_))
+            ));
+        }
+    }
+
+    #[test]
     fn limits_are_always_there() {
         let configuration = configured(
             &service(json!({"mem_limit": "32m", "cpus": "0.25", "pids_limit": 9})),
@@ -601,6 +657,9 @@ mod tests {
             "/a/../proc",
             "/./proc",
             "/a\0b",
+            "/dev/null",
+            "/dev/pts/x",
+            "/dev/ptmx",
         ] {
             assert!(mount_point(bad).is_err(), "{bad}");
         }

@@ -14,6 +14,7 @@ use super::watch;
 use crate::runtime::ExecError;
 use crate::runtime::process::PidFd;
 use crate::runtime::request::{ExecReport, StartReport};
+use crate::runtime::seal::Program;
 
 /// More than any report; a child that says more is not listened to.
 const MAX_REPORT: u64 = 64 << 10;
@@ -31,8 +32,8 @@ pub(super) enum Outcome {
     Failed(String),
 }
 
-fn command_of(program: &Path, arguments: &[&std::ffi::OsStr]) -> Command {
-    let mut command = Command::new(program);
+fn command_of(program: &Program, arguments: &[&std::ffi::OsStr]) -> Command {
+    let mut command = program.command();
     command
         .args(arguments)
         // LISTEN_FDS and the like would be taken for the container's.
@@ -43,7 +44,7 @@ fn command_of(program: &Path, arguments: &[&std::ffi::OsStr]) -> Command {
     command
 }
 
-fn spawn(program: &Path, arguments: &[&std::ffi::OsStr]) -> io::Result<(Child, Receiver)> {
+fn spawn(program: &Program, arguments: &[&std::ffi::OsStr]) -> io::Result<(Child, Receiver)> {
     let mut child = command_of(program, arguments).spawn()?;
     let stdout = child
         .stdout
@@ -90,11 +91,14 @@ async fn finish(mut child: Child) -> Option<std::process::ExitStatus> {
 }
 
 /// Starts the container of run directory `dir`. When this says `Started`, the child is foreshore-shim and goes on.
-pub(super) async fn start(program: &Path, dir: &Path, limit: Duration) -> Outcome {
+pub(super) async fn start(program: &Program, dir: &Path, limit: Duration) -> Outcome {
     let (mut child, receiver) = match spawn(program, &["shim".as_ref(), dir.as_os_str()]) {
         Ok(spawned) => spawned,
         Err(error) => {
-            return Outcome::Failed(format!("failed to run {}: {error}", program.display()));
+            return Outcome::Failed(format!(
+                "failed to run {}: {error}",
+                program.path().display()
+            ));
         }
     };
     let failure = match last_line(receiver, limit).await {
@@ -119,7 +123,7 @@ pub(super) async fn start(program: &Path, dir: &Path, limit: Duration) -> Outcom
 
 /// Runs a command in the container of run directory `dir`.
 pub(super) async fn exec(
-    program: &Path,
+    program: &Program,
     dir: &Path,
     command: &[String],
     timeout: Duration,
@@ -129,7 +133,10 @@ pub(super) async fn exec(
         vec!["exec".as_ref(), dir.as_os_str(), milliseconds.as_ref()];
     arguments.extend(command.iter().map(AsRef::<std::ffi::OsStr>::as_ref));
     let failed = |error: io::Error| {
-        ExecError::Failed(format!("failed to run {}: {error}", program.display()))
+        ExecError::Failed(format!(
+            "failed to run {}: {error}",
+            program.path().display()
+        ))
     };
     // If this future is dropped, the child goes on: it kills the command when its time is up, which nobody else
     // would. tokio reaps it then.
