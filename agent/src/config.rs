@@ -10,6 +10,8 @@ use foreshore_protocol::id::Labels;
 use foreshore_protocol::quantity::Span;
 use serde::Deserialize;
 
+use crate::runtime::oci::UserNamespaces;
+
 /// Where the configuration is unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/foreshore/agent.toml";
 
@@ -39,9 +41,21 @@ pub struct Config {
     /// Where containers are accounted.
     #[serde(default)]
     pub cgroup: Cgroup,
+    /// How containers are kept apart from the device.
+    #[serde(default)]
+    pub isolation: Isolation,
     /// How registries are reached, by `host` or `host:port`.
     #[serde(default)]
     pub registries: BTreeMap<String, RegistryEntry>,
+}
+
+/// `[isolation]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Isolation {
+    /// `auto`: every container gets a user namespace where kernel and file systems can. `off`: none does.
+    #[serde(default)]
+    pub user_namespaces: UserNamespaces,
 }
 
 /// `[hub]`.

@@ -12,18 +12,19 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::oci_spec::runtime::Spec;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{Pid, pipe2};
+use nix::unistd::{Gid, Pid, Uid, pipe2};
 
+use crate::runtime::cgroup::Cgroups;
+use crate::runtime::entry::Entry;
 use crate::runtime::process::PidFd;
-use crate::runtime::request::{CONFIG, ExecReport, LIBRARY, read_json};
+use crate::runtime::request::{CONFIG, ExecReport, RECORD, REQUEST, Record, Request, read_json};
 use crate::runtime::seal;
-use crate::runtime::workload::{REFUSED, Workload};
+use crate::runtime::workload::REFUSED;
 
 /// Runs the subcommand with the arguments after its name. Must be called before any thread exists.
 #[must_use]
@@ -66,67 +67,51 @@ fn parse(
 
 fn exec(dir: &Path, timeout: Duration, command: &[String]) -> Result<ExecReport, String> {
     seal::ensure().map_err(|error| format!("failed to seal the own program: {error}"))?;
-    // libcontainer leaves them as they are when the container's user is in no group.
-    nix::unistd::setgroups(&[])
-        .map_err(|error| format!("failed to leave the agent's groups: {error}"))?;
     let deadline = Instant::now() + timeout;
     let id = dir
         .file_name()
         .and_then(|name| name.to_str())
         .ok_or("not a container directory")?;
-    let process = process_file(dir, command)
-        .map_err(|error| format!("{}: {error}", dir.join(CONFIG).display()))?;
-    // The library takes a path. Exists for as long as this process does, and nowhere else.
-    let process_path = format!("/proc/self/fd/{}", process.as_raw_fd());
+    let here = |error: &dyn std::fmt::Display| format!("{}: {error}", dir.display());
+    let mut spec = Spec::load(dir.join(CONFIG)).map_err(|error| here(&error))?;
+    let request: Request = read_json(&dir.join(REQUEST)).map_err(|error| here(&error))?;
+    let record: Record = read_json(&dir.join(RECORD)).map_err(|error| here(&error))?;
+    let container = record.container.and_then(|init| init.open().transpose());
+    let container = container.ok_or("the container does not run")?;
+    let container = container.map_err(|error| here(&error))?;
+    let (parent, _) = request
+        .cgroup
+        .rsplit_once('/')
+        .ok_or("no cgroup is known")?;
+    let cgroups = Cgroups::find(parent).map_err(|error| here(&error))?;
+    let process = spec.process_mut().as_mut();
+    let process = process.ok_or("no process is configured")?;
+    process.set_args(Some(command.to_vec()));
+    let id_of = |id: u32| request.base.unwrap_or(0).saturating_add(id);
+    let uid = Uid::from_raw(id_of(process.user().uid()));
+    let gid = Gid::from_raw(id_of(process.user().gid()));
     let system = |error: nix::Error| error.to_string();
     // Not the device's /dev/null: its inode could be changed through the descriptor.
     let (stdin, _) = pipe2(OFlag::O_CLOEXEC).map_err(system)?;
     let (output, output_end) = pipe2(OFlag::O_CLOEXEC).map_err(system)?;
+    // May be opened again as /dev/stdout.
+    nix::unistd::fchown(output_end.as_raw_fd(), Some(uid), Some(gid)).map_err(system)?;
     let error_end = output_end.try_clone().map_err(|error| error.to_string())?;
-    let pid = ContainerBuilder::new(id.to_owned(), SyscallType::default())
-        .with_root_path(dir.join(LIBRARY))
-        .map(|builder| {
-            builder
-                .with_executor(Workload::new())
-                .with_stdin(stdin)
-                .with_stdout(output_end)
-                .with_stderr(error_end)
-                .as_tenant()
-                .with_detach(true)
-                .with_process(Some(process_path))
-        })
-        .and_then(|builder| builder.build())
-        .map_err(|error| explain(&error))?;
+    let entry = Entry {
+        container: &container,
+        spec: &spec,
+        cgroups: &cgroups,
+        id,
+        stdio: [stdin, output_end, error_end],
+    };
+    let pid = entry.start().map_err(|error| explain(&error))?;
     wait(pid, &output, deadline).map_err(|error| format!("failed to wait for the command: {error}"))
 }
 
-/// The container's own process configuration with other arguments, in a file without a name.
-fn process_file(dir: &Path, command: &[String]) -> io::Result<File> {
-    let mut configuration: serde_json::Value = read_json(&dir.join(CONFIG))?;
-    let mut process = configuration["process"].take();
-    process["args"] = serde_json::json!(command);
-    let fd =
-        nix::sys::memfd::memfd_create(c"process", nix::sys::memfd::MemFdCreateFlag::MFD_CLOEXEC)?;
-    let mut file = File::from(fd);
-    file.write_all(&serde_json::to_vec(&process).map_err(io::Error::other)?)?;
-    Ok(file)
-}
-
-/// The innermost cause, without the layers it was passed through as text.
-fn explain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    match text.split_once(REFUSED) {
-        Some((_, refusal)) => refusal
-            .split_once(": refused: ")
-            .map_or(refusal, |(first, _)| first)
-            .to_owned(),
-        None => text,
-    }
+/// A refusal without what it was passed through.
+fn explain(text: &str) -> String {
+    let (_, refusal) = text.split_once(REFUSED).unwrap_or(("", text));
+    refusal.to_owned()
 }
 
 fn wait(pid: Pid, output: &OwnedFd, deadline: Instant) -> io::Result<ExecReport> {

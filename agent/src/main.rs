@@ -212,6 +212,7 @@ fn open_runtime(config: &Config) -> anyhow::Result<OciRuntime> {
         state_dir: config.paths.state.clone(),
         cgroup_parent: config.cgroup.parent.clone(),
         agent_exe,
+        user_namespaces: config.isolation.user_namespaces,
     })?)
 }
 

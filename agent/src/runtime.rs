@@ -14,8 +14,11 @@ use foreshore_protocol::manifest::Service;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 use serde::{Deserialize, Serialize};
 
-mod cgroup;
+pub(crate) mod backstage;
+pub(crate) mod cgroup;
+pub(crate) mod entry;
 pub mod fake;
+mod ids;
 pub(crate) mod mount_table;
 pub(crate) mod mounts;
 pub mod oci;
@@ -26,6 +29,7 @@ pub(crate) mod seal;
 pub(crate) mod seccomp;
 pub mod spec;
 pub mod user;
+pub(crate) mod userns;
 pub(crate) mod workload;
 
 /// One container instance: `{app}.{service}.{instance}`. Names hold no dots, so it parses back. Instances

@@ -32,19 +32,19 @@ use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::{Gid, Pid, Uid};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::runtime::backstage::{Backstage, BackstageError, ROOTFS};
 use crate::runtime::mount_table;
 use crate::runtime::process::{Identity, PidFd};
 use crate::runtime::request::{
-    CONFIG, LIBRARY, RECORD, REQUEST, ROOTFS, Record, Request, StartReport, read_json, write_json,
+    CONFIG, LIBRARY, RECORD, REQUEST, Record, Request, StartReport, read_json, write_json,
 };
-use crate::runtime::rootfs::{
-    Root, Seclusion, Step as _, StepError, make_volume, mount_overlay, mount_scratch,
-};
+use crate::runtime::rootfs::{Root, Seclusion, Step as _, StepError, make_volume};
 use crate::runtime::seal;
 use crate::runtime::spec::{self, Refusal};
 use crate::runtime::user::{self, User};
+use crate::runtime::userns::{self, UserNamespace};
 use crate::runtime::workload::{REFUSED, Workload};
 
 /// Runs the subcommand with the arguments after its name. Returns only on failure, having said why on standard
@@ -61,6 +61,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let failure = match start(&PathBuf::from(dir)) {
         Ok(never) => match never {},
         Err(Failure::Refused(refusal)) => StartReport::Refused(refusal),
+        Err(Failure::Unmappable(reason)) => StartReport::Unmappable(reason),
         Err(Failure::Failed(message)) => StartReport::Failed(message),
     };
     report(&failure);
@@ -78,6 +79,7 @@ fn report(report: &StartReport) {
 
 enum Failure {
     Refused(String),
+    Unmappable(String),
     Failed(String),
 }
 
@@ -90,6 +92,15 @@ impl From<Refusal> for Failure {
 impl From<StepError> for Failure {
     fn from(error: StepError) -> Self {
         Self::Failed(chain(&error))
+    }
+}
+
+impl From<BackstageError> for Failure {
+    fn from(error: BackstageError) -> Self {
+        match error {
+            BackstageError::Step(step) => step.into(),
+            BackstageError::Unmappable(reason) => Self::Unmappable(reason),
+        }
     }
 }
 
@@ -128,19 +139,25 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
     let log_dir = open_log_dir(&request.logs).ok();
     let said = Said::listen().step(|| "make a file for messages".to_owned())?;
 
+    let namespace = request.base.map(user_namespace).transpose()?;
     let seclusion = Seclusion::enter()?;
     let Prepared {
-        configuration,
+        mut configuration,
         user,
-    } = prepare(dir, &request)?;
-    let (stdout, stdout_end) = pipe(&user)?;
-    let (stderr, stderr_end) = pipe(&user)?;
+    } = prepare(dir, &request, namespace.as_ref())?;
+    let base = request.base.unwrap_or(0);
+    let (stdout, stdout_end) = pipe(&user, base)?;
+    let (stderr, stderr_end) = pipe(&user, base)?;
     let mut container = build(dir, &request.id.to_string(), stdout_end, stderr_end)
         .map_err(|error| said.explain(&error))?;
     let pid = container.pid().map_or(0, Pid::as_raw);
 
     let rest = || -> Result<Infallible, Failure> {
         seclusion.leave()?;
+        // Commands look at the same file from here, where the root is not to be seen; a path that exists is all they
+        // need.
+        configuration["root"]["path"] = json!(dir);
+        write_configuration(dir, &configuration)?;
         let pidfd = PidFd::open(pid).step(|| format!("open container process {pid}"))?;
         fs::write("/proc/self/oom_score_adj", "0").step(|| "reset the own OOM score".to_owned())?;
         record.container =
@@ -198,27 +215,40 @@ struct Prepared {
     user: User,
 }
 
-/// Mounts the root file system and writes `config.json`.
-fn prepare(dir: &Path, request: &Request) -> Result<Prepared, Failure> {
-    let Request { service, image, .. } = request;
-    let rootfs = dir.join(ROOTFS);
-    fs::create_dir_all(&rootfs).step(|| format!("create {}", rootfs.display()))?;
-    let writable = match &request.writable {
-        Some(dir) => dir.clone(),
-        None => {
-            let dir = dir.join("layer");
-            mount_scratch(&dir)?;
-            dir
+/// Makes the user namespace whose id 0 is `base`, if this kernel lets it do what a container needs.
+fn user_namespace(base: u32) -> Result<UserNamespace, Failure> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")
+        .step(|| "read /proc/self/mountinfo".to_owned())?;
+    for (kind, point) in [("proc", "/proc"), ("sysfs", "/sys")] {
+        if !userns::is_bare(&mounts, kind, point) {
+            return Err(Failure::Unmappable(format!(
+                "parts of {point} are hidden from the agent, so no user namespace may mount it"
+            )));
         }
-    };
-    mount_overlay(&request.layers, &writable, &rootfs)?;
-    let root = Root::open(&rootfs)?;
+    }
+    UserNamespace::create(base)
+        .map_err(|error| Failure::Unmappable(format!("no user namespace can be made ({error})")))
+}
+
+/// Mounts the root file system and writes `config.json`.
+fn prepare(
+    dir: &Path,
+    request: &Request,
+    namespace: Option<&UserNamespace>,
+) -> Result<Prepared, Failure> {
+    let Request { service, image, .. } = request;
+    let mut backstage = Backstage::mount(namespace, bind_sources(service)?)?;
+    backstage.mount_overlay(&request.layers, request.writable.as_deref())?;
+    let root = Root::open(Path::new(ROOTFS), request.base.unwrap_or(0))?;
     root.check_plain()?;
     let user = user::resolve(
         spec::user_text(service, image),
         &root.database("etc/passwd")?,
         &root.database("etc/group")?,
     )?;
+    if namespace.is_some() {
+        user.fit(userns::IDS)?;
+    }
     // From here on with every mount point where it really is.
     let service = &real_mount_points(service, &root)?;
     prepare_volumes(request, service, &root, &user)?;
@@ -241,7 +271,12 @@ fn prepare(dir: &Path, request: &Request) -> Result<Prepared, Failure> {
             .map_or(u64::MAX, |(_, hard)| hard),
         host_files: &host_files,
     };
-    let configuration = spec::configuration(&input)?;
+    let mut configuration = spec::configuration(&input)?;
+    configuration["root"]["path"] = json!(ROOTFS);
+    if let Some(namespace) = namespace {
+        join(&mut configuration, namespace, &backstage)?;
+    }
+    backstage.take_in(&mut configuration)?;
     if let Some(hostname) = spec::hostname(&input) {
         root.write_etc("hostname", &format!("{hostname}\n"))?;
         root.write_etc(
@@ -250,12 +285,57 @@ fn prepare(dir: &Path, request: &Request) -> Result<Prepared, Failure> {
         )?;
         root.write_etc("resolv.conf", "")?;
     }
-    write_json(dir, CONFIG, &configuration)
-        .step(|| format!("write {}", dir.join(CONFIG).display()))?;
+    write_configuration(dir, &configuration)?;
     Ok(Prepared {
         configuration,
         user,
     })
+}
+
+fn write_configuration(dir: &Path, configuration: &Value) -> Result<(), StepError> {
+    write_json(dir, CONFIG, configuration).step(|| format!("write {}", dir.join(CONFIG).display()))
+}
+
+/// Makes `configuration` one for a container in `namespace`.
+fn join(
+    configuration: &mut Value,
+    namespace: &UserNamespace,
+    backstage: &Backstage<'_>,
+) -> Result<(), StepError> {
+    let namespaces = configuration["linux"]["namespaces"].as_array_mut();
+    let namespaces = namespaces.expect("every configuration has namespaces");
+    let own_network = namespaces.iter().any(|one| one["type"] == "network");
+    namespaces.push(json!({"type": "user", "path": namespace.path()}));
+    backstage.make_nodes(configuration)?;
+    if own_network {
+        return Ok(());
+    }
+    let mounts = configuration["mounts"].as_array_mut();
+    for mount in mounts.into_iter().flatten() {
+        if mount["type"] == "sysfs" {
+            *mount = json!({"destination": "/sys", "type": "bind", "source": backstage.mount_sys()?,
+                            "options": ["bind", "nosuid", "noexec", "nodev", "ro"]});
+        }
+    }
+    Ok(())
+}
+
+/// What of the device will be bind-mounted.
+fn bind_sources(service: &Service) -> Result<Vec<&Path>, Refusal> {
+    let sources = service
+        .volumes
+        .iter()
+        .filter_map(|volume| match &volume.source {
+            VolumeSource::Named(_) => None,
+            VolumeSource::Bind(source) => Some(source),
+        });
+    sources
+        .map(|source| {
+            let path = Path::new(source);
+            let missing = || Refusal::MissingSource(source.chars().take(200).collect());
+            path.exists().then_some(path).ok_or_else(missing)
+        })
+        .collect()
 }
 
 fn real_mount_points(service: &Service, root: &Root) -> Result<Service, Refusal> {
@@ -276,31 +356,24 @@ fn prepare_volumes(
     user: &User,
 ) -> Result<(), Failure> {
     for volume in &service.volumes {
-        let path = spec::volume_path(&request.volumes, &volume.source);
-        match &volume.source {
-            VolumeSource::Named(_) => {
-                make_volume(&path, root.owner(&volume.target), (user.uid, user.gid))?;
-            }
-            VolumeSource::Bind(source) => {
-                if !path.exists() {
-                    return Err(Refusal::MissingSource(source.chars().take(200).collect()).into());
-                }
-            }
+        if let VolumeSource::Named(_) = &volume.source {
+            let path = spec::volume_path(&request.volumes, &volume.source);
+            make_volume(&path, root.owner(&volume.target), (user.uid, user.gid))?;
         }
     }
     Ok(())
 }
 
 /// A pipe whose writing end the container's user may open again, as `/dev/stdout`.
-fn pipe(user: &User) -> Result<(OwnedFd, OwnedFd), StepError> {
+fn pipe(user: &User, base: u32) -> Result<(OwnedFd, OwnedFd), StepError> {
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).step(|| "make a pipe".to_owned())?;
     // Only this end: the container's programs expect theirs to block.
     fcntl(read.as_raw_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
         .step(|| "set up a pipe".to_owned())?;
     nix::unistd::fchown(
         write.as_raw_fd(),
-        Some(Uid::from_raw(user.uid)),
-        Some(Gid::from_raw(user.gid)),
+        Some(Uid::from_raw(base + user.uid)),
+        Some(Gid::from_raw(base + user.gid)),
     )
     .step(|| "set up a pipe".to_owned())?;
     Ok((read, write))

@@ -22,3 +22,5 @@ mod logs;
 mod network;
 #[path = "runtime/process.rs"]
 mod process;
+#[path = "runtime/userns.rs"]
+mod userns;

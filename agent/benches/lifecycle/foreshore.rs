@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
+use foreshore_agent::runtime::oci::{OciConfig, OciRuntime, UserNamespaces};
 use foreshore_agent::runtime::{ContainerId, ContainerSpec, ImageConfig, Runtime as _};
 use foreshore_protocol::release::service_digest;
 use foreshore_protocol::{Digest, manifest};
@@ -44,6 +44,7 @@ impl Bench {
             state_dir: dir.join("state"),
             cgroup_parent: format!("foreshore-bench-{}", std::process::id()),
             agent_exe: env!("CARGO_BIN_EXE_foreshore-agent").into(),
+            user_namespaces: UserNamespaces::Auto,
         };
         let runtime = tokio
             .block_on(async { OciRuntime::new(config) })

@@ -61,6 +61,12 @@ impl Cgroups {
         format!("/{}/{id}", self.parent)
     }
 
+    /// Puts this process into a container's cgroups, where limits hold for it.
+    pub(crate) fn join(&self, id: &str) -> io::Result<()> {
+        self.dirs(id)
+            .try_for_each(|dir| fs::write(dir.join("cgroup.procs"), "0"))
+    }
+
     /// Makes the parent able to hold limited containers. On cgroup v2 that means controllers enabled on the
     /// way down, and no process in the parent itself.
     pub(crate) fn prepare(&self) -> io::Result<()> {

@@ -19,7 +19,7 @@
 //!
 //! Cgroups are `{parent}/{id}` in every hierarchy. Nothing is ever mounted in the device's own mount namespace.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -31,6 +31,7 @@ use foreshore_protocol::manifest::NetworkMode;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::cgroup::Cgroups;
+use super::ids::Ids;
 use super::process::{Identity, PidFd, boot_id, half_made};
 use super::request::{RECORD, REQUEST, Record, Request, read_json, write_json};
 use super::seal::Program;
@@ -70,6 +71,19 @@ pub struct OciConfig {
     pub cgroup_parent: String,
     /// The agent's own program, whose `shim` and `exec` subcommands are run.
     pub agent_exe: PathBuf,
+    /// Whether containers get user namespaces.
+    pub user_namespaces: UserNamespaces,
+}
+
+/// Whether containers get user namespaces of their own. Only the device's owner decides that, no manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UserNamespaces {
+    /// Where kernel and file systems can; elsewhere containers run without, and the log says why.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
 }
 
 /// Why an [`OciRuntime`] cannot work on this device.
@@ -115,6 +129,9 @@ pub struct OciRuntime {
     network: File,
     /// Containers whose `start` is under way here: neither broken nor running yet.
     starting: Mutex<BTreeSet<ContainerId>>,
+    ids: Mutex<Ids>,
+    /// Services that cannot have a user namespace on this device, and why, by their digests.
+    unmappable: Mutex<BTreeMap<Digest, String>>,
     watch: Watch,
 }
 
@@ -152,6 +169,8 @@ impl OciRuntime {
             network: File::open("/proc/thread-self/ns/net")
                 .act(|| "open the network namespace".to_owned())?,
             starting: Mutex::default(),
+            ids: Mutex::new(Ids::load(&config.state_dir, ranges(&config.run_dir))),
+            unmappable: Mutex::default(),
             watch: Watch::new().act(|| "make an epoll instance".to_owned())?,
             cgroups,
             config,
@@ -164,6 +183,13 @@ impl OciRuntime {
     /// are made again when needed.
     pub fn remove_empty_cgroups(&self) {
         self.cgroups.remove_ancestors();
+    }
+
+    /// The first of the ids that a container's user namespace maps to, or why it has none; `None` for a container that does
+    /// not exist or cannot be read.
+    #[must_use]
+    pub fn user_namespace(&self, id: &ContainerId) -> Option<Result<u32, String>> {
+        user_namespace(&self.config.run_dir, &id.to_string())
     }
 
     fn containers(&self) -> PathBuf {
@@ -231,12 +257,15 @@ impl OciRuntime {
         if let Some(directory) = &update_lock {
             update_lock::open(directory)?;
         }
+        let mapping = self.mapping(spec);
         let request = Request {
             id: spec.id.clone(),
             service: spec.service.clone(),
             image: spec.image.clone(),
             layers: spec.layers.clone(),
             cgroup: self.cgroups.path(&id),
+            base: mapping.as_ref().ok().copied(),
+            unmapped: mapping.err(),
             writable: (!spec.service.read_only).then(|| self.writable(&id)),
             volumes: self.config.state_dir.join("volumes").join(app),
             logs: self.config.state_dir.join("logs").join(app),
@@ -250,6 +279,22 @@ impl OciRuntime {
         write_json(&fresh, REQUEST, &request)?;
         fs::rename(&fresh, &dir)?;
         Ok(dir)
+    }
+
+    /// The first of the app's ids, or why the container gets no user namespace.
+    fn mapping(&self, spec: &ContainerSpec) -> Result<u32, String> {
+        if self.config.user_namespaces == UserNamespaces::Off {
+            return Err("user namespaces are off on this device".to_owned());
+        }
+        if let Some(reason) = lock(&self.unmappable).get(&spec.service_digest) {
+            return Err(reason.clone());
+        }
+        let volumes = self.config.state_dir.join("volumes");
+        let running = ranges(&self.config.run_dir);
+        let is_free =
+            |app: &AppName| !running.contains_key(app) && !volumes.join(app.as_str()).exists();
+        let range = lock(&self.ids).range(&spec.id.app, is_free);
+        range.ok_or_else(|| "every range of ids is in use".to_owned())
     }
 
     /// Kills everything of a container and waits until it is gone.
@@ -337,8 +382,7 @@ impl OciRuntime {
     }
 
     fn starting(&self) -> std::sync::MutexGuard<'_, BTreeSet<ContainerId>> {
-        // The set is right whatever a panicking holder did: each change is one call.
-        self.starting.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.starting)
     }
 }
 
@@ -369,11 +413,20 @@ impl Runtime for OciRuntime {
             act: format!("prepare cgroup parent {}", self.config.cgroup_parent),
             source,
         })?;
-        let dir = self.create_dir(spec).map_err(|source| StartError::Io {
-            act: format!("create {}", self.dir(&spec.id).display()),
-            source,
-        })?;
-        let outcome = children::start(&self.program, &dir, START_TIMEOUT).await;
+        let create = || {
+            self.create_dir(spec).map_err(|source| StartError::Io {
+                act: format!("create {}", self.dir(&spec.id).display()),
+                source,
+            })
+        };
+        let mut outcome = children::start(&self.program, &create()?, START_TIMEOUT).await;
+        if let children::Outcome::Unmappable(reason) = &outcome {
+            tracing::warn!(container = %spec.id, %reason, "starts without a user namespace");
+            lock(&self.unmappable).insert(spec.service_digest, reason.clone());
+            let removed = self.remove(&spec.id).await;
+            removed.map_err(|error| failed(error.to_string()))?;
+            outcome = children::start(&self.program, &create()?, START_TIMEOUT).await;
+        }
         drop(starting);
         let error = match outcome {
             children::Outcome::Started => {
@@ -385,6 +438,7 @@ impl Runtime for OciRuntime {
                 return Ok(());
             }
             children::Outcome::Refused(refusal) => StartError::Refused(refusal),
+            children::Outcome::Unmappable(message) => failed(message),
             children::Outcome::Failed(message) => failed(message),
         };
         if let Err(left) = self.remove(&spec.id).await {
@@ -515,6 +569,34 @@ impl Runtime for OciRuntime {
     async fn changed(&self) {
         self.watch.changed().await;
     }
+}
+
+/// What is inside is right whatever a panicking holder did: each change is one call.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The same as [`OciRuntime::user_namespace`], from outside of the agent: reads only.
+#[must_use]
+pub fn user_namespace(run_dir: &Path, id: &str) -> Option<Result<u32, String>> {
+    let request = run_dir.join("containers").join(id).join(REQUEST);
+    let request = read_json::<Request>(&request).ok()?;
+    Some(
+        request
+            .base
+            .ok_or_else(|| request.unmapped.unwrap_or_default()),
+    )
+}
+
+/// The ranges of ids that containers of this agent have.
+fn ranges(run_dir: &Path) -> BTreeMap<AppName, u32> {
+    let containers = run_dir.join("containers");
+    let requests = names(&containers)
+        .into_iter()
+        .filter_map(|name| read_json::<Request>(&containers.join(name).join(REQUEST)).ok());
+    requests
+        .filter_map(|request| Some((request.id.app, request.base?)))
+        .collect()
 }
 
 fn open(process: Option<Identity>) -> io::Result<Option<PidFd>> {

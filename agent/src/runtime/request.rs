@@ -30,8 +30,6 @@ pub(crate) const RECORD: &str = "record.json";
 pub(crate) const CONFIG: &str = "config.json";
 /// The name of the exit file.
 pub(crate) const EXIT: &str = "exit";
-/// The mount point of the container's root file system, in the namespace of the starting process.
-pub(crate) const ROOTFS: &str = "rootfs";
 /// Where libcontainer keeps its own state.
 pub(crate) const LIBRARY: &str = "lib";
 
@@ -49,6 +47,10 @@ pub(crate) struct Request {
     pub(crate) layers: Vec<PathBuf>,
     /// Below each hierarchy, beginning with `/`.
     pub(crate) cgroup: String,
+    /// What the container's id 0 is outside; without it the container has no user namespace.
+    pub(crate) base: Option<u32>,
+    /// Why it has none.
+    pub(crate) unmapped: Option<String>,
     /// Where the writable layer goes; missing for a read-only root.
     pub(crate) writable: Option<PathBuf>,
     /// Of this app.
@@ -87,6 +89,8 @@ pub(crate) enum StartReport {
     Started,
     /// Trying again will not help.
     Refused(String),
+    /// It would run without a user namespace.
+    Unmappable(String),
     /// Something else went wrong.
     Failed(String),
 }

@@ -77,98 +77,41 @@ impl Seclusion {
     }
 }
 
-/// Mounts a small file system in memory on `dir`, which is made, for the writable layer of a container whose root is
-/// read-only: it only ever holds mount points and files in `/etc`. Like every mount of the seclusion it goes with the
-/// container, so nothing of it has to be deleted and nothing wears out flash.
+/// Mounts a small file system in memory on `dir`. Like every mount of the seclusion it goes with it.
 pub(crate) fn mount_scratch(dir: &Path) -> Result<(), StepError> {
-    let act = || format!("mount a tmpfs on {}", dir.display());
-    fs::create_dir_all(dir).step(act)?;
-    let options = Some("size=16m,mode=0755");
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     mount(
         Some("tmpfs"),
         dir,
         Some("tmpfs"),
-        MsFlags::MS_NODEV | MsFlags::MS_NOSUID,
-        options,
+        flags,
+        Some("size=16m,mode=0755"),
     )
-    .step(act)
-}
-
-/// Mounts an overlay of `layers` (lowest first) on `target`, with its writable layer in `writable`, which
-/// is made.
-///
-/// Layers are named by short symbolic links, because the options of mount(2) must fit into one page and paths
-/// may hold the characters that separate them. The writable layer is `volatile`: it never outlives the container,
-/// so nothing waits for it to reach the disk.
-pub(crate) fn mount_overlay(
-    layers: &[PathBuf],
-    writable: &Path,
-    target: &Path,
-) -> Result<(), StepError> {
-    let name = |path: &Path| path.display().to_string();
-    for part in ["upper", "work", "by"] {
-        let path = writable.join(part);
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(&path)
-            .step(|| format!("create {}", name(&path)))?;
-    }
-    let links = writable.join("by");
-    let mut lower = String::new();
-    for (index, layer) in layers.iter().enumerate().rev() {
-        let link = links.join(index.to_string());
-        if !layer.is_dir() {
-            return Err(io::Error::from(io::ErrorKind::NotFound))
-                .step(|| format!("open layer {}", name(layer)));
-        }
-        std::os::unix::fs::symlink(layer, &link).step(|| format!("create {}", name(&link)))?;
-        if !lower.is_empty() {
-            lower.push(':');
-        }
-        lower.push_str(&index.to_string());
-    }
-    std::env::set_current_dir(&links).step(|| format!("change to {}", name(&links)))?;
-    let options =
-        |volatile: &str| format!("lowerdir={lower},upperdir=../upper,workdir=../work{volatile}");
-    let mounted = mount(
-        Some("overlay"),
-        target,
-        Some("overlay"),
-        MsFlags::MS_NODEV,
-        Some(&*options(",volatile")),
-    )
-    .or_else(|error| match error {
-        // Before Linux 5.10.
-        nix::Error::EINVAL => mount(
-            Some("overlay"),
-            target,
-            Some("overlay"),
-            MsFlags::MS_NODEV,
-            Some(&*options("")),
-        ),
-        other => Err(other),
-    });
-    std::env::set_current_dir("/").step(|| "change to /".to_owned())?;
-    mounted.step(|| {
-        format!(
-            "mount the overlay of {} layers on {}",
-            layers.len(),
-            name(target)
-        )
-    })
+    .step(|| format!("mount a tmpfs on {}", dir.display()))
 }
 
 /// A mounted root file system.
 #[derive(Debug)]
 pub(crate) struct Root {
     dir: OwnedFd,
+    /// What id 0 of the container is here.
+    base: u32,
 }
 
 impl Root {
-    pub(crate) fn open(path: &Path) -> Result<Self, StepError> {
+    /// Opens the one at `path`, in which id 0 is `base`.
+    pub(crate) fn open(path: &Path, base: u32) -> Result<Self, StepError> {
         let dir = File::open(path).step(|| format!("open {}", path.display()))?;
-        Ok(Self { dir: dir.into() })
+        Ok(Self {
+            dir: dir.into(),
+            base,
+        })
+    }
+
+    /// Gives a file that was just made to the container's root.
+    fn give(&self, file: File) -> io::Result<File> {
+        std::os::unix::fs::fchown(&file, Some(self.base), Some(self.base))?;
+        Ok(file)
     }
 
     fn open_inside(&self, path: &Path, flags: OFlag, mode: Mode) -> io::Result<File> {
@@ -251,7 +194,7 @@ impl Root {
                         part,
                         Mode::from_bits_truncate(0o755),
                     )?;
-                    self.open_inside(&sofar, OFlag::O_DIRECTORY, Mode::empty())?
+                    self.give(self.open_inside(&sofar, OFlag::O_DIRECTORY, Mode::empty())?)?
                 }
                 Err(error) => return Err(error),
             };
@@ -317,7 +260,10 @@ impl Root {
     pub(crate) fn write_etc(&self, name: &str, contents: &str) -> Result<(), StepError> {
         let write = || -> io::Result<()> {
             let dir = self.make_dir(Path::new("etc"))?;
-            let inside = Self { dir: dir.into() };
+            let inside = Self {
+                dir: dir.into(),
+                base: self.base,
+            };
             // Not through a link: the image's own link may point into a mount that does not exist yet.
             match nix::unistd::unlinkat(
                 Some(inside.dir.as_raw_fd()),
@@ -328,20 +274,23 @@ impl Root {
                 Err(error) => return Err(error.into()),
             }
             let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
-            let mut file =
+            let file =
                 inside.open_inside(Path::new(name), flags, Mode::from_bits_truncate(0o644))?;
+            let mut file = self.give(file)?;
             file.write_all(contents.as_bytes())
         };
         write().step(|| format!("write the container's /etc/{name}"))
     }
 
-    /// Owner and mode of a directory in the image; `None` when there is none.
+    /// Owner, as the container sees it, and mode of a directory in the image; `None` when there is none.
     pub(crate) fn owner(&self, path: &str) -> Option<(u32, u32, u32)> {
         let dir = self
             .open_inside(Path::new(path), OFlag::O_DIRECTORY, Mode::empty())
             .ok()?;
         let metadata = dir.metadata().ok()?;
-        Some((metadata.uid(), metadata.gid(), metadata.mode() & 0o7777))
+        let id = |id: u32| id.checked_sub(self.base);
+        let (uid, gid) = (id(metadata.uid())?, id(metadata.gid())?);
+        Some((uid, gid, metadata.mode() & 0o7777))
     }
 }
 

@@ -121,6 +121,9 @@ pub enum Refusal {
     /// A group that the image does not have.
     #[error("the image has no group {0:?}; use one that is in its /etc/group, or a number")]
     UnknownGroup(String),
+    /// An id beyond those of the app's user namespace.
+    #[error("user or group {0} is beyond the {1} ids that an app has; use a smaller one")]
+    IdTooLarge(u32, u32),
     /// A mount point that may not be.
     #[error(
         "{0} cannot be a mount point; use an absolute path other than /, /dev with its nodes, and anything in /proc and /sys"

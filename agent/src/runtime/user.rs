@@ -18,6 +18,20 @@ pub struct User {
     pub home: String,
 }
 
+impl User {
+    /// Checks that all ids are below `limit`.
+    ///
+    /// # Errors
+    ///
+    /// When one is not.
+    pub fn fit(&self, limit: u32) -> Result<(), Refusal> {
+        let ids = self.groups.iter().chain([&self.uid, &self.gid]);
+        ids.copied()
+            .find(|id| *id >= limit)
+            .map_or(Ok(()), |id| Err(Refusal::IdTooLarge(id, limit)))
+    }
+}
+
 /// The largest `/etc/passwd` or `/etc/group` that is read, in bytes.
 pub const MAX_DATABASE: u64 = 1 << 20;
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
+use foreshore_agent::runtime::oci::{OciConfig, OciRuntime, UserNamespaces};
 use foreshore_agent::runtime::{
     Container, ContainerId, ContainerSpec, ContainerState, Exit, ImageConfig, Runtime, StartError,
 };
@@ -60,13 +60,26 @@ impl Bed {
         self.runtime_with(Path::new(env!("CARGO_BIN_EXE_foreshore-agent")))
     }
 
+    /// The same with user namespaces or without.
+    pub(crate) fn runtime_in(&self, user_namespaces: UserNamespaces) -> OciRuntime {
+        self.runtime_of(
+            Path::new(env!("CARGO_BIN_EXE_foreshore-agent")),
+            user_namespaces,
+        )
+    }
+
     /// The same with another program in the agent's place.
     pub(crate) fn runtime_with(&self, agent_exe: &Path) -> OciRuntime {
+        self.runtime_of(agent_exe, UserNamespaces::Auto)
+    }
+
+    fn runtime_of(&self, agent_exe: &Path, user_namespaces: UserNamespaces) -> OciRuntime {
         OciRuntime::new(OciConfig {
             run_dir: self.run_dir(),
             state_dir: self.state_dir(),
             cgroup_parent: self.cgroup.clone(),
             agent_exe: agent_exe.to_owned(),
+            user_namespaces,
         })
         .unwrap()
     }
@@ -252,10 +265,10 @@ pub(crate) fn processes_naming(text: &str) -> Vec<i32> {
 
 fn build_layer(layer: &Path) {
     const APPLETS: &[&str] = &[
-        "sh", "cat", "cp", "date", "dd", "echo", "env", "false", "grep", "head", "httpd",
-        "hostname", "id", "ip", "kill", "ln", "ls", "mkdir", "mknod", "mount", "mv", "nc",
-        "printf", "ps", "pwd", "rm", "seq", "setsid", "sleep", "stat", "tail", "test", "touch",
-        "true", "umount", "unshare", "usleep", "wc", "yes",
+        "sh", "cat", "cp", "chmod", "chown", "date", "dd", "echo", "env", "false", "grep", "head",
+        "httpd", "hostname", "id", "ip", "kill", "ln", "ls", "mkdir", "mknod", "mount", "mv", "nc",
+        "printf", "ps", "pwd", "rm", "seq", "setsid", "sleep", "stat", "tail", "test", "timeout",
+        "touch", "true", "umount", "unshare", "usleep", "wc", "yes",
     ];
     for dir in ["bin", "etc", "tmp", "srv/data", "var"] {
         std::fs::create_dir_all(layer.join(dir)).unwrap();

@@ -177,9 +177,17 @@ const DEFAULTS: &[Promise] = &[
     }),
     ("own namespaces", |facts| {
         let pid = facts.pid.to_string();
-        ["mnt", "pid", "ipc", "uts", "net", "cgroup"]
+        ["mnt", "pid", "ipc", "uts", "net", "cgroup", "user"]
             .iter()
             .all(|name| Facts::namespace(&pid, name) != Facts::namespace("self", name))
+    }),
+    ("root is nobody outside", |facts| {
+        let ids = ["Uid", "Gid"].map(|name| {
+            let ids = facts.status(name).split_whitespace();
+            ids.map(|id| id.parse().unwrap_or(0)).min()
+        });
+        ids.iter()
+            .all(|id| id.is_some_and(|id: u32| id >= 0x7000_0000))
     }),
     ("only standard descriptors, none of the device's", |facts| {
         facts.descriptors.iter().all(|(number, target)| {

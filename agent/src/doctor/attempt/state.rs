@@ -17,7 +17,8 @@ use super::child::say;
 use super::{LockSaid, Said};
 use crate::doctor::chain;
 use crate::doctor::facts::Space;
-use crate::runtime::rootfs::{Seclusion, StepError, mount_overlay};
+use crate::runtime::backstage::{Backstage, ROOTFS};
+use crate::runtime::rootfs::{Seclusion, StepError};
 
 /// What begins the names of scratch directories.
 const PREFIX: &str = ".foreshore-doctor-";
@@ -194,23 +195,28 @@ fn sync(scratch: &Path) -> io::Result<()> {
 /// Mounts two layers as a container has them, and looks whether it reads, hides, writes and deletes as it should.
 fn overlay(scratch: &Path) -> Result<(), String> {
     let prepared = prepare(scratch);
-    let (layers, merged) = prepared.map_err(|error| format!("layers cannot be made: {error}"))?;
+    let layers = prepared.map_err(|error| format!("layers cannot be made: {error}"))?;
     let step = |error: StepError| chain(&error);
     let seclusion = Seclusion::enter().map_err(step)?;
-    let mounted = mount_overlay(&layers, &scratch.join("writable"), &merged)
+    let merged = Path::new(ROOTFS);
+    let mounted = Backstage::mount(None, [])
         .map_err(step)
-        .and_then(|()| use_it(&merged).map_err(|error| format!("mounted, but {error}")));
+        .and_then(|backstage| {
+            let writable = scratch.join("writable");
+            let mounted = backstage.mount_overlay(&layers, Some(&writable));
+            mounted.map_err(|error| chain(&error))
+        })
+        .and_then(|()| use_it(merged).map_err(|error| format!("mounted, but {error}")));
     // Going back fails in a user namespace that does not own the device's mounts, and what is mounted cannot be
     // removed.
-    let _not_mounted = umount2(&merged, MntFlags::MNT_DETACH);
+    let _not_mounted = umount2(merged, MntFlags::MNT_DETACH);
     let left = seclusion.leave().map_err(step);
     mounted.and(left)
 }
 
-fn prepare(scratch: &Path) -> io::Result<(Vec<PathBuf>, PathBuf)> {
+fn prepare(scratch: &Path) -> io::Result<Vec<PathBuf>> {
     let (lower, upper) = (scratch.join("lower"), scratch.join("upper"));
-    let merged = scratch.join("merged");
-    for dir in [&lower, &upper, &merged] {
+    for dir in [&lower, &upper] {
         fs::create_dir(dir)?;
     }
     fs::create_dir(lower.join("dir"))?;
@@ -220,7 +226,7 @@ fn prepare(scratch: &Path) -> io::Result<(Vec<PathBuf>, PathBuf)> {
     // A whiteout, as a layer that deletes a file has it (kernel documentation, "Overlay Filesystem").
     mknod(&upper.join("hidden"), SFlag::S_IFCHR, Mode::empty(), 0)
         .map_err(|error| io::Error::other(format!("a whiteout: {error}")))?;
-    Ok((vec![lower, upper], merged))
+    Ok(vec![lower, upper])
 }
 
 fn use_it(merged: &Path) -> Result<(), String> {

@@ -29,6 +29,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) enum Outcome {
     Started,
     Refused(String),
+    /// It would run without a user namespace.
+    Unmappable(String),
     Failed(String),
 }
 
@@ -106,6 +108,10 @@ pub(super) async fn start(program: &Program, dir: &Path, limit: Duration) -> Out
         Ok(Some(StartReport::Refused(refusal))) => {
             finish(child).await;
             return Outcome::Refused(refusal);
+        }
+        Ok(Some(StartReport::Unmappable(reason))) => {
+            finish(child).await;
+            return Outcome::Unmappable(reason);
         }
         Ok(Some(StartReport::Failed(message))) => Some(message),
         Ok(None) => None,
