@@ -7,16 +7,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_agent::plan::{
     self, BootId, BootMs, Busy, Desired, History, Now, Observed, ObservedContainer, Outcome, Plan,
-    ProbeState, ProbeStates, Step, UpdateLocks,
+    ProbeState, ProbeStates, Resume, Step, UpdateLocks,
 };
 use foreshore_agent::runtime::{Container, ContainerId, ContainerState, Exit};
 use foreshore_protocol::message::{AppStatus, Head, Phase, Reason, ReasonCode, Reported};
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 
+mod rules;
+
 use crate::mutation::Mutation;
 use crate::random::Random;
-use crate::scenario::{Fate, MINUTE, Ms, SECOND, Scenario};
+use crate::scenario::{Fate, JOB, MINUTE, Ms, SECOND, Scenario};
 
 /// What survives a power cut.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +45,10 @@ struct Live {
     ready_at: Option<Ms>,
     /// When it ends by itself, if ever.
     ends_at: Option<Ms>,
+    /// With which code.
+    ends_with: i32,
+    /// From when its liveness probe fails, if ever.
+    hangs_at: Option<Ms>,
 }
 
 /// A step on its way.
@@ -86,6 +92,8 @@ pub struct Device {
     pub verbose: bool,
     /// For the rules only: what it said that it rolled back from.
     gave_up: BTreeSet<(AppName, Version, Digest)>,
+    /// For the rules only: the jobs that ended well, by their spec.
+    jobs_done: BTreeSet<(AppName, Digest)>,
 }
 
 /// What a poll of a device asks of the world.
@@ -130,6 +138,7 @@ impl Device {
             planned: None,
             verbose: false,
             gave_up: BTreeSet::new(),
+            jobs_done: BTreeSet::new(),
         }
     }
 
@@ -217,6 +226,7 @@ impl Device {
             && let Some(live) = self.containers.get_mut(random.pick(&running))
         {
             live.ends_at = Some(now);
+            live.ends_with = 1;
         }
     }
 
@@ -244,11 +254,11 @@ impl Device {
         for live in self.containers.values_mut() {
             let runs = matches!(live.container.state, ContainerState::Running { .. });
             if runs && live.ends_at.is_some_and(|at| at <= now) {
-                live.container.state = ContainerState::Exited(Exit {
-                    code: 1,
-                    oom: false,
-                    signal: None,
-                });
+                live.container.state = ContainerState::Exited(Exit::with_code(live.ends_with));
+                if live.ends_with == 0 {
+                    let app = live.container.id.app.clone();
+                    self.jobs_done.insert((app, live.container.service_digest));
+                }
             }
         }
         let mut busy = Busy::default();
@@ -274,6 +284,10 @@ impl Device {
                             Some(at) if at <= now => ProbeState::Ready,
                             Some(_) => ProbeState::Unknown,
                             None => ProbeState::NotReady("connection refused".to_owned()),
+                        },
+                        liveness: match live.hangs_at {
+                            Some(at) if at <= now => ProbeState::NotReady("no answer".to_owned()),
+                            _ => ProbeState::Ready,
                         },
                         ..ProbeStates::default()
                     },
@@ -304,6 +318,9 @@ impl Device {
             .map(Desired::from)
             .unwrap_or_default();
         let observed = self.observe(now);
+        if mutation == Some(Mutation::IgnoreJobs) {
+            believe_jobs_done(&mut history, &observed);
+        }
         let mut plan = plan::plan(&desired, &observed, &history, at);
         mutate(&mut plan, &observed, &history, mutation);
         asks.violations.extend(
@@ -315,6 +332,7 @@ impl Device {
             .extend(self.needless_stops(&observed, &history, &plan));
         asks.violations
             .extend(self.poisoned_starts(&history, &plan));
+        asks.violations.extend(self.early_starts(&plan));
         self.disk.history = plan.history;
         asks.fetch = plan.fetch;
         // A staging that was given up has ended: that is news, so it is planned again at once.
@@ -331,7 +349,7 @@ impl Device {
         let natural = self
             .containers
             .values()
-            .flat_map(|live| [live.ready_at, live.ends_at])
+            .flat_map(|live| [live.ready_at, live.ends_at, live.hangs_at])
             .flatten();
         let wake = plan.wake_at.map(|ms| self.booted_at + ms.0);
         asks.wake_at = natural
@@ -534,11 +552,15 @@ impl Device {
             return failed("the machine was too busy", false);
         }
         let ready = now + random.between(100, 10 * SECOND);
-        let (ready_at, ends_at) = match scenario.fate(&image, self.number) {
+        let soon = now + random.between(10, 20 * SECOND);
+        let is_job = id.service.as_str() == JOB;
+        let (ready_at, ends_at, hangs_at) = match scenario.fate(&image, self.number) {
             Fate::Refused => return failed("there is no such command in the image", true),
-            Fate::Good | Fate::NoPlatform => (Some(ready), None),
-            Fate::NeverReady => (None, None),
-            Fate::Exits => (Some(ready), Some(now + random.between(10, 20 * SECOND))),
+            _ if is_job => (None, Some(soon), None),
+            Fate::Good | Fate::NoPlatform => (Some(ready), None, None),
+            Fate::NeverReady => (None, None, None),
+            Fate::Exits => (Some(ready), Some(soon), None),
+            Fate::Hangs => (Some(ready), None, Some(ready + soon - now)),
         };
         let container = Container {
             id: id.clone(),
@@ -555,6 +577,8 @@ impl Device {
                 container,
                 ready_at,
                 ends_at,
+                ends_with: i32::from(!is_job),
+                hangs_at,
             },
         );
         Outcome::Started { id: id.clone() }
@@ -609,92 +633,33 @@ impl Device {
     pub fn receive_release(&mut self, digest: Digest, release: &Release) {
         self.disk.releases.insert(digest, release.clone());
     }
-
-    /// "Unchanged services untouched": a container of a service that is the same in the release that ran and in the
-    /// one that runs from now on is not stopped.
-    fn needless_stops(&self, observed: &Observed, before: &History, plan: &Plan) -> Vec<String> {
-        let spec = |history: &History, id: &ContainerId| {
-            let release = history.apps.get(&id.app)?.current?;
-            let service = observed.releases.get(&release)?.services.get(&id.service)?;
-            Some(service_digest(service))
-        };
-        let mut found = Vec::new();
-        for step in &plan.steps {
-            let Step::Stop { id, .. } = step else {
-                continue;
-            };
-            let Some(live) = self.containers.get(id) else {
-                continue;
-            };
-            let runs = matches!(live.container.state, ContainerState::Running { .. });
-            let digest = Some(live.container.service_digest);
-            if runs && spec(before, id) == digest && spec(&plan.history, id) == digest {
-                found.push(format!("{}: unchanged container {id} is stopped", self.id));
-            }
-        }
-        found
-    }
-
-    /// "Poisoned never retried", from the device's own reports: after it said that it rolled back from `(since,
-    /// release)`, nothing of that release is started while that is what is desired.
-    fn poisoned_starts(&self, before: &History, plan: &Plan) -> Vec<String> {
-        let mut found = Vec::new();
-        for step in &plan.steps {
-            let Step::Start { id, release } = step else {
-                continue;
-            };
-            let desired = self
-                .disk
-                .head
-                .as_ref()
-                .and_then(|head| head.apps.iter().find(|app| app.app == id.app));
-            let good = before
-                .apps
-                .get(&id.app)
-                .and_then(|app| app.last_known_good.as_ref());
-            let told = desired.is_some_and(|app| {
-                app.release == *release
-                    && self
-                        .gave_up
-                        .contains(&(id.app.clone(), app.since, *release))
-            });
-            if told && good.is_none_or(|good| good.release != *release) {
-                found.push(format!(
-                    "{}: {id} starts a release that was given up",
-                    self.id
-                ));
-            }
-        }
-        found
-    }
-
-    /// "LKG never collected": its manifest and images are on disk.
-    fn missing_last_known_good(&self) -> Vec<String> {
-        let mut found = Vec::new();
-        for (app, history) in &self.disk.history.apps {
-            let Some(good) = &history.last_known_good else {
-                continue;
-            };
-            let missing = match self.disk.releases.get(&good.release) {
-                None => true,
-                Some(_) => !self
-                    .images_of(&BTreeSet::from([good.release]))
-                    .iter()
-                    .all(|image| self.disk.images.contains(image)),
-            };
-            if missing {
-                found.push(format!(
-                    "{}: the last-known-good of {app} was collected",
-                    self.id
-                ));
-            }
-        }
-        found
-    }
 }
 
 fn image_digest(image: &str) -> Option<Digest> {
     image.rsplit_once('@')?.1.parse().ok()
+}
+
+fn believe_jobs_done(history: &mut History, observed: &Observed) {
+    for app in history.apps.values_mut() {
+        let manifest = app
+            .current
+            .and_then(|release| observed.releases.get(&release));
+        for (name, job) in manifest.iter().flat_map(|manifest| &manifest.services) {
+            let there = observed
+                .containers
+                .iter()
+                .any(|seen| seen.container.id.service == *name);
+            if name.as_str() != JOB || there {
+                continue;
+            }
+            let known = app.services.entry(name.clone()).or_default();
+            known.spec = Some(service_digest(job));
+            known.release = app.current;
+            known.resume = Resume::Never;
+            known.last_exit = Some(Exit::with_code(0));
+            known.ended = true;
+        }
+    }
 }
 
 fn mutate(plan: &mut Plan, observed: &Observed, before: &History, mutation: Option<Mutation>) {

@@ -24,11 +24,13 @@ pub enum Mutation {
     CollectLastKnownGood,
     /// A device restarts all services of an app when one changes.
     RestartUnchanged,
+    /// A device takes jobs for done.
+    IgnoreJobs,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::SkipBake,
         Self::OfferAfterBreak,
         Self::IgnoreSlots,
@@ -39,5 +41,6 @@ impl Mutation {
         Self::ForgetPoison,
         Self::CollectLastKnownGood,
         Self::RestartUnchanged,
+        Self::IgnoreJobs,
     ];
 }

@@ -29,6 +29,8 @@ pub enum Fate {
     NeverReady,
     /// Ends by itself soon after every start.
     Exits,
+    /// Becomes ready, and soon its liveness probe fails.
+    Hangs,
     /// Cannot be started with this image, ever.
     Refused,
     /// Its image has no variant for the device.
@@ -221,6 +223,11 @@ fn draw_app(random: &mut Random, number: u64) -> App {
         .into_iter()
         .take(usize::try_from(random.between(1, 3)).unwrap_or(1))
         .collect();
+    let shape = Shape {
+        job: random.chance(40),
+        chain: random.chance(40),
+        beside: random.chance(30),
+    };
     let mut fates = BTreeMap::new();
     let mut images: BTreeMap<&str, u64> = services.iter().map(|service| (*service, 0)).collect();
     let releases = (0..5_u64)
@@ -234,12 +241,13 @@ fn draw_app(random: &mut Random, number: u64) -> App {
                 let fate = *random.pick(&[
                     Fate::NeverReady,
                     Fate::Exits,
+                    Fate::Hangs,
                     Fate::Refused,
                     Fate::NoPlatform,
                 ]);
                 fates.insert(image, (fate, *random.pick(&[100, 100, 50, 20])));
             }
-            compose(&name, &images)
+            compose(&name, &images, shape)
         })
         .collect();
     let group = random.chance(30).then(|| random.below(GROUPS));
@@ -255,15 +263,45 @@ fn image_digest(app: &AppName, service: &str, release: u64) -> Digest {
     Digest::of(format!("{app} {service} {release}").as_bytes())
 }
 
+/// The job of an app that has one; `alpha` waits for it.
+pub const JOB: &str = "prepare";
+
+/// What an app's services have to do with each other.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    /// There is a job that runs once a release.
+    job: bool,
+    /// `beta` waits for `alpha`, and `gamma` for `beta`.
+    chain: bool,
+    /// New containers are started beside the old ones.
+    beside: bool,
+}
+
 /// A release as the hub makes it from a manifest: parsed by the same parser, images pinned.
-fn compose(app: &AppName, images: &BTreeMap<&str, u64>) -> Release {
+fn compose(app: &AppName, images: &BTreeMap<&str, u64>, shape: Shape) -> Release {
     let mut text = format!(
         "apiVersion: foreshore/v1\nkind: App\nmetadata: {{name: {app}}}\nspec:\n  services:\n"
     );
     for (service, release) in images {
         let image = image_digest(app, service, *release);
         text.push_str(&format!(
-            "    {service}:\n      image: hub.internal/{service}@{image}\n      probes: {{readiness: {{tcp: {{port: 80}}}}}}\n"
+            "    {service}:\n      image: hub.internal/{service}@{image}\n      probes: {{readiness: {{tcp: {{port: 80}}}}, liveness: {{tcp: {{port: 80}}}}}}\n"
+        ));
+        let waits_for = match *service {
+            "alpha" if shape.job => format!("{JOB}: {{condition: service_completed_successfully}}"),
+            "beta" if shape.chain => "alpha: {condition: service_healthy}".to_owned(),
+            "gamma" if shape.chain => "beta: {condition: service_started}".to_owned(),
+            _ => String::new(),
+        };
+        text.push_str(&format!("      depends_on: {{{waits_for}}}\n"));
+        if shape.beside {
+            text.push_str("      deploy: {update_config: {order: start-first}}\n");
+        }
+    }
+    if shape.job {
+        let image = image_digest(app, JOB, images.get("alpha").copied().unwrap_or(0));
+        text.push_str(&format!(
+            "    {JOB}:\n      image: hub.internal/{JOB}@{image}\n      restart: on-failure\n"
         ));
     }
     let app_manifest = manifest::parse(text.as_bytes()).expect("the manifest above is well-formed");

@@ -82,6 +82,7 @@ fn every_built_in_fault_is_noticed_by_the_right_rule() {
             Mutation::ForgetPoison => &["was given up"],
             Mutation::CollectLastKnownGood => &["was collected"],
             Mutation::RestartUnchanged => &["NeedlessStop", "unchanged container"],
+            Mutation::IgnoreJobs => &["before its job"],
         };
         let violation = noticed(mutation);
         assert!(

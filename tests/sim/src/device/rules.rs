@@ -1,0 +1,127 @@
+//! What must hold of a device's plans, told from outside of the planner.
+
+use std::collections::BTreeSet;
+
+use foreshore_agent::plan::{History, Observed, Plan, ProbeState, Step};
+use foreshore_agent::runtime::{ContainerId, ContainerState};
+use foreshore_protocol::manifest::Condition;
+use foreshore_protocol::release::service_digest;
+
+use super::Device;
+
+impl Device {
+    /// "Unchanged services untouched": a container of a service that is the same in the release that ran and in the
+    /// one that runs from now on is not stopped.
+    pub(super) fn needless_stops(
+        &self,
+        observed: &Observed,
+        before: &History,
+        plan: &Plan,
+    ) -> Vec<String> {
+        let spec = |history: &History, id: &ContainerId| {
+            let release = history.apps.get(&id.app)?.current?;
+            let service = observed.releases.get(&release)?.services.get(&id.service)?;
+            Some(service_digest(service))
+        };
+        let mut found = Vec::new();
+        for step in &plan.steps {
+            let Step::Stop { id, .. } = step else {
+                continue;
+            };
+            let Some(live) = self.containers.get(id) else {
+                continue;
+            };
+            let runs = matches!(live.container.state, ContainerState::Running { .. })
+                && observed.containers.iter().any(|seen| {
+                    seen.container.id == *id
+                        && !matches!(seen.probes.liveness, ProbeState::NotReady(_))
+                });
+            let digest = Some(live.container.service_digest);
+            if runs && spec(before, id) == digest && spec(&plan.history, id) == digest {
+                found.push(format!("{}: unchanged container {id} is stopped", self.id));
+            }
+        }
+        found
+    }
+
+    /// "Poisoned never retried", from the device's own reports: after it said that it rolled back from `(since,
+    /// release)`, nothing of that release is started while that is what is desired.
+    pub(super) fn poisoned_starts(&self, before: &History, plan: &Plan) -> Vec<String> {
+        let mut found = Vec::new();
+        for step in &plan.steps {
+            let Step::Start { id, release } = step else {
+                continue;
+            };
+            let desired = self
+                .disk
+                .head
+                .as_ref()
+                .and_then(|head| head.apps.iter().find(|app| app.app == id.app));
+            let good = before
+                .apps
+                .get(&id.app)
+                .and_then(|app| app.last_known_good.as_ref());
+            let told = desired.is_some_and(|app| {
+                app.release == *release
+                    && self
+                        .gave_up
+                        .contains(&(id.app.clone(), app.since, *release))
+            });
+            if told && good.is_none_or(|good| good.release != *release) {
+                found.push(format!(
+                    "{}: {id} starts a release that was given up",
+                    self.id
+                ));
+            }
+        }
+        found
+    }
+
+    /// "Jobs first": nothing that waits for a job starts before that job ended well.
+    pub(super) fn early_starts(&self, plan: &Plan) -> Vec<String> {
+        let mut found = Vec::new();
+        for step in &plan.steps {
+            let Step::Start { id, release } = step else {
+                continue;
+            };
+            let Some(manifest) = self.disk.releases.get(release) else {
+                continue;
+            };
+            let waits = manifest.services[&id.service].depends_on.iter();
+            for (job, _) in waits.filter(|(_, other)| other.condition == Condition::Completed) {
+                let spec = service_digest(&manifest.services[job]);
+                if !self.jobs_done.contains(&(id.app.clone(), spec)) {
+                    found.push(format!(
+                        "{}: {id} starts before its job {job} is done",
+                        self.id
+                    ));
+                }
+            }
+        }
+        found
+    }
+
+    /// "LKG never collected": its manifest and images are on disk.
+    pub(super) fn missing_last_known_good(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for (app, history) in &self.disk.history.apps {
+            let Some(good) = &history.last_known_good else {
+                continue;
+            };
+            let missing = match self.disk.releases.get(&good.release) {
+                None => true,
+                Some(_) => !self
+                    .images_of(&BTreeSet::from([good.release]))
+                    .iter()
+                    .all(|image| self.disk.images.contains(image)),
+            };
+            if missing {
+                found.push(format!(
+                    "{}: the last-known-good of {app} was collected",
+                    self.id
+                ));
+            }
+        }
+        found
+    }
+}
