@@ -44,6 +44,8 @@ pub struct Config {
     /// How containers are kept apart from the device.
     #[serde(default)]
     pub isolation: Isolation,
+    /// A hardware watchdog to feed; none without this table.
+    pub watchdog: Option<Watchdog>,
     /// How registries are reached, by `host` or `host:port`.
     #[serde(default)]
     pub registries: BTreeMap<String, RegistryEntry>,
@@ -133,6 +135,18 @@ impl Default for Cgroup {
     }
 }
 
+/// `[watchdog]`: a device that reboots the machine when nobody feeds it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Watchdog {
+    /// For example `/dev/watchdog`. No other program may have it open: with systemd, leave its
+    /// `RuntimeWatchdogSec` off.
+    pub device: PathBuf,
+    /// Without a sign of life for this long the machine is rebooted. 10s to 1h. Default: 1m.
+    #[serde(default = "defaults::watchdog_timeout")]
+    pub timeout: Span,
+}
+
 /// One of `[registries."host:port"]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -206,7 +220,15 @@ impl Config {
 
     fn check(&self) -> Result<(), String> {
         let hub = &self.hub;
+        let watchdog = (self.watchdog.as_ref())
+            .map_or_else(defaults::watchdog_timeout, |watchdog| watchdog.timeout);
         let ranges = [
+            (
+                "watchdog.timeout",
+                watchdog,
+                Span::from_secs(10),
+                Span::from_secs(3600),
+            ),
             (
                 "hub.keepalive",
                 hub.keepalive,
@@ -237,9 +259,11 @@ impl Config {
                 return Err(format!("{key} is {value}; it must be from {low} to {high}"));
             }
         }
+        let watchdog = self.watchdog.as_ref().map(|one| &one.device);
         for (key, path) in [
             ("paths.state", &self.paths.state),
             ("paths.run", &self.paths.run),
+            ("watchdog.device", watchdog.unwrap_or(&self.paths.run)),
         ] {
             if !path.is_absolute() || path.parent().is_none() {
                 return Err(format!(
@@ -383,6 +407,9 @@ mod defaults {
     pub(super) const fn reconnect_max() -> Span {
         Span::from_secs(300)
     }
+    pub(super) const fn watchdog_timeout() -> Span {
+        Span::from_secs(60)
+    }
     pub(super) const fn will_delay() -> Span {
         Span::from_secs(90)
     }
@@ -455,6 +482,11 @@ mod tests {
         for (more, named) in [
             ("keepalive = \"1s\"\n", "hub.keepalive"),
             ("[paths]\nrun = \"run\"\n", "paths.run"),
+            ("[watchdog]\ndevice = \"watchdog\"\n", "watchdog.device"),
+            (
+                "[watchdog]\ndevice = \"/w\"\ntimeout = \"1s\"\n",
+                "watchdog.timeout",
+            ),
             ("[cgroup]\nparent = \"../x\"\n", "cgroup.parent"),
             ("ca_file = \"/ca.pem\"\n", "mqtts"),
             ("[registries.\"r:1\"]\nusername = \"x\"\n", "password_file"),

@@ -23,6 +23,7 @@
 //! | [`runtime`] | containers, behind a trait; libcontainer and a fake |
 //! | [`shim`], [`exec`] | the programs that start a container, and a command in one |
 //! | [`status`], [`removal`], [`doctor`] | what an operator on the device asks for |
+//! | [`watchdog`] | signs of life for the supervisor and the hardware |
 //! | [`config`], [`inventory`], [`clock`] | the configuration, the device, its clocks |
 
 pub mod clock;
@@ -48,3 +49,4 @@ pub mod stage;
 pub mod state;
 pub mod status;
 pub mod update_lock;
+pub mod watchdog;

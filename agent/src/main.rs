@@ -18,6 +18,7 @@ use foreshore_agent::runtime::Runtime as _;
 use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
 use foreshore_agent::state::{Loaded, OpenError, State};
 use foreshore_agent::status::{ContainerLine, Published};
+use foreshore_agent::watchdog::{Environment, Watchdog};
 use foreshore_agent::{clock, doctor, exec, link, plan, removal, shim, stage, state, status};
 use foreshore_images::store::Store;
 use foreshore_protocol::message::{AppStatus, ServiceState};
@@ -242,6 +243,7 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
         let birth = memory.clone();
         let session = tokio::task::spawn_local(link::run(settings, ends, move || birth.birth()));
         tracing::info!(device = %config.device, "foreshore-agent {}", env!("CARGO_PKG_VERSION"));
+        let watchdog = Watchdog::new(&Environment::of_process(), config.watchdog.as_ref());
         let agent = Agent::new(Parts {
             tools: Tools {
                 runtime: Rc::new(runtime),
@@ -255,6 +257,7 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
             loaded,
             link: to_link,
             boot,
+            watchdog,
         });
         agent.run(from_link, stop).await;
         if session.is_finished() {

@@ -32,8 +32,9 @@ use crate::link::{Birth, Incoming, Link, Outgoing, Receipt};
 use crate::plan::{BootId, BootMs, Busy, History, Outcome};
 use crate::runtime::{ContainerState, Runtime};
 use crate::state::{Loaded, Outbox, State};
-use crate::status::Published;
+use crate::status::{ContainerLine, Doing, Published};
 use crate::update_lock::Locks;
+use crate::watchdog::Watchdog;
 
 mod downlink;
 mod probes;
@@ -139,6 +140,8 @@ pub struct Parts<R> {
     pub link: Link,
     /// This life of the kernel.
     pub boot: BootId,
+    /// Whom to tell that the loop goes round.
+    pub watchdog: Watchdog,
 }
 
 /// The agent: owner of everything that the loop needs.
@@ -171,6 +174,7 @@ pub struct Agent<R> {
     said: Option<Published>,
     disk_trouble: bool,
     list_trouble: bool,
+    watchdog: Watchdog,
 }
 
 impl<R: Runtime + 'static> Agent<R> {
@@ -206,6 +210,7 @@ impl<R: Runtime + 'static> Agent<R> {
             said: None,
             disk_trouble: false,
             list_trouble: false,
+            watchdog: parts.watchdog,
         }
         .noting(parts.loaded.damage)
     }
@@ -237,6 +242,7 @@ impl<R: Runtime + 'static> Agent<R> {
         self.turn().await;
         loop {
             self.flush();
+            self.show_life();
             let event = self.next(&mut incoming, &mut stop).await;
             let mut plan = self.handle(event);
             // What else is there already is one plan's worth.
@@ -267,7 +273,8 @@ impl<R: Runtime + 'static> Agent<R> {
         stop: &mut (impl Future<Output = ()> + Unpin),
     ) -> Event {
         let offered = self.offered.as_ref().map(|offered| offered.due);
-        let wake_at = [self.wake_at, offered, self.uplink.wake_at()]
+        let watchdog = self.watchdog.wake_at();
+        let wake_at = [self.wake_at, offered, self.uplink.wake_at(), watchdog]
             .into_iter()
             .flatten()
             .min();
@@ -395,9 +402,28 @@ impl<R: Runtime + 'static> Agent<R> {
         self.memory.seen.set((version, self.uplink.seq()));
     }
 
+    /// Only from the loop itself, so that a loop that stands still is noticed.
+    fn show_life(&mut self) {
+        self.watchdog.progress(Instant::now());
+        let (version, containers) = self.said.as_ref().map_or((None, 0), |said| {
+            let running = |line: &&ContainerLine| line.state == Doing::Running;
+            (said.version, said.containers.iter().filter(running).count())
+        });
+        let version = version.map_or_else(|| "none yet".to_owned(), |version| version.to_string());
+        let hub = match (self.connected_at, self.disk_trouble) {
+            (_, true) => "the state directory cannot be written",
+            (Some(_), _) => "connected to the hub",
+            (None, _) => "without the hub",
+        };
+        self.watchdog.status(&format!(
+            "{containers} containers run, desired state {version}, {hub}"
+        ));
+    }
+
     /// Ends the session, so that the hub learns at once that we are off. Steps under way are cut.
     async fn say_goodbye(&mut self, incoming: &mut mpsc::Receiver<Incoming>) {
         tracing::info!("stopping; containers keep running");
+        self.watchdog.stop();
         self.tasks.abort_all();
         if !self.uplink.send(Outgoing::Close) {
             return;

@@ -11,6 +11,7 @@ use foreshore_agent::reconcile::{Agent, Memory, Parts};
 use foreshore_agent::runtime::ContainerState;
 use foreshore_agent::runtime::fake::{Call, FakeRuntime};
 use foreshore_agent::state::State;
+use foreshore_agent::watchdog::Watchdog;
 use foreshore_agent::{clock, link, stage};
 use foreshore_images::store::Store;
 use foreshore_protocol::manifest::Service;
@@ -140,6 +141,7 @@ impl<'a> Device<'a> {
             loaded,
             link: to_link,
             boot: clock::boot_id().unwrap(),
+            watchdog: Watchdog::default(),
         });
         let (stop, stopped) = oneshot::channel();
         let running = tokio::task::spawn_local(agent.run(from_link, async {
