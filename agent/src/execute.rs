@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use foreshore_images::store::Store;
+use foreshore_killpoint as killpoint;
 use foreshore_protocol::manifest::Service;
 use foreshore_protocol::message::{Reason, ReasonCode};
 use foreshore_protocol::release::service_digest;
@@ -88,8 +89,29 @@ pub enum Task {
     },
 }
 
+impl Task {
+    /// What kill points call it.
+    const fn kind(&self) -> &'static str {
+        match self {
+            Self::Stage { .. } => "stage",
+            Self::Stop { .. } => "stop",
+            Self::Remove { .. } => "remove",
+            Self::Start { .. } => "start",
+            Self::Collect { .. } => "collect",
+        }
+    }
+}
+
 /// Does a task. Dropping the future cuts it as a crash would; the next plan takes it from there.
 pub async fn execute<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
+    let kind = task.kind();
+    killpoint::reached(kind, "begun");
+    let outcome = perform(tools, task).await;
+    killpoint::reached(kind, "done");
+    outcome
+}
+
+async fn perform<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
     match task {
         Task::Stage { release, images } => match stage(tools, &images).await {
             Ok(()) => Outcome::Staged { release },
@@ -134,6 +156,7 @@ pub async fn execute<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
             keep_logs,
         } => {
             collect(tools, keep_images).await;
+            killpoint::reached("collect", "images-gone");
             tools.runtime.remove_logs(&keep_logs).await;
             Outcome::Collected
         }

@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use foreshore_killpoint as killpoint;
 use foreshore_protocol::manifest::{NetworkMode, Service, VolumeSource};
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
@@ -131,6 +132,7 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
         write_json(dir, RECORD, record).step(|| format!("write {}", dir.join(RECORD).display()))
     };
     save(&record)?;
+    killpoint::reached("shim", "recorded");
     if let Some(leaf) = &request.shim_cgroup {
         fs::write(leaf.join("cgroup.procs"), "0").step(|| format!("enter {}", leaf.display()))?;
     }
@@ -145,12 +147,14 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
         mut configuration,
         user,
     } = prepare(dir, &request, namespace.as_ref())?;
+    killpoint::reached("shim", "mounted");
     let base = request.base.unwrap_or(0);
     let (stdout, stdout_end) = pipe(&user, base)?;
     let (stderr, stderr_end) = pipe(&user, base)?;
     let mut container = build(dir, &request.id.to_string(), stdout_end, stderr_end)
         .map_err(|error| said.explain(&error))?;
     let pid = container.pid().map_or(0, Pid::as_raw);
+    killpoint::reached("shim", "built");
 
     let rest = || -> Result<Infallible, Failure> {
         seclusion.leave()?;
@@ -164,6 +168,7 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
             Some(Identity::of(pid).step(|| "read the container's start time".to_owned())?);
         // From here on the container can be found; without this it must not run.
         save(&record)?;
+        killpoint::reached("shim", "adoptable");
         if let Some(file) = request.swap_file.as_ref().filter(|file| file.exists()) {
             fs::write(file, "0").step(|| format!("write {}", file.display()))?;
         }
@@ -181,7 +186,9 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
             ))
         })?;
         container.start().map_err(|error| said.explain(&error))?;
+        killpoint::reached("shim", "started");
         report(&StartReport::Started);
+        killpoint::reached("shim", "reported");
         become_shim(&request, pid, [stdout, stderr], log_dir, run_dir, pidfd)
     };
     rest().inspect_err(|_| {

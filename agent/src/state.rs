@@ -19,6 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use foreshore_killpoint as killpoint;
 use foreshore_protocol::message::Head;
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{Digest, Version};
@@ -277,7 +278,11 @@ impl State {
     ) -> Result<(), FileError> {
         all.into_iter()
             .filter(|digest| !keep.contains(*digest))
-            .try_for_each(|digest| remove(&self.release_path(digest)))
+            .try_for_each(|digest| {
+                remove(&self.release_path(digest))?;
+                killpoint::reached("release", "removed");
+                Ok(())
+            })
     }
 
     fn release_path(&self, digest: &Digest) -> PathBuf {

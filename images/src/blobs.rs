@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
+use foreshore_killpoint as killpoint;
 use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
 
@@ -139,7 +140,10 @@ impl BlobDir {
     pub fn remove(&self, digest: &Digest) -> io::Result<()> {
         match fs::remove_file(self.path(digest)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+            _ => {
+                killpoint::reached("blob", "removed");
+                Ok(())
+            }
         }
     }
 
@@ -221,10 +225,14 @@ impl BlobWriter {
             .file
             .into_inner()
             .map_err(io::IntoInnerError::into_error)?;
+        killpoint::reached("blob", "written");
         file.as_file().sync_all()?;
+        killpoint::reached("blob", "synced");
         let path = self.blobs.join(digest.hex());
         file.persist(&path).map_err(|error| error.error)?;
+        killpoint::reached("blob", "renamed");
         sync_dir(&self.blobs)?;
+        killpoint::reached("blob", "durable");
         Ok(digest)
     }
 }
@@ -261,13 +269,20 @@ pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Writes a small file so that after a power loss there is the old content or the new, never a mixture.
-pub(crate) fn write_atomic(path: &Path, tmp: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Writes a small file so that after a power loss there is the old content or the new, never a mixture. Kill points
+/// call it `object`.
+pub(crate) fn write_atomic(path: &Path, tmp: &Path, object: &str, bytes: &[u8]) -> io::Result<()> {
     let mut file = NamedTempFile::new_in(tmp)?;
+    killpoint::torn(object, "torn", bytes, |half| file.write_all(half));
     file.write_all(bytes)?;
+    killpoint::reached(object, "written");
     file.as_file().sync_all()?;
+    killpoint::reached(object, "synced");
     file.persist(path).map_err(|error| error.error)?;
-    path.parent().map_or(Ok(()), sync_dir)
+    killpoint::reached(object, "renamed");
+    path.parent().map_or(Ok(()), sync_dir)?;
+    killpoint::reached(object, "durable");
+    Ok(())
 }
 
 #[cfg(test)]

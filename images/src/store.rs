@@ -28,6 +28,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use foreshore_killpoint as killpoint;
 use rustix::fs::FlockOperation;
 
 pub use self::error::StageError;
@@ -262,6 +263,7 @@ impl Store {
                 _ => {
                     let path = self.image_path(&digest);
                     fs::remove_file(&path).map_err(|source| io_error("remove", &path, source))?;
+                    killpoint::reached("image", "removed");
                     removed.images.push(digest);
                 }
             }
@@ -394,7 +396,9 @@ impl Store {
             fs::remove_dir_all(&aside).map_err(|source| io_error("remove", &aside, source))?;
         }
         tracing::warn!(layer = %key, path = %aside.display(), "a layer with a damaged record was set aside");
-        fs::rename(&tree, &aside).map_err(|source| io_error("set aside", &tree, source))
+        fs::rename(&tree, &aside).map_err(|source| io_error("set aside", &tree, source))?;
+        killpoint::reached("layer", "set-aside");
+        Ok(())
     }
 
     /// Moves the tree away before it is removed, so that half a tree never stands under its name.
@@ -403,7 +407,9 @@ impl Store {
         let away = self.blobs.tmp().join(format!("gone-{}", key.hex()));
         let there = match fs::rename(&tree, &away) {
             Ok(()) => {
+                killpoint::reached("layer", "moved-away");
                 fs::remove_dir_all(&away).map_err(|source| io_error("remove", &away, source))?;
+                killpoint::reached("layer", "deleted");
                 true
             }
             Err(source) if source.kind() == io::ErrorKind::NotFound => false,
@@ -413,7 +419,10 @@ impl Store {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(io_error("remove", &record, source))
             }
-            _ => Ok(there),
+            _ => {
+                killpoint::reached("layer", "record-gone");
+                Ok(there)
+            }
         }
     }
 
@@ -428,7 +437,9 @@ impl Store {
             .join("quarantine")
             .join(format!("image-{}.json", digest.hex()));
         tracing::warn!(%digest, path = %aside.display(), "a damaged image record was set aside; the image is staged again");
-        fs::rename(&path, &aside).map_err(|source| io_error("set aside", &path, source))
+        fs::rename(&path, &aside).map_err(|source| io_error("set aside", &path, source))?;
+        killpoint::reached("image", "set-aside");
+        Ok(())
     }
 
     /// Removes what an interrupted stage left: everything in `tmp/`, and records whose layer never got its name.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use foreshore_killpoint as killpoint;
 use foreshore_protocol::Digest;
 use foreshore_protocol::message::{Command, EventKind, Head, HubInfo, Reason, ReasonCode};
 use foreshore_protocol::release::{Release, ReleaseError};
@@ -148,6 +149,7 @@ impl<R: Runtime + 'static> Agent<R> {
                 return false;
             }
         };
+        killpoint::reached("accept", "stored");
         for receipt in offered.receipts {
             self.uplink.accepted(receipt);
         }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use foreshore_killpoint as killpoint;
 use foreshore_protocol::message::{AppStatus, EventKind, ServiceState};
 use foreshore_protocol::{AppName, Digest, ServiceName};
 use tokio::time::Instant;
@@ -96,6 +97,7 @@ impl<R: Runtime + 'static> Agent<R> {
             .map(|at| Instant::now() + Duration::from_millis(at.since(now)));
         self.history = plan.history;
         let stored = self.memory.state.borrow_mut().remember(&self.history);
+        killpoint::reached("plan", "stored");
         let may = if self.note_disk(stored) {
             self.stored.clone_from(&self.history);
             May::All
@@ -294,6 +296,7 @@ impl<R: Runtime + 'static> Agent<R> {
         }
         self.tell(&ended.outcome);
         self.record(&ended.outcome);
+        killpoint::reached("outcome", "recorded");
     }
 
     pub(super) fn record(&mut self, outcome: &Outcome) {

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use foreshore_killpoint as killpoint;
 use foreshore_protocol::Version;
 use foreshore_protocol::frame::MAX_FRAME_BYTES;
 use foreshore_protocol::message::{AppStatus, Beacon, Event, Inventory, Reported};
@@ -196,6 +197,7 @@ impl Uplink {
                 self.receipts.push(receipt);
                 return false;
             }
+            killpoint::reached("accept", "acknowledged");
         }
         true
     }

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use foreshore_killpoint as killpoint;
 use foreshore_protocol::manifest::NetworkMode;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
@@ -242,6 +243,7 @@ impl OciRuntime {
             fs::remove_dir_all(&fresh)?;
         }
         make_dir(&fresh, 0o700)?;
+        killpoint::reached("container", "created");
         let record = Record {
             release: spec.release,
             service_digest: spec.service_digest,
@@ -276,8 +278,11 @@ impl OciRuntime {
             shim_cgroup: self.cgroups.shims(),
         };
         write_json(&fresh, RECORD, &record)?;
+        killpoint::reached("container", "recorded");
         write_json(&fresh, REQUEST, &request)?;
+        killpoint::reached("container", "described");
         fs::rename(&fresh, &dir)?;
+        killpoint::reached("container", "named");
         Ok(dir)
     }
 
@@ -427,6 +432,7 @@ impl Runtime for OciRuntime {
             removed.map_err(|error| failed(error.to_string()))?;
             outcome = children::start(&self.program, &create()?, START_TIMEOUT).await;
         }
+        killpoint::reached("container", "reported");
         drop(starting);
         let error = match outcome {
             children::Outcome::Started => {
@@ -459,6 +465,7 @@ impl Runtime for OciRuntime {
         {
             init.signal(signal)
                 .map_err(|source| io_stop("signal", &name, source))?;
+            killpoint::reached("container", "signalled");
             if watch::ended(shim.fd(), grace)
                 .await
                 .map_err(|source| io_stop("wait for", &name, source))?
@@ -479,9 +486,11 @@ impl Runtime for OciRuntime {
             move |source| RemoveError::Io { act, source }
         };
         self.kill(id).await?;
+        killpoint::reached("container", "killed");
         self.remove_cgroup(&name)
             .await
             .map_err(io_error(Path::new(&self.cgroups.path(&name))))?;
+        killpoint::reached("container", "cgroup-gone");
         let writable = self.writable(&name);
         if writable.exists() {
             // As large as the container made it; everything else must not wait for it.
@@ -490,6 +499,7 @@ impl Runtime for OciRuntime {
                 .await
                 .unwrap_or_else(|error| Err(io::Error::other(error)))
                 .map_err(io_error(&writable))?;
+            killpoint::reached("container", "layer-gone");
         }
         // In one step: a directory is a container, or it is not.
         let gone = self.containers().join(format!("{name}.gone"));
@@ -497,7 +507,11 @@ impl Runtime for OciRuntime {
         match fs::rename(&dir, &gone) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(io_error(&dir)(error)),
-            Ok(()) => remove_dir(&gone).map_err(io_error(&gone))?,
+            Ok(()) => {
+                killpoint::reached("container", "moved-away");
+                remove_dir(&gone).map_err(io_error(&gone))?;
+                killpoint::reached("container", "gone");
+            }
         }
         if self.starting().is_empty() && names(&self.containers()).is_empty() {
             self.cgroups.remove_parent();
@@ -648,12 +662,21 @@ fn install_shim(state_dir: &Path) -> io::Result<PathBuf> {
         return Ok(path);
     }
     make_dir(&bin, 0o755)?;
+    // What an agent that was cut here before has left.
+    for name in names(&bin) {
+        if name.starts_with("new.") {
+            fs::remove_file(bin.join(name))?;
+        }
+    }
     let temporary = bin.join(format!("new.{}", std::process::id()));
     let mut file = File::create(&temporary)?;
+    killpoint::reached("shim-program", "created");
     file.write_all(SHIM)?;
     file.set_permissions(fs::Permissions::from_mode(0o555))?;
     file.sync_all()?;
     drop(file);
+    killpoint::reached("shim-program", "synced");
     fs::rename(&temporary, &path)?;
+    killpoint::reached("shim-program", "renamed");
     Ok(path)
 }

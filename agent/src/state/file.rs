@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
+use foreshore_killpoint as killpoint;
 use foreshore_protocol::frame::{HEADER_LEN, MAGIC};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -189,22 +190,39 @@ pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileErro
             let message = format!("{} bytes are more than is ever read", bytes.len());
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
         }
+        let object = object(path);
         let mut file = File::options()
             .create(true)
             .truncate(true)
             .write(true)
             .mode(0o600)
             .open(&temporary)?;
+        killpoint::reached(object, "created");
+        killpoint::torn(object, "torn", bytes, |half| file.write_all(half));
         file.write_all(bytes)?;
+        killpoint::reached(object, "written");
         file.sync_all()?;
+        killpoint::reached(object, "synced");
         std::fs::rename(&temporary, path)?;
-        sync_parent(path)
+        killpoint::reached(object, "renamed");
+        sync_parent(path)?;
+        killpoint::reached(object, "durable");
+        Ok(())
     };
     write().map_err(|source| {
         // On a full disk the half-written file takes what little there is.
         let _swept_at_the_next_start = std::fs::remove_file(&temporary);
         FileError::new("write", path, source)
     })
+}
+
+/// What kill points call a state file: its name, or `release` for any of those.
+fn object(path: &Path) -> &str {
+    let name = path.file_name().and_then(|name| name.to_str());
+    match name {
+        Some(name) if !name.contains('.') => name,
+        _ => "release",
+    }
 }
 
 /// Removes a file; that there is none is fine.
@@ -234,7 +252,9 @@ pub(super) fn set_aside(path: &Path, why: &str, damage: &mut Damage) -> Result<(
         });
     let target = copy(number);
     std::fs::rename(path, &target).map_err(|source| FileError::new("set aside", path, source))?;
+    killpoint::reached("damaged", "set-aside");
     sync_parent(path).map_err(|source| FileError::new("sync the directory of", path, source))?;
+    killpoint::reached("damaged", "durable");
     damage.0.push(format!(
         "{} is damaged ({why}); kept as {}",
         path.display(),
@@ -249,6 +269,7 @@ pub(super) fn sweep(dir: &Path) -> Result<(), FileError> {
     for entry in entries.flatten() {
         if entry.file_name().to_string_lossy().ends_with(TEMPORARY) {
             remove(&entry.path())?;
+            killpoint::reached("unfinished", "removed");
         }
     }
     Ok(())

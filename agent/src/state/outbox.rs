@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use foreshore_killpoint as killpoint;
 use foreshore_protocol::frame;
 use foreshore_protocol::message::Event;
 use serde::{Deserialize, Serialize};
@@ -106,16 +107,16 @@ impl Outbox {
         let mut line = Vec::with_capacity(bytes.len() + 4);
         append(&mut line, &bytes);
         let write = || {
-            std::fs::File::options()
-                .append(true)
-                .open(&self.path)?
-                .write_all(&line)
+            let mut file = std::fs::File::options().append(true).open(&self.path)?;
+            killpoint::torn("events", "append-torn", &line, |half| file.write_all(half));
+            file.write_all(&line)
         };
         if let Err(source) = write() {
             // It may be half there: the next push writes the file anew.
             self.written = 0;
             return Err(FileError::new("append to", &self.path, source));
         }
+        killpoint::reached("events", "appended");
         self.written += line.len();
         Ok(())
     }

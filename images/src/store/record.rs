@@ -58,7 +58,7 @@ impl ImageRecord {
     }
 
     pub(super) fn write(&self, path: &Path, tmp: &Path) -> io::Result<()> {
-        write(self, path, tmp)
+        write(self, path, tmp, "image-record")
     }
 }
 
@@ -68,7 +68,7 @@ impl LayerRecord {
     }
 
     pub(super) fn write(&self, path: &Path, tmp: &Path) -> io::Result<()> {
-        write(self, path, tmp)
+        write(self, path, tmp, "layer-record")
     }
 }
 
@@ -86,13 +86,13 @@ fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_str(&sealed.record).ok()
 }
 
-fn write<T: Serialize>(record: &T, path: &Path, tmp: &Path) -> io::Result<()> {
+fn write<T: Serialize>(record: &T, path: &Path, tmp: &Path, object: &str) -> io::Result<()> {
     let record = serde_json::to_string(record)?;
     let sealed = Sealed {
         sha256: Digest::of(record.as_bytes()),
         record,
     };
-    write_atomic(path, tmp, &serde_json::to_vec(&sealed)?)
+    write_atomic(path, tmp, object, &serde_json::to_vec(&sealed)?)
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use foreshore_killpoint as killpoint;
+
 use super::record::{ImageRecord, LayerRecord, PlacedLayer};
 use super::select::Selected;
 use super::{Progress, StageError, Store, chain_id, free_bytes, io_error, stream};
@@ -61,6 +63,7 @@ impl<'a> Staging<'a> {
                 continue;
             }
             self.fetch(layer, progress)?;
+            killpoint::reached("layer", "fetched");
             let key = self.unpack(layer, diff_id, &chain_id)?;
             self.placed.push(PlacedLayer {
                 diff_id: *diff_id,
@@ -212,6 +215,7 @@ impl<'a> Staging<'a> {
                 expected: *diff_id,
             });
         }
+        killpoint::reached("layer", "unpacked");
         let record = LayerRecord {
             diff_id: *diff_id,
             chain_id: *chain_id,
@@ -238,12 +242,16 @@ impl<'a> Staging<'a> {
         File::open(tree)
             .and_then(|dir| rustix::fs::syncfs(&dir).map_err(io::Error::from))
             .map_err(|source| io_error("flush", tree, source))?;
+        killpoint::reached("layer", "flushed");
         let (record_path, path) = (store.layer_record_path(key), store.layer_path(key));
         record
             .write(&record_path, store.blobs.tmp())
             .map_err(|source| io_error("write", &record_path, source))?;
         fs::rename(tree, &path).map_err(|source| io_error("move into place", &path, source))?;
-        store.sync("layers")
+        killpoint::reached("layer", "renamed");
+        store.sync("layers")?;
+        killpoint::reached("layer", "durable");
+        Ok(())
     }
 
     /// Writes manifest, config and record: from here on the image is there.

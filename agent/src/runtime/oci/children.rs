@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use foreshore_killpoint as killpoint;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::net::unix::pipe::Receiver;
@@ -40,6 +41,7 @@ fn command_of(program: &Program, arguments: &[&std::ffi::OsStr]) -> Command {
         .args(arguments)
         // LISTEN_FDS and the like would be taken for the container's.
         .env_clear()
+        .envs(killpoint::passed_on())
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
@@ -103,6 +105,7 @@ pub(super) async fn start(program: &Program, dir: &Path, limit: Duration) -> Out
             ));
         }
     };
+    killpoint::reached("container", "spawned");
     let failure = match last_line(receiver, limit).await {
         Ok(Some(StartReport::Started)) => return Outcome::Started,
         Ok(Some(StartReport::Refused(refusal))) => {

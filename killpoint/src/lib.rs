@@ -1,0 +1,311 @@
+//! Kill points: named places, each at one step of changing what is on disk or what runs, at which a test cuts
+//! the power.
+//!
+//! [`reached`] marks a place. In a build with debug assertions, or with the feature `failpoints`, it looks at the
+//! environment of the process; in any other build it is an empty function without arguments to work out, so that
+//! devices carry nothing of it.
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `FORESHORE_KILL_AT=OBJECT.STEP#N` | the process that reaches it for the `N`th time (from 1) kills itself with SIGKILL |
+//! | `FORESHORE_KILL_AT=OBJECT.STEP#N+agent` | and its parent first, if that is the same program: the agent whose child it is |
+//! | `FORESHORE_KILL_LOG=FILE` | every point that is reached is appended to it, a line each, and `!` before the one that killed |
+//!
+//! SIGKILL keeps what was handed to the kernel, as a real power cut does not: what a medium makes of writes that
+//! were not flushed is tested by damaging files.
+
+/// Every kill point, as `OBJECT.STEP`. The power-cut test fails when one of them is never reached, and a debug build
+/// panics at one that is not listed.
+pub const ALL: &[&str] = &[
+    // State files (agent/src/state): each is written aside, flushed and renamed.
+    "head.created",
+    "head.torn",
+    "head.written",
+    "head.synced",
+    "head.renamed",
+    "head.durable",
+    "counters.created",
+    "counters.torn",
+    "counters.written",
+    "counters.synced",
+    "counters.renamed",
+    "counters.durable",
+    "history.created",
+    "history.torn",
+    "history.written",
+    "history.synced",
+    "history.renamed",
+    "history.durable",
+    "events.created",
+    "events.torn",
+    "events.written",
+    "events.synced",
+    "events.renamed",
+    "events.durable",
+    "events.append-torn",
+    "events.appended",
+    "release.created",
+    "release.torn",
+    "release.written",
+    "release.synced",
+    "release.renamed",
+    "release.durable",
+    "release.removed",
+    "damaged.set-aside",
+    "damaged.durable",
+    "unfinished.removed",
+    // Between deciding and doing (agent/src/reconcile, execute).
+    "accept.stored",
+    "accept.acknowledged",
+    "plan.stored",
+    "outcome.recorded",
+    "stage.begun",
+    "stage.done",
+    "stop.begun",
+    "stop.done",
+    "remove.begun",
+    "remove.done",
+    "start.begun",
+    "start.done",
+    "collect.begun",
+    "collect.images-gone",
+    "collect.done",
+    // Containers (agent/src/runtime, shim).
+    "container.created",
+    "container.recorded",
+    "container.described",
+    "container.named",
+    "container.spawned",
+    "container.reported",
+    "container.signalled",
+    "container.killed",
+    "container.cgroup-gone",
+    "container.layer-gone",
+    "container.moved-away",
+    "container.gone",
+    "shim.recorded",
+    "shim.mounted",
+    "shim.built",
+    "shim.adoptable",
+    "shim.started",
+    "shim.reported",
+    "shim-program.created",
+    "shim-program.synced",
+    "shim-program.renamed",
+    // The image store (images/src).
+    "blob.written",
+    "blob.synced",
+    "blob.renamed",
+    "blob.durable",
+    "blob.removed",
+    "layer.fetched",
+    "layer.unpacked",
+    "layer.flushed",
+    "layer.set-aside",
+    "layer.renamed",
+    "layer.durable",
+    "layer.moved-away",
+    "layer.deleted",
+    "layer.record-gone",
+    "layer-record.torn",
+    "layer-record.written",
+    "layer-record.synced",
+    "layer-record.renamed",
+    "layer-record.durable",
+    "image-record.torn",
+    "image-record.written",
+    "image-record.synced",
+    "image-record.renamed",
+    "image-record.durable",
+    "image.set-aside",
+    "image.removed",
+];
+
+#[cfg(any(debug_assertions, feature = "failpoints"))]
+const VARIABLES: [&str; 2] = ["FORESHORE_KILL_AT", "FORESHORE_KILL_LOG"];
+
+/// What a child whose environment is cleared must be given to have kill points too; nothing in a build without.
+#[cfg(any(debug_assertions, feature = "failpoints"))]
+pub fn passed_on() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {
+    VARIABLES
+        .into_iter()
+        .filter_map(|name| Some((name, std::env::var_os(name)?)))
+}
+
+/// What a child whose environment is cleared must be given to have kill points too; nothing in this build.
+#[cfg(not(any(debug_assertions, feature = "failpoints")))]
+#[inline(always)]
+pub fn passed_on() -> std::iter::Empty<(&'static str, std::ffi::OsString)> {
+    std::iter::empty()
+}
+
+/// The kill point `object.step`: the caller has just done that step. Does nothing unless a test asks for it.
+///
+/// # Panics
+///
+/// In a build with kill points, when it is not in [`ALL`].
+#[cfg(any(debug_assertions, feature = "failpoints"))]
+pub fn reached(object: &str, step: &str) {
+    armed::reached(object, step);
+}
+
+/// The kill point `object.step`. Empty in this build.
+#[cfg(not(any(debug_assertions, feature = "failpoints")))]
+#[inline(always)]
+pub const fn reached(_object: &str, _step: &str) {}
+
+/// The kill point `object.step` in the middle of writing `bytes`: when a test asks for it, hands half of them to
+/// `write` and kills the process. Otherwise does nothing.
+///
+/// # Panics
+///
+/// As [`reached`].
+#[cfg(any(debug_assertions, feature = "failpoints"))]
+pub fn torn(
+    object: &str,
+    step: &str,
+    bytes: &[u8],
+    write: impl FnOnce(&[u8]) -> std::io::Result<()>,
+) {
+    armed::torn(object, step, bytes, write);
+}
+
+/// The kill point `object.step` in the middle of a write. Empty in this build.
+#[cfg(not(any(debug_assertions, feature = "failpoints")))]
+#[inline(always)]
+pub fn torn(
+    _object: &str,
+    _step: &str,
+    _bytes: &[u8],
+    _write: impl FnOnce(&[u8]) -> std::io::Result<()>,
+) {
+}
+
+#[cfg(any(debug_assertions, feature = "failpoints"))]
+mod armed {
+    use std::collections::BTreeMap;
+    use std::io::Write as _;
+    use std::path::PathBuf;
+    use std::sync::{Mutex, OnceLock, PoisonError};
+
+    use rustix::process::{Signal, getpid, getppid, kill_process};
+
+    use super::{ALL, VARIABLES};
+
+    #[derive(Debug)]
+    struct Order {
+        /// Where to die, and at which time of passing.
+        at: Option<(String, u32)>,
+        parent: bool,
+        log: Option<PathBuf>,
+        passed: Mutex<BTreeMap<String, u32>>,
+    }
+
+    fn order() -> Option<&'static Order> {
+        static ORDER: OnceLock<Option<Order>> = OnceLock::new();
+        ORDER
+            .get_or_init(|| {
+                let [at, log] = VARIABLES.map(std::env::var);
+                if at.is_err() && log.is_err() {
+                    return None;
+                }
+                let at = at.unwrap_or_default();
+                let (at, parent) = at
+                    .strip_suffix("+agent")
+                    .map_or((&*at, false), |at| (at, true));
+                let at = at
+                    .split_once('#')
+                    .and_then(|(name, times)| Some((name.to_owned(), times.parse().ok()?)));
+                Some(Order {
+                    at,
+                    parent,
+                    log: log.ok().map(PathBuf::from),
+                    passed: Mutex::default(),
+                })
+            })
+            .as_ref()
+    }
+
+    impl Order {
+        /// Notes that a point was reached; whether this is where to die.
+        fn pass(&self, name: &str) -> bool {
+            let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+            let times = passed.entry(name.to_owned()).or_default();
+            *times += 1;
+            let here = self
+                .at
+                .as_ref()
+                .is_some_and(|(at, when)| at == name && when == times);
+            if let Some(log) = &self.log {
+                let mark = if here { "!" } else { "" };
+                let file = std::fs::File::options().create(true).append(true).open(log);
+                // One write, so that lines of several processes do not mix.
+                let written =
+                    file.and_then(|mut file| file.write_all(format!("{mark}{name}\n").as_bytes()));
+                if let Err(error) = written {
+                    eprintln!("kill point {name}: {}: {error}", log.display());
+                }
+            }
+            here
+        }
+
+        fn die(&self) -> ! {
+            if self.parent
+                && let Some(parent) = getppid()
+                && std::fs::read_link(format!("/proc/{parent}/exe")).ok()
+                    == std::fs::read_link("/proc/self/exe").ok()
+            {
+                let _gone_already = kill_process(parent, Signal::KILL);
+            }
+            let _never_returns = kill_process(getpid(), Signal::KILL);
+            unreachable!("SIGKILL cannot be survived")
+        }
+    }
+
+    fn name(object: &str, step: &str) -> String {
+        let name = format!("{object}.{step}");
+        assert!(ALL.contains(&&*name), "kill point {name} is not listed");
+        name
+    }
+
+    pub(super) fn reached(object: &str, step: &str) {
+        if let Some(order) = order()
+            && order.pass(&name(object, step))
+        {
+            order.die();
+        }
+    }
+
+    pub(super) fn torn(
+        object: &str,
+        step: &str,
+        bytes: &[u8],
+        write: impl FnOnce(&[u8]) -> std::io::Result<()>,
+    ) {
+        if let Some(order) = order()
+            && order.pass(&name(object, step))
+        {
+            let _dies_either_way = write(&bytes[..bytes.len() / 2]);
+            order.die();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_point_is_listed_once_and_has_an_object_and_a_step() {
+        for (place, name) in ALL.iter().enumerate() {
+            assert!(!ALL[..place].contains(name), "{name} is listed twice");
+            assert_eq!(name.split('.').count(), 2, "{name}");
+        }
+    }
+
+    #[test]
+    fn nothing_happens_unless_asked_for() {
+        reached("head", "created");
+        torn("head", "torn", b"bytes", |_| unreachable!("nobody asked"));
+    }
+}
