@@ -7,9 +7,9 @@
 //!
 //! | variable | meaning |
 //! |---|---|
-//! | `FORESHORE_KILL_AT=OBJECT.STEP#N` | the process that reaches it for the `N`th time (from 1) kills itself with SIGKILL |
+//! | `FORESHORE_KILL_AT=OBJECT.STEP#N` | the process that reaches it for the `N`th time (from 1) kills itself with SIGKILL; once for each log |
 //! | `FORESHORE_KILL_AT=OBJECT.STEP#N+agent` | and its parent first, if that is the same program: the agent whose child it is |
-//! | `FORESHORE_KILL_LOG=FILE` | every point that is reached is appended to it, a line each, and `!` before the one that killed |
+//! | `FORESHORE_KILL_LOG=FILE` | every point that is reached is appended to it, a line each; the one that kills as `!OBJECT.STEP PID` or `!OBJECT.STEP PID+PARENT` |
 //!
 //! SIGKILL keeps what was handed to the kernel, as a real power cut does not: what a medium makes of writes that
 //! were not flushed is tested by damaging files.
@@ -188,7 +188,7 @@ mod armed {
     use std::path::PathBuf;
     use std::sync::{Mutex, OnceLock, PoisonError};
 
-    use rustix::process::{Signal, getpid, getppid, kill_process};
+    use rustix::process::{Pid, Signal, getpid, getppid, kill_process};
 
     use super::{ALL, VARIABLES};
 
@@ -235,13 +235,17 @@ mod armed {
             let here = self
                 .at
                 .as_ref()
-                .is_some_and(|(at, when)| at == name && when == times);
+                .is_some_and(|(at, when)| at == name && when == times)
+                && !self.is_done();
             if let Some(log) = &self.log {
-                let mark = if here { "!" } else { "" };
+                let line = if here {
+                    format!("!{name} {}\n", self.victims())
+                } else {
+                    format!("{name}\n")
+                };
                 let file = std::fs::File::options().create(true).append(true).open(log);
                 // One write, so that lines of several processes do not mix.
-                let written =
-                    file.and_then(|mut file| file.write_all(format!("{mark}{name}\n").as_bytes()));
+                let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
                 if let Err(error) = written {
                     eprintln!("kill point {name}: {}: {error}", log.display());
                 }
@@ -249,12 +253,27 @@ mod armed {
             here
         }
 
+        /// Whether another process has carried the order out; children are started again.
+        fn is_done(&self) -> bool {
+            let log = self.log.as_ref().map(std::fs::read_to_string);
+            log.is_some_and(|text| text.is_ok_and(|text| text.contains('!')))
+        }
+
+        /// The parent, when it is to die too.
+        fn parent(&self) -> Option<Pid> {
+            let exe = |process: &str| std::fs::read_link(format!("/proc/{process}/exe")).ok();
+            getppid().filter(|parent| self.parent && exe(&parent.to_string()) == exe("self"))
+        }
+
+        /// Who dies, as `PID` or `PID+PID`.
+        fn victims(&self) -> String {
+            let own = getpid();
+            self.parent()
+                .map_or_else(|| own.to_string(), |parent| format!("{own}+{parent}"))
+        }
+
         fn die(&self) -> ! {
-            if self.parent
-                && let Some(parent) = getppid()
-                && std::fs::read_link(format!("/proc/{parent}/exe")).ok()
-                    == std::fs::read_link("/proc/self/exe").ok()
-            {
+            if let Some(parent) = self.parent() {
                 let _gone_already = kill_process(parent, Signal::KILL);
             }
             let _never_returns = kill_process(getpid(), Signal::KILL);

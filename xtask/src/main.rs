@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod cross;
+mod cuts;
 mod demo;
 mod guest;
 mod packages;
@@ -39,6 +40,8 @@ enum Task {
     Sim(sim::Options),
     /// Measure Foreshore beside its peers in one run; reports only (needs root)
     Bench(bench::Options),
+    /// Kill the agent many times at every kill point and check what comes after (needs root)
+    Cuts(cuts::Options),
     /// Build the agent as one static program for x86_64, aarch64 and armv7, or say what that needs
     Cross(cross::Options),
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Task::Guest(options) => guest::run(&options),
         Task::Sim(options) => sim::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Cuts(options) => cuts::run(&options),
         Task::Cross(options) => cross::run(&options),
     };
     match done {

@@ -138,7 +138,8 @@ pub struct OciRuntime {
 
 impl OciRuntime {
     /// Prepares directories and the shim program, and sweeps what earlier runs left unfinished. Running containers are
-    /// left alone, and so is an agent that runs at the same time.
+    /// left alone. The caller holds the lock of the state directory ([`crate::state::lock`]): a start that is under way
+    /// elsewhere would lose its directory.
     ///
     /// # Errors
     ///
@@ -209,8 +210,8 @@ impl OciRuntime {
     fn sweep(&self) {
         for name in names(&self.containers()) {
             let path = self.containers().join(&name);
-            // A young one may be a start under way: `status` makes a runtime beside the agent's.
-            if name.ends_with(".gone") || (name.ends_with(".new") && is_old(&path)) {
+            // Nobody else is at work here: whoever makes a runtime holds the lock of the state directory.
+            if name.ends_with(".gone") || name.ends_with(".new") {
                 let _ = fs::remove_dir_all(path);
             }
         }
@@ -636,11 +637,6 @@ fn remove_dir(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
-}
-
-fn is_old(path: &Path) -> bool {
-    let modified = fs::metadata(path).and_then(|metadata| metadata.modified());
-    modified.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > START_TIMEOUT))
 }
 
 /// The names in a directory; none when it cannot be read.
