@@ -8,7 +8,7 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `FORESHORE_KILL_AT=OBJECT.STEP#N` | the process that reaches it for the `N`th time (from 1) kills itself with SIGKILL; once for each log |
-//! | `FORESHORE_KILL_AT=OBJECT.STEP#N+agent` | and its parent first, if that is the same program: the agent whose child it is |
+//! | `FORESHORE_KILL_AT=OBJECT.STEP#N+agent` | and its parent first, if that has the same order: the agent whose child it is |
 //! | `FORESHORE_KILL_LOG=FILE` | every point that is reached is appended to it, a line each; the one that kills as `!OBJECT.STEP PID` or `!OBJECT.STEP PID+PARENT` |
 //!
 //! SIGKILL keeps what was handed to the kernel, as a real power cut does not: what a medium makes of writes that
@@ -259,10 +259,19 @@ mod armed {
             log.is_some_and(|text| text.is_ok_and(|text| text.contains('!')))
         }
 
-        /// The parent, when it is to die too.
+        /// The parent, when it is to die too and was given the order as well.
         fn parent(&self) -> Option<Pid> {
-            let exe = |process: &str| std::fs::read_link(format!("/proc/{process}/exe")).ok();
-            getppid().filter(|parent| self.parent && exe(&parent.to_string()) == exe("self"))
+            // Not by its program: children run a sealed copy of the agent's.
+            let ordered = |parent: &Pid| {
+                let environment = std::fs::read(format!("/proc/{parent}/environ"));
+                let order = format!("{}=", VARIABLES[0]);
+                environment.is_ok_and(|bytes| {
+                    bytes
+                        .split(|byte| *byte == 0)
+                        .any(|entry| entry.starts_with(order.as_bytes()))
+                })
+            };
+            getppid().filter(|parent| self.parent && ordered(parent))
         }
 
         /// Who dies, as `PID` or `PID+PID`.
