@@ -10,6 +10,7 @@
 //! | [`platform`] | what a device can run, and the choice from an image index |
 //! | [`manifest`] | the JSON of indexes, manifests and image configs |
 //! | [`registry`] | the client of the OCI distribution API |
+//! | [`room`] | what a file system has left, and the reserve that stays free |
 //! | [`store`] | the images on a device: blobs, unpacked layers, records, garbage collection |
 //! | [`unpack`] | one layer's tar stream into one directory that it can never leave |
 //! | [`layout`] | import of OCI layouts and docker-archives into a blob directory |
@@ -39,6 +40,7 @@ pub mod manifest;
 pub mod platform;
 pub mod reference;
 pub mod registry;
+pub mod room;
 pub mod store;
 mod tar_stream;
 pub mod unpack;
@@ -47,3 +49,4 @@ pub use fault::Fault;
 pub use foreshore_protocol::Digest;
 pub use platform::Platform;
 pub use reference::Reference;
+pub use room::Room;

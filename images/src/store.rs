@@ -40,13 +40,15 @@ use crate::manifest::{
     CONFIG_BYTES_MAX, ConfigDocument, Document, ImageConfig, MANIFEST_BYTES_MAX, Manifest,
 };
 use crate::registry::Client;
-use crate::{Digest, Platform, Reference};
+use crate::{Digest, Platform, Reference, Room};
 
 /// Limits of a [`Store`]. `Default` suits a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StoreConfig {
-    /// The most bytes one image may unpack to. Default 16 GiB; besides, never more than half of the free disk.
+    /// The most bytes one image may unpack to. Default 16 GiB; besides, never more than is free beside the reserve.
     pub unpacked_bytes_max: u64,
+    /// Bytes of the file system that staging leaves free. Default: 5 % of it, at most 256 MiB.
+    pub reserve_bytes: Option<u64>,
     /// How long [`Store::stage`] waits for another process that holds the store. Default 10 minutes.
     pub lock_wait: Duration,
 }
@@ -456,6 +458,12 @@ impl Store {
         Ok(())
     }
 
+    /// What the file system has left.
+    fn room(&self) -> Result<Room, StageError> {
+        Room::of(&self.root, self.config.reserve_bytes)
+            .map_err(|source| io_error("look at the disk of", &self.root, source))
+    }
+
     fn sync(&self, name: &str) -> Result<(), StageError> {
         let path = self.root.join(name);
         sync_dir(&path).map_err(|source| io_error("flush", &path, source))
@@ -505,13 +513,6 @@ fn chain_id(below: Option<Digest>, diff_id: &Digest) -> Digest {
     })
 }
 
-/// What an unprivileged process could still write; root's reserve is not for images.
-fn free_bytes(path: &Path) -> Result<u64, StageError> {
-    let stat = rustix::fs::statvfs(path)
-        .map_err(|errno| io_error("look at the disk of", path, errno.into()))?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
 /// The digests that files `HEX`, `HEX.json` in a directory are named by.
 fn digests_in(path: &Path) -> Result<BTreeSet<Digest>, StageError> {
     let entries = fs::read_dir(path).map_err(|source| io_error("list", path, source))?;
@@ -545,6 +546,7 @@ impl Default for StoreConfig {
     fn default() -> Self {
         Self {
             unpacked_bytes_max: 16 << 30,
+            reserve_bytes: None,
             lock_wait: Duration::from_mins(10),
         }
     }

@@ -177,6 +177,38 @@ pub struct Service {
     /// one of its processes has an exclusive flock(2) on `update.lock` there, no update begins.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub update_lock: bool,
+    /// How much CPU time the service gets beside others when all want more than there is; 2 to 262144
+    /// (Compose). Default: 1024 for each CPU of `cpus`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_shares: Option<u32>,
+    /// How much a container whose root is not read-only may write to it. Default: 256m.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage_opt: Option<StorageOpt>,
+    /// Who goes first when the device runs out of disk space: the lowest; 0 to 100. Default: 50.
+    #[serde(
+        default = "defaults::priority",
+        skip_serializing_if = "defaults::is_priority"
+    )]
+    pub priority: u8,
+}
+
+/// `storage_opt:` of a [`Service`] (Compose).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StorageOpt {
+    /// At least 1m. Each file and directory counts as 4k at least. Logs, volumes and tmpfs do not count.
+    pub size: Bytes,
+}
+
+impl Service {
+    /// How much its container may write to its root file system, in bytes; `None` when it cannot write there.
+    #[must_use]
+    pub fn layer_limit(&self) -> Option<u64> {
+        let asked = self
+            .storage_opt
+            .map_or(defaults::layer_size(), |option| option.size);
+        (!self.read_only).then_some(asked.0)
+    }
 }
 
 /// An in-memory file system, written `/path` or `/path:size=16m`.
@@ -549,6 +581,19 @@ mod defaults {
     }
     pub(super) const fn three() -> u32 {
         3
+    }
+    pub(super) const fn priority() -> u8 {
+        50
+    }
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks with a reference"
+    )]
+    pub(super) const fn is_priority(priority: &u8) -> bool {
+        *priority == self::priority()
+    }
+    pub(super) const fn layer_size() -> Bytes {
+        Bytes(256 << 20)
     }
     pub(super) const fn mem_limit() -> Bytes {
         Bytes(128 << 20)

@@ -217,6 +217,10 @@ pub enum ReasonCode {
     ProbeFailed,
     /// The app holds its update lock.
     UpdateLocked,
+    /// The container wrote more to its root file system than it may.
+    DiskLimit,
+    /// The container was stopped because the device runs out of disk space.
+    Evicted,
 }
 
 /// One service in an [`AppStatus`].
@@ -380,6 +384,12 @@ pub enum EventKind {
     Signaled,
     /// A container is stopped because its liveness or startup probe failed.
     ProbeFailed,
+    /// A container is stopped because it wrote more to its root file system than it may.
+    DiskLimit,
+    /// A container is stopped because the device runs out of disk space.
+    Evicted,
+    /// The device is short of disk space, or is not any more.
+    DiskPressure,
 }
 
 /// Down, retained: what the hub tells every device.

@@ -163,6 +163,8 @@ fn reports_with_every_phase_and_reason() {
         R::Signaled,
         R::ProbeFailed,
         R::UpdateLocked,
+        R::DiskLimit,
+        R::Evicted,
     ];
     let states = [
         ServiceState::Waiting,
@@ -243,6 +245,9 @@ fn events_of_every_kind() {
         K::Adopted,
         K::Signaled,
         K::ProbeFailed,
+        K::DiskLimit,
+        K::Evicted,
+        K::DiskPressure,
     ];
     for (seq, kind) in (1..).zip(kinds) {
         let event = Event::new(seq, 3, 1_790_000_000_000, kind, "what happened");

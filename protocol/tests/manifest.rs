@@ -537,6 +537,9 @@ fn services_without_the_later_keys_keep_their_digest() {
         "pre_stop",
         "deploy",
         "update_lock",
+        "cpu_shares",
+        "storage_opt",
+        "priority",
         "liveness",
         "startup",
     ];
@@ -546,4 +549,43 @@ fn services_without_the_later_keys_keep_their_digest() {
         foreshore_protocol::release::service_digest(service).to_string(),
         "sha256:2fd11d4e19478cc85b00300f1335572e994addf49cc4045ef1594c3ecfff4554"
     );
+}
+
+#[test]
+fn shares_layer_sizes_and_priorities() {
+    let app = |service: &str| {
+        format!(
+            "{}
+      {service}
+",
+            base().trim_end()
+        )
+    };
+    let read = |service: &str| {
+        let parsed = manifest::parse(app(service).as_bytes()).unwrap();
+        parsed.spec.services.into_values().next().unwrap()
+    };
+    let plain = read("read_only: false");
+    assert_eq!(plain.layer_limit(), Some(256 << 20));
+    assert_eq!((plain.priority, plain.cpu_shares), (50, None));
+    assert_eq!(read("read_only: true").layer_limit(), None);
+    let sized = read("read_only: false\n      storage_opt: {size: 100m}");
+    assert_eq!(sized.layer_limit(), Some(100 << 20));
+    assert_eq!(read("priority: 0").priority, 0);
+    assert_eq!(read("cpu_shares: 512").cpu_shares, Some(512));
+    let refused = refusals(&[
+        (
+            "layer too small",
+            app("read_only: false\n      storage_opt: {size: 4k}"),
+        ),
+        ("layer read-only", app("storage_opt: {size: 100m}")),
+        (
+            "other option",
+            app("read_only: false\n      storage_opt: {inodes: 1}"),
+        ),
+        ("priority", app("priority: 101")),
+        ("shares", app("cpu_shares: 1")),
+        ("io", app("blkio_config: {weight: 10}")),
+    ]);
+    insta::assert_snapshot!(refused);
 }

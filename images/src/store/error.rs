@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::manifest::DocumentError;
 use crate::registry::{FetchError, is_disk_full};
+use crate::room::Shortage;
 use crate::unpack::UnpackError;
 use crate::{Digest, Fault, Platform};
 
@@ -95,12 +96,14 @@ pub enum StageError {
         expected: Digest,
     },
     /// There is not enough room, seen beforehand or while writing.
-    #[error("image {image} needs more room than the disk of {} has: free some, or remove unused images", path.display())]
+    #[error("image {image} does not fit on the disk of {}: {shortage}; free some, or remove unused images", path.display())]
     DiskFull {
         /// The reference.
         image: String,
         /// The store.
         path: PathBuf,
+        /// How much is needed and how much is free.
+        shortage: Shortage,
     },
     /// Another process holds the store for too long.
     #[error("another process is working in {}; try again when it is done", path.display())]

@@ -8,14 +8,61 @@ use foreshore_killpoint as killpoint;
 
 use super::record::{ImageRecord, LayerRecord, PlacedLayer};
 use super::select::Selected;
-use super::{Progress, StageError, Store, chain_id, free_bytes, io_error, stream};
+use super::{Progress, StageError, Store, chain_id, io_error, stream};
 use crate::manifest::Descriptor;
 use crate::registry::Client;
+use crate::room::Shortage;
 use crate::unpack::{Budget, UnpackError, unpack_layer};
 use crate::{Digest, Reference};
 
 /// The most entries one image may have: ten times what a full distribution with a desktop has.
 const ENTRIES_MAX: u64 = 500_000;
+
+/// A file of an image has this many bytes at least, on average: half of what a Debian system has.
+const INODE_BYTES: u64 = 16 << 10;
+/// Directories and links of a layer that is small.
+const INODES_MIN: u64 = 64;
+/// How much of a blob is written between two looks at the disk.
+const LOOK_BYTES: u64 = 1 << 20;
+
+/// What a layer unpacks to at most, usually: as long as its blob where it is not compressed, 4 times that with gzip
+/// (a Debian system has 2.8) and 5 times with anything else (zstd at its best has 3.7).
+fn unpacked_estimate(layer: &Descriptor) -> u64 {
+    let media_type = layer.media_type.as_str();
+    let times = if media_type.ends_with("gzip") {
+        4
+    } else if media_type.ends_with(".tar") {
+        1
+    } else {
+        5
+    };
+    layer.size.saturating_mul(times)
+}
+
+/// Leaves the reserve alone: fails like a full disk once it would be touched.
+struct Sparing<'a, W> {
+    inner: &'a mut W,
+    store: &'a Store,
+    written: u64,
+}
+
+impl<W: Write> Write for Sparing<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let looked = self.written / LOOK_BYTES;
+        self.written += bytes.len() as u64;
+        if self.written / LOOK_BYTES > looked
+            && let Ok(room) = self.store.room()
+            && !room.is_enough()
+        {
+            return Err(rustix::io::Errno::NOSPC.into());
+        }
+        self.inner.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
 
 /// One call of [`Store::stage`] that has work to do; the lock is held.
 pub(super) struct Staging<'a> {
@@ -36,10 +83,10 @@ impl<'a> Staging<'a> {
         reference: &'a Reference,
         selected: &'a Selected,
     ) -> Result<Self, StageError> {
-        let half_free = free_bytes(&store.root)? / 2;
+        let spare = store.room()?.spare_bytes();
         let max = store.config.unpacked_bytes_max;
         let budget = Budget {
-            bytes: max.min(half_free),
+            bytes: max.min(spare),
             entries: ENTRIES_MAX,
         };
         Ok(Self {
@@ -48,7 +95,7 @@ impl<'a> Staging<'a> {
             reference,
             selected,
             budget,
-            bound_by_disk: half_free < max,
+            bound_by_disk: spare < max,
             placed: Vec::new(),
         })
     }
@@ -75,7 +122,10 @@ impl<'a> Staging<'a> {
         self.record()
     }
 
-    /// Says what is ahead and refuses what cannot fit before a byte is fetched.
+    /// Says what is ahead and refuses what does not fit beside the reserve before a layer is fetched.
+    ///
+    /// Manifests tell compressed sizes only, so what layers unpack to is estimated to be on the safe side: see
+    /// [`unpacked_estimate`]. Blobs go as soon as they are unpacked, so only the largest counts besides.
     fn plan(&self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
         let missing = |digest: &Digest| self.store.layer(digest).is_none();
         let layers = self
@@ -91,8 +141,16 @@ impl<'a> Staging<'a> {
         let bytes = ahead
             .iter()
             .fold(0_u64, |sum, layer| sum.saturating_add(layer.size));
-        if bytes > free_bytes(&self.store.root)? {
-            return Err(self.disk_full());
+        let largest = ahead.iter().map(|layer| layer.size).max().unwrap_or(0);
+        let unpacked = ahead.iter().fold(0_u64, |sum, layer| {
+            sum.saturating_add(unpacked_estimate(layer))
+        });
+        let inodes = unpacked / INODE_BYTES + INODES_MIN * ahead.len() as u64;
+        let needed = unpacked.saturating_add(largest);
+        if !ahead.is_empty()
+            && let Some(shortage) = self.store.room()?.shortage(needed, inodes)
+        {
+            return Err(self.disk_full(shortage));
         }
         progress(Progress::Planned {
             bytes,
@@ -150,8 +208,13 @@ impl<'a> Staging<'a> {
             .writer()
             .map_err(|source| io_error("create", &path, source))?;
         let mut fetched = |bytes| progress(Progress::Fetched { bytes });
+        let mut sparing = Sparing {
+            inner: &mut writer,
+            store: self.store,
+            written: 0,
+        };
         self.client
-            .blob(self.reference, layer, &mut writer, &mut fetched)?;
+            .blob(self.reference, layer, &mut sparing, &mut fetched)?;
         writer
             .flush()
             .and_then(|()| writer.commit())
@@ -182,6 +245,7 @@ impl<'a> Staging<'a> {
         let unpacked = stream::with_layer(
             open()?,
             stream_bytes_max,
+            &|| store.room().ok()?.shortage(0, 0),
             |stream| unpack_layer(stream, &tree, &lowers, budget),
             |source| match source.raw_os_error() {
                 Some(_) => UnpackError::Io {
@@ -203,8 +267,11 @@ impl<'a> Staging<'a> {
             // The blob is right, this disk is not well: it need not be fetched again.
             Err(source @ UnpackError::Io { .. }) => return Err(self.layer_error(layer, source)),
             Err(source) => {
-                remove_blob()?;
-                return Err(self.layer_error(layer, source));
+                let error = self.layer_error(layer, source);
+                if !matches!(error, StageError::DiskFull { .. }) {
+                    remove_blob()?;
+                }
+                return Err(error);
             }
         };
         if found != *diff_id {
@@ -281,15 +348,19 @@ impl<'a> Staging<'a> {
     }
 
     fn layer_error(&self, layer: &Descriptor, source: UnpackError) -> StageError {
-        let over_budget = match &source {
-            UnpackError::TooLarge(_) => true,
-            UnpackError::Archive(source) => {
-                matches!(bomb(source.as_ref()), Some(stream::Bomb::Length(_)))
-            }
-            _ => false,
+        let bomb = match &source {
+            UnpackError::Archive(source) => bomb(source.as_ref()),
+            _ => None,
         };
-        if over_budget && self.bound_by_disk {
-            return self.disk_full();
+        let over_budget = matches!(bomb, Some(stream::Bomb::Length(_)))
+            || matches!(source, UnpackError::TooLarge(_));
+        let budget = self.budget.bytes;
+        match (bomb, self.store.room()) {
+            (Some(stream::Bomb::Room(shortage)), _) => return self.disk_full(*shortage),
+            (_, Ok(room)) if over_budget && self.bound_by_disk => {
+                return self.disk_full(room.exceeded(budget.saturating_add(1)));
+            }
+            _ => {}
         }
         StageError::Layer {
             image: self.reference.to_string(),
@@ -298,10 +369,11 @@ impl<'a> Staging<'a> {
         }
     }
 
-    fn disk_full(&self) -> StageError {
+    fn disk_full(&self, shortage: Shortage) -> StageError {
         StageError::DiskFull {
             image: self.reference.to_string(),
             path: self.store.root.clone(),
+            shortage,
         }
     }
 }

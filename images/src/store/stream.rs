@@ -8,6 +8,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::Digest;
 use crate::compression::decompress;
+use crate::room::Shortage;
 
 /// A layer may inflate freely up to this many bytes; files of zeros do so 1000-fold.
 const FREE_BYTES: u64 = 256 << 20;
@@ -23,7 +24,12 @@ pub(super) enum Bomb {
     Ratio,
     #[error("its uncompressed stream is longer than the {0} bytes that are left for this image")]
     Length(u64),
+    #[error("the disk has no room for more of it: {0}")]
+    Room(Shortage),
 }
+
+/// How much of a stream passes between two looks at the disk: so many bytes, or 128 empty files.
+const LOOK_BYTES: u64 = 64 << 10;
 
 /// Inflates the blob and hands the stream to `unpack`, then reads what is left of it; returns what `unpack` made
 /// and the digest of the whole stream.
@@ -34,6 +40,7 @@ pub(super) enum Bomb {
 pub(super) fn with_layer<T, E>(
     blob: File,
     stream_bytes_max: u64,
+    shortage: &dyn Fn() -> Option<Shortage>,
     unpack: impl FnOnce(&mut dyn Read) -> Result<T, E>,
     bad: impl Fn(io::Error) -> E,
 ) -> Result<(T, Digest), E> {
@@ -48,6 +55,8 @@ pub(super) fn with_layer<T, E>(
         consumed: &consumed,
         produced: 0,
         max: stream_bytes_max,
+        shortage,
+        looked: 0,
         hasher: Sha256::new(),
     };
     let done = unpack(&mut guarded)?;
@@ -76,6 +85,9 @@ struct Guarded<'c, R> {
     consumed: &'c Cell<u64>,
     produced: u64,
     max: u64,
+    shortage: &'c dyn Fn() -> Option<Shortage>,
+    /// What was produced when the disk was last looked at.
+    looked: u64,
     hasher: Sha256,
 }
 
@@ -88,6 +100,12 @@ impl<R: Read> Read for Guarded<'_, R> {
         }
         if self.produced > FREE_BYTES && self.produced / RATIO_MAX > self.consumed.get() {
             return Err(io::Error::other(Bomb::Ratio));
+        }
+        if self.produced - self.looked >= LOOK_BYTES {
+            self.looked = self.produced;
+            if let Some(shortage) = (self.shortage)() {
+                return Err(io::Error::other(Bomb::Room(shortage)));
+            }
         }
         self.hasher.update(&buffer[..count]);
         Ok(count)

@@ -60,6 +60,7 @@ fn stage(server: &Server, digest: Digest) -> Result<StagedImage, StageError> {
     let store = Store::open_with(
         root.path(),
         StoreConfig {
+            reserve_bytes: None,
             unpacked_bytes_max: 1 << 30,
             lock_wait: Duration::from_secs(1),
         },
@@ -493,7 +494,13 @@ fn a_full_disk_loses_nothing() {
     let noise: Vec<u8> = (0..2_000_000_u32)
         .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0] | 1)
         .collect();
-    let by_budget = digest(&blobs.image(AMD64, &[Layer::gzip(&[("a", &noise[..1_700_000])])]));
+    let by_budget = digest(&blobs.image(
+        AMD64,
+        &[Layer::gzip(&[(
+            "a",
+            &[&noise[..], &noise[..1_500_000]].concat(),
+        )])],
+    ));
     let by_size = digest(&blobs.image(
         AMD64,
         &[Layer::plain(&[("b", &[&noise[..], &noise[..]].concat())])],
@@ -512,7 +519,7 @@ fn a_full_disk_loses_nothing() {
 
     stage(small).unwrap();
     for (image, name) in [
-        (by_budget, "half of the free disk"),
+        (by_budget, "what it unpacks to"),
         (by_size, "blob larger than the disk"),
     ] {
         let error = stage(image).unwrap_err();
@@ -536,4 +543,67 @@ fn a_full_disk_loses_nothing() {
     let error = stage(by_budget).unwrap_err();
     assert_eq!(error.fault(), Fault::DiskFull, "{}", chain(&error));
     assert!(store.staged(&small).is_some());
+}
+
+#[test]
+fn the_reserve_is_kept_before_and_during_the_fetch() {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = Mount::new("tmpfs", "size=8m", &dir.path().join("store"));
+    let reserve = 3 << 20;
+    let config = StoreConfig {
+        reserve_bytes: Some(reserve),
+        ..StoreConfig::default()
+    };
+    let store = Store::open_with(&mount.0, config).unwrap();
+    let noise: Vec<u8> = (0..6_000_000_u32)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0] | 1)
+        .collect();
+    let mut blobs = Blobs::default();
+    // Its manifest tells that it will not fit.
+    let plain = digest(&blobs.image(AMD64, &[Layer::plain(&[("a", &noise[..4_000_000])])]));
+    // This one shrinks so well that only unpacking shows it.
+    let small_blob = digest(&blobs.image(AMD64, &[Layer::gzip(&[("b", &noise)])]));
+    let empty: Vec<String> = (0..9000).map(|n| format!("f{n}")).collect();
+    let files: Vec<(&str, &[u8])> = empty.iter().map(|name| (name.as_str(), &[][..])).collect();
+    let inodes = digest(&blobs.image(AMD64, &[Layer::gzip(&files)]));
+    let asked = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counter = std::sync::Arc::clone(&asked);
+    let server = Server::start("127.0.0.1", move |request| {
+        counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        honest(&blobs, request)
+    });
+    let client = client_for(&server.host, RegistryConfig::default());
+    let stage = |digest| {
+        let reference = reference(&server, digest);
+        let platform = Platform::linux("amd64", "");
+        store.stage(&client, &reference, &platform, &mut |_| {})
+    };
+    let error = stage(plain).unwrap_err();
+    assert_eq!(error.fault(), Fault::DiskFull, "{}", chain(&error));
+    let text = error.to_string();
+    let free = rustix::fs::statvfs(&mount.0).unwrap();
+    let free = free.f_bavail * free.f_frsize;
+    assert!(
+        text.contains(" bytes are needed") && text.contains(&reserve.to_string()),
+        "{text}"
+    );
+    assert!(
+        text.contains(&format!("{free} bytes are free")),
+        "{free}: {text}"
+    );
+    let requests = asked.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(requests, 2, "manifest and config, no layer");
+
+    let error = stage(small_blob).unwrap_err();
+    assert_eq!(error.fault(), Fault::DiskFull, "{}", chain(&error));
+    drop(mount);
+    let mount = Mount::new("tmpfs", "size=8m,nr_inodes=4000", &dir.path().join("store"));
+    let store = Store::open_with(&mount.0, config).unwrap();
+    let reference = reference(&server, inodes);
+    let platform = Platform::linux("amd64", "");
+    let error = store
+        .stage(&client, &reference, &platform, &mut |_| {})
+        .unwrap_err();
+    assert_eq!(error.fault(), Fault::DiskFull, "{}", chain(&error));
+    assert!(error.to_string().contains("inodes"), "{error}");
 }

@@ -33,6 +33,10 @@ const MIN_MEM_LIMIT: Bytes = Bytes(4 << 20);
 /// The kernel's smallest quota is 1 ms of a 100 ms period (`cfs_quota_us`).
 const MIN_CPUS: Cpus = Cpus(10);
 const MAX_PIDS: u32 = 32_768;
+/// The kernel's own range of `cpu.shares`.
+const CPU_SHARES: std::ops::RangeInclusive<u32> = 2..=262_144;
+const MIN_LAYER_SIZE: Bytes = Bytes(1 << 20);
+const MAX_PRIORITY: u8 = 100;
 /// Hooks of one service at one occasion.
 const MAX_HOOKS: usize = 8;
 const MAX_STOP_GRACE_PERIOD: Span = Span::from_secs(3600);
@@ -232,6 +236,33 @@ fn limits(path: &str, service: &Service) -> Checked {
         (1..=MAX_PIDS).contains(&service.pids_limit),
         format_args!("{path}.pids_limit"),
         || format!("must be 1 to {MAX_PIDS}, not {}", service.pids_limit),
+    )?;
+    if let Some(shares) = service.cpu_shares {
+        ensure(
+            CPU_SHARES.contains(&shares),
+            format_args!("{path}.cpu_shares"),
+            || {
+                let (low, high) = (CPU_SHARES.start(), CPU_SHARES.end());
+                format!("must be {low} to {high}, not {shares}")
+            },
+        )?;
+    }
+    if let Some(option) = service.storage_opt {
+        let path = format!("{path}.storage_opt");
+        ensure(!service.read_only, &path, || {
+            "is of use with `read_only: false` only: nothing can be written to a read-only root"
+                .to_owned()
+        })?;
+        ensure(
+            option.size >= MIN_LAYER_SIZE,
+            format_args!("{path}.size"),
+            || format!("must be at least {MIN_LAYER_SIZE}, not {}", option.size),
+        )?;
+    }
+    ensure(
+        service.priority <= MAX_PRIORITY,
+        format_args!("{path}.priority"),
+        || format!("must be 0 to {MAX_PRIORITY}, not {}", service.priority),
     )?;
     ensure(
         service.stop_grace_period <= MAX_STOP_GRACE_PERIOD,

@@ -257,7 +257,8 @@ fn metadata_key(key: &str) -> Option<&'static str> {
 fn spec_key(key: &str) -> Option<&'static str> {
     Some(match key {
         "volumes" => "is not needed; a named volume exists once a service mounts it",
-        "networks" | "secrets" | "configs" | "priority" => NOT_BUILT,
+        "networks" | "secrets" | "configs" => NOT_BUILT,
+        "priority" => "belongs to each service",
         "replicas" => "does not exist; every selected device runs each service once",
         "template" | "containers" => "does not exist; describe containers under `services`",
         "strategy" => "does not exist; use `rollout`",
@@ -292,8 +293,11 @@ fn service_key(key: &str) -> Option<&'static str> {
         "mem_reservation" | "memswap_limit" | "mem_swappiness" => {
             "is not built yet; `mem_limit` limits memory, swap included"
         }
-        "cpu_count" | "cpu_percent" | "cpu_shares" | "cpu_period" | "cpu_quota"
-        | "cpu_rt_runtime" | "cpu_rt_period" | "cpuset" => "is not built yet; use `cpus`",
+        "blkio_config" => {
+            "is not built yet: its limits name disks of one device; use `cpu_shares` for CPU time"
+        }
+        "cpu_count" | "cpu_percent" | "cpu_period" | "cpu_quota" | "cpu_rt_runtime"
+        | "cpu_rt_period" | "cpuset" => "is not built yet; use `cpus`",
         "env" => "does not exist; use `environment`",
         "env_file" | "envFrom" => "is not built yet; write the variables under `environment`",
         "args" => "does not exist; use `command`, a list",
@@ -335,11 +339,9 @@ fn service_key(key: &str) -> Option<&'static str> {
         | "stdin_open"
         | "tty"
         | "volumes_from"
-        | "storage_opt"
         | "oom_kill_disable"
         | "oom_score_adj"
         | "isolation"
-        | "blkio_config"
         | "develop"
         | "attach"
         | "post_start"

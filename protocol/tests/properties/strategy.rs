@@ -220,6 +220,8 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::Signaled,
         ReasonCode::ProbeFailed,
         ReasonCode::UpdateLocked,
+        ReasonCode::DiskLimit,
+        ReasonCode::Evicted,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))
@@ -325,6 +327,9 @@ pub(crate) fn event() -> impl Strategy<Value = Event> {
         EventKind::Adopted,
         EventKind::Signaled,
         EventKind::ProbeFailed,
+        EventKind::DiskLimit,
+        EventKind::Evicted,
+        EventKind::DiskPressure,
     ]);
     let about = option::of((name::<AppName>(), option::of(name::<ServiceName>())));
     (any::<[u64; 3]>(), kind, about, "\\PC{0,200}").prop_map(
