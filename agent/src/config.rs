@@ -7,7 +7,7 @@ use std::time::Duration;
 use foreshore_images::registry::{ClientConfig, Credentials, RegistryConfig};
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::id::Labels;
-use foreshore_protocol::quantity::Span;
+use foreshore_protocol::quantity::{Bytes, Span};
 use serde::Deserialize;
 
 use crate::runtime::oci::UserNamespaces;
@@ -20,6 +20,9 @@ const MAX_CONFIG_BYTES: u64 = 256 * 1024;
 
 /// The longest secret file that is read: a password, not a document.
 const MAX_SECRET_BYTES: u64 = 4096;
+
+/// More ballast than any state needs.
+const BALLAST_MAX: Bytes = Bytes(1 << 30);
 
 /// The registry host under which images that were imported into the hub are known.
 pub const HUB_REGISTRY: &str = "hub.internal";
@@ -46,6 +49,9 @@ pub struct Config {
     pub isolation: Isolation,
     /// A hardware watchdog to feed; none without this table.
     pub watchdog: Option<Watchdog>,
+    /// What is kept free on the file system of the state directory.
+    #[serde(default)]
+    pub disk: DiskConfig,
     /// How registries are reached, by `host` or `host:port`.
     #[serde(default)]
     pub registries: BTreeMap<String, RegistryEntry>,
@@ -145,6 +151,27 @@ pub struct Watchdog {
     /// Without a sign of life for this long the machine is rebooted. 10s to 1h. Default: 1m.
     #[serde(default = "defaults::watchdog_timeout")]
     pub timeout: Span,
+}
+
+/// `[disk]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DiskConfig {
+    /// Bytes that staging leaves free, and below which containers are evicted. Default: 5 % of the file system, at
+    /// most 256m.
+    pub reserve: Option<Bytes>,
+    /// Bytes that are held back in a file and given up when a full disk keeps the agent from storing its state.
+    /// At most 1g; 0 is none. Default: 16m.
+    pub ballast: Bytes,
+}
+
+impl Default for DiskConfig {
+    fn default() -> Self {
+        Self {
+            reserve: None,
+            ballast: Bytes(16 << 20),
+        }
+    }
 }
 
 /// One of `[registries."host:port"]`.
@@ -288,6 +315,12 @@ impl Config {
         }
         if hub.ca_file.is_some() && !hub.broker.tls {
             return Err("hub.ca_file is of use with an mqtts:// broker only".to_owned());
+        }
+        if self.disk.ballast > BALLAST_MAX {
+            return Err(format!(
+                "disk.ballast is {}; it must be at most {BALLAST_MAX}",
+                self.disk.ballast
+            ));
         }
         for (host, entry) in &self.registries {
             if entry.username.is_some() != entry.password_file.is_some() {
@@ -488,6 +521,8 @@ mod tests {
                 "watchdog.timeout",
             ),
             ("[cgroup]\nparent = \"../x\"\n", "cgroup.parent"),
+            ("[disk]\nballast = \"2g\"\n", "disk.ballast"),
+            ("[disk]\nballast = \"x\"\n", "line 6"),
             ("ca_file = \"/ca.pem\"\n", "mqtts"),
             ("[registries.\"r:1\"]\nusername = \"x\"\n", "password_file"),
             ("[labels]\n\"-x\" = \"y\"\n", "-x"),

@@ -223,6 +223,8 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
     let token = config.join_token()?;
     config.registry_client()?;
     need_root()?;
+    // Containers go first when the device runs out of memory. Needs CAP_SYS_RESOURCE; systemd may have done it.
+    let _refused_without_it = std::fs::write("/proc/self/oom_score_adj", "-900");
     let boot = clock::boot_id().context("failed to read the boot id")?;
     let (state, loaded) = open_state(&config.paths.state)?;
     let images = Store::open(&stage::store_path(&config))?;

@@ -163,7 +163,11 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
         configuration["root"]["path"] = json!(dir);
         write_configuration(dir, &configuration)?;
         let pidfd = PidFd::open(pid).step(|| format!("open container process {pid}"))?;
-        fs::write("/proc/self/oom_score_adj", "0").step(|| "reset the own OOM score".to_owned())?;
+        // The container goes first, then the agent, which comes back by itself; without its shim a container is lost.
+        // Where that is not allowed, what the library set for the container is undone at least.
+        fs::write("/proc/self/oom_score_adj", SHIM_OOM_SCORE_ADJ)
+            .or_else(|_| fs::write("/proc/self/oom_score_adj", "0"))
+            .step(|| "reset the own OOM score".to_owned())?;
         record.container =
             Some(Identity::of(pid).step(|| "read the container's start time".to_owned())?);
         // From here on the container can be found; without this it must not run.
@@ -503,6 +507,8 @@ fn raise_loopback() -> io::Result<()> {
     }
     Ok(())
 }
+
+const SHIM_OOM_SCORE_ADJ: &str = "-999";
 
 /// Where foreshore-shim expects what; see `agent/shim/src/main.rs`.
 const SHIM_STDOUT: RawFd = 3;

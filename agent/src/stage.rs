@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 
 use foreshore_images::registry::Client;
-use foreshore_images::store::{Progress, Store};
+use foreshore_images::store::{Progress, Store, StoreConfig};
 use foreshore_images::{Fault, Platform, Reference};
 use foreshore_protocol::message::{Reason, ReasonCode};
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,9 @@ use crate::config::Config;
 
 /// A child that prints more than this in one line is not ours.
 const LINE_BYTES_MAX: u64 = 16 * 1024;
+
+/// Between the agent's own and that of containers: what it does can be done again.
+const STAGE_OOM_SCORE_ADJ: &str = "200";
 
 /// What the child prints.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,6 +128,8 @@ impl Staging {
 pub fn run(config: &Config, images: &[String]) -> ExitCode {
     // A pull nobody waits for any more would only hold the store's lock.
     let _harmless_if_refused = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+    // Of all that belongs to the agent this is missed least when the device runs out of memory.
+    let _tried_again_with_backoff = std::fs::write("/proc/self/oom_score_adj", STAGE_OOM_SCORE_ADJ);
     if nobody_listens() {
         // The agent was gone before it could take this process along.
         return ExitCode::FAILURE;
@@ -161,7 +166,12 @@ fn stage(config: &Config, images: &[String]) -> Result<(), (Fault, String)> {
         .registry_client()
         .map_err(|error| (Fault::Config, chain(&error)))?;
     let client = Client::new(client).map_err(|error| (Fault::Config, chain(&error)))?;
-    let store = Store::open(&store_path(config)).map_err(|error| (error.fault(), chain(&error)))?;
+    let limits = StoreConfig {
+        reserve_bytes: config.disk.reserve.map(|reserve| reserve.0),
+        ..StoreConfig::default()
+    };
+    let store = Store::open_with(&store_path(config), limits)
+        .map_err(|error| (error.fault(), chain(&error)))?;
     let (mut fetched, mut total, mut told) = (0, 0, 0);
     let unique: BTreeSet<&String> = images.iter().collect();
     for image in unique {

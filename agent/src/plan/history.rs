@@ -232,7 +232,18 @@ impl History {
                     ));
                 }
             }
-            Outcome::Collected => self.disk_full = false,
+            Outcome::Collected => {
+                // The first failure for want of space is answered by this collection: it is tried again at once.
+                for staging in self.staging.values_mut() {
+                    if self.disk_full
+                        && staging.reason.code == ReasonCode::DiskFull
+                        && staging.failures == 1
+                    {
+                        staging.after = now.ms;
+                    }
+                }
+                self.disk_full = false;
+            }
         }
     }
 

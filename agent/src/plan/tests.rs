@@ -563,6 +563,36 @@ fn while_staging_is_blocked_the_old_release_heals_itself() {
 }
 
 #[test]
+fn a_full_disk_is_swept_and_the_staging_tried_again_at_once() {
+    let mut world = settled(&web("good", 1));
+    world.registry = Some(ReasonCode::DiskFull);
+    world.images.insert(Digest::of(b"garbage"));
+    world.assign(&web("good", 2));
+    world.turn(usize::MAX);
+    let failed = world.turn(usize::MAX);
+    assert!(
+        matches!(failed.steps[..], [Step::Stage { .. }]),
+        "{failed:?}"
+    );
+    let swept = world.turn(usize::MAX);
+    assert!(
+        matches!(swept.steps[..], [Step::Collect { .. }]),
+        "{swept:?}"
+    );
+    assert!(!world.images.contains(&Digest::of(b"garbage")));
+    assert_eq!(world.phase("shop"), Phase::Blocked);
+    let again = world.turn(usize::MAX);
+    assert!(matches!(again.steps[..], [Step::Stage { .. }]), "{again:?}");
+    // From now on with pauses that grow.
+    world.turn(usize::MAX);
+    let later = world.turn(usize::MAX);
+    assert!(
+        later.steps.is_empty() && later.wake_at.is_some(),
+        "{later:?}"
+    );
+}
+
+#[test]
 fn an_image_that_cannot_run_here_is_rejected_and_not_asked_for_again() {
     let mut world = settled(&web("good", 1));
     world.registry = Some(ReasonCode::NoMatchingPlatform);

@@ -17,6 +17,9 @@ const MOUNT: &str = "/sys/fs/cgroup";
 const AGENT: &str = "agent";
 const SHIMS: &str = "shims";
 
+/// What agent and shims get beside the containers when all want more CPU time than there is.
+const OWN_CPU_WEIGHT: &str = "1000";
+
 /// Controllers that limits need.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
@@ -90,7 +93,13 @@ impl Cgroups {
             }
         }
         enable_controllers(&at);
-        create_dir(&at.join(SHIMS))
+        create_dir(&at.join(SHIMS))?;
+        for own in [AGENT, SHIMS] {
+            // Containers get at most 1024 of `cpu.shares` for each CPU, which is 39 here. An agent that systemd put
+            // elsewhere has no leaf.
+            let _best_effort = fs::write(at.join(own).join("cpu.weight"), OWN_CPU_WEIGHT);
+        }
+        Ok(())
     }
 
     /// On cgroup v2, the leaf for shims.

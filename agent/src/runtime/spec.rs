@@ -76,6 +76,11 @@ const OOM_SCORE_ADJ: i32 = 500;
 const CPU_PERIOD_US: u64 = 100_000;
 /// The kernel refuses less.
 const MIN_CPU_QUOTA_US: u64 = 1000;
+/// What a container gets beside others for each CPU that it may have, as in Kubernetes, so that one with a high
+/// limit cannot starve one that asks for as much as it may have.
+const SHARES_OF_A_CPU: u64 = 1024;
+/// What the kernel takes for `cpu.shares`.
+const SHARES: (u64, u64) = (2, 262_144);
 
 /// Size of `/dev/shm`, as Docker's, unless the container may have less memory than that.
 const SHM_BYTES: u64 = 64 << 20;
@@ -327,13 +332,17 @@ fn resources(input: &Input<'_>) -> Value {
     let service = input.service;
     let memory = service.mem_limit.0;
     let quota = (u64::from(service.cpus.0) * CPU_PERIOD_US / 1000).max(MIN_CPU_QUOTA_US);
+    let shares = service.cpu_shares.map_or_else(
+        || (u64::from(service.cpus.0) * SHARES_OF_A_CPU / 1000).clamp(SHARES.0, SHARES.1),
+        u64::from,
+    );
     let mut devices = vec![json!({"allow": false, "access": "rwm"})];
     devices.extend(DEVICES.map(|(major, minor)| {
         json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rw"})
     }));
     let mut resources = json!({
         "memory": {"limit": memory},
-        "cpu": {"quota": quota, "period": CPU_PERIOD_US},
+        "cpu": {"quota": quota, "period": CPU_PERIOD_US, "shares": shares},
         "pids": {"limit": service.pids_limit},
         "devices": devices,
     });
@@ -592,7 +601,7 @@ mod tests {
         );
         assert_eq!(
             resources["cpu"],
-            json!({"quota": 25_000, "period": 100_000})
+            json!({"quota": 25_000, "period": 100_000, "shares": 256})
         );
         assert_eq!(resources["pids"], json!({"limit": 9}));
         assert_eq!(
