@@ -22,6 +22,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         // The agent still builds; it says at run time that it cannot start containers here.
         return Ok(());
     }
+    // 64-bit ARM kernels have pages of 4, 16 (Raspberry Pi 5) or 64 KiB, and refuse a program whose segments do not
+    // fit theirs.
+    let page = if arch == "aarch64" { 65_536 } else { 4096 };
     let output = Command::new(env::var("RUSTC")?)
         .args([
             "shim/src/main.rs",
@@ -65,14 +68,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             "-C",
             "link-self-contained=no",
         ])
-        .args([
-            "-C",
-            "link-arg=-static",
-            "-C",
-            "link-arg=--build-id=none",
-            "-C",
-            "link-arg=-zmax-page-size=4096",
-        ])
+        .args(["-C", "link-arg=-static", "-C", "link-arg=--build-id=none"])
+        .arg("-C")
+        .arg(format!("link-arg=-zmax-page-size={page}"))
         .args([
             "-C",
             "link-arg=--no-dynamic-linker",

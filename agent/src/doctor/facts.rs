@@ -83,7 +83,6 @@ pub(crate) struct Host {
     pub(crate) container: Option<String>,
     /// Files that the boot loader takes the kernel's command line from, with what is in them.
     pub(crate) boot_files: BTreeMap<String, String>,
-    pub(crate) page_bytes: u64,
     /// Whether its users are not the machine's (user_namespaces(7)).
     pub(crate) own_users: bool,
     pub(crate) euid: u32,

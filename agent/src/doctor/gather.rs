@@ -131,11 +131,6 @@ fn host(tree: &Tree) -> Host {
             .filter_map(|file| Some((file.to_owned(), tree.text(file.trim_start_matches('/'))?)))
             .collect(),
         own_users: files::own_users(tree),
-        page_bytes: nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
-            .ok()
-            .flatten()
-            .and_then(|bytes| u64::try_from(bytes).ok())
-            .unwrap_or(0),
         euid: nix::unistd::geteuid().as_raw(),
         capabilities: effective.unwrap_or(0),
     }

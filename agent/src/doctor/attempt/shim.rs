@@ -1,5 +1,5 @@
 //! Tries the program that watches over each container: becomes it, with a child of its own to wait for. It does not
-//! run where it was not built for the processor, or where the kernel's pages are larger than it was linked for.
+//! run where it was not built for the processor, or where the file system with the state allows no programs.
 
 use std::convert::Infallible;
 use std::ffi::CString;

@@ -147,13 +147,8 @@ pub(super) fn shim(facts: &Facts) -> Check {
     let id = CheckId::HostShim;
     let slow = "see why processes do not end: dmesg | tail";
     unless_failed(id, &facts.shim, "the program that watches over each container runs", slow).unwrap_or_else(|why| {
-        let pages = facts.host.page_bytes;
         let fix = if may_too_little(facts) {
             SEE_PRIVILEGES.to_owned()
-        } else if pages > 4096 && facts.host.is_raspberry_pi() {
-            format!("use the kernel with pages of 4 KiB, this one has {}: echo 'kernel=kernel8.img' >> /boot/firmware/config.txt && reboot", super::size(pages))
-        } else if pages > 4096 {
-            format!("use a kernel with pages of 4 KiB, this one has {}", super::size(pages))
         } else {
             "install the foreshore-agent that is built for this processor (uname -m): x86_64 or aarch64".to_owned()
         };

@@ -82,7 +82,6 @@ pub(in crate::doctor) fn debian() -> Facts {
             )]
             .into(),
             capabilities: 0x1ff_ffff_ffff,
-            page_bytes: 4096,
             ..Host::default()
         },
         cgroups: Cgroups {
