@@ -10,6 +10,8 @@ mod bed;
 mod confinement;
 #[path = "runtime/defaults.rs"]
 mod defaults;
+#[path = "runtime/escapes.rs"]
+mod escapes;
 #[path = "runtime/files.rs"]
 mod files;
 #[path = "runtime/life.rs"]

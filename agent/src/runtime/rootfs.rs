@@ -90,6 +90,9 @@ pub(crate) fn mount_scratch(dir: &Path) -> Result<(), StepError> {
     .step(|| format!("mount a tmpfs on {}", dir.display()))
 }
 
+/// More than openat2(2) ever answers EAGAIN in a row.
+const MAX_TRIES: u32 = 10_000;
+
 /// A mounted root file system.
 #[derive(Debug)]
 pub(crate) struct Root {
@@ -119,7 +122,14 @@ impl Root {
             .flags(flags | OFlag::O_CLOEXEC)
             .mode(mode)
             .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        let fd: RawFd = openat2(self.dir.as_raw_fd(), path, how)?;
+        // A path that climbs may have to be tried again when something else on the machine is renamed or mounted.
+        let mut tries = 0..MAX_TRIES;
+        let fd: RawFd = loop {
+            match openat2(self.dir.as_raw_fd(), path, how) {
+                Err(nix::Error::EAGAIN) if tries.next().is_some() => std::thread::yield_now(),
+                opened => break opened?,
+            }
+        };
         #[expect(unsafe_code, reason = "openat2 of this nix gives a raw descriptor")]
         // SAFETY: the kernel just gave us this descriptor.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };

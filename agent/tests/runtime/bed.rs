@@ -73,7 +73,12 @@ impl Bed {
         self.runtime_of(agent_exe, UserNamespaces::Auto)
     }
 
-    fn runtime_of(&self, agent_exe: &Path, user_namespaces: UserNamespaces) -> OciRuntime {
+    /// With both.
+    pub(crate) fn runtime_of(
+        &self,
+        agent_exe: &Path,
+        user_namespaces: UserNamespaces,
+    ) -> OciRuntime {
         OciRuntime::new(OciConfig {
             run_dir: self.run_dir(),
             state_dir: self.state_dir(),
