@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use foreshore_images::registry::{ClientConfig, Credentials, RegistryConfig};
+use foreshore_images::registry::{ClientConfig, Credentials, RegistryConfig, RegistryEntry};
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::id::Labels;
 use foreshore_protocol::quantity::{Bytes, Span};
@@ -174,20 +174,6 @@ impl Default for DiskConfig {
     }
 }
 
-/// One of `[registries."host:port"]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct RegistryEntry {
-    /// Whether it speaks HTTP without TLS. Default: false.
-    pub plain_http: bool,
-    /// Certificates to trust for it, in PEM.
-    pub ca_file: Option<PathBuf>,
-    /// User name, if it wants one.
-    pub username: Option<String>,
-    /// File that holds the password on one line.
-    pub password_file: Option<PathBuf>,
-}
-
 /// Why a configuration is not usable.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -323,11 +309,9 @@ impl Config {
             ));
         }
         for (host, entry) in &self.registries {
-            if entry.username.is_some() != entry.password_file.is_some() {
-                return Err(format!(
-                    "registries.\"{host}\" needs both username and password_file, or neither"
-                ));
-            }
+            entry
+                .check()
+                .map_err(|wrong| format!("registries.\"{host}\" {wrong}"))?;
         }
         Ok(())
     }
@@ -359,18 +343,7 @@ impl Config {
             client.registries.insert(HUB_REGISTRY.to_owned(), hub);
         }
         for (host, entry) in &self.registries {
-            let credentials = match (&entry.username, &entry.password_file) {
-                (Some(username), Some(file)) => {
-                    Some(Credentials::new(username.clone(), read_secret(file)?))
-                }
-                _ => None,
-            };
-            let registry = RegistryConfig {
-                plain_http: entry.plain_http,
-                credentials,
-                ca_file: entry.ca_file.clone(),
-                ..RegistryConfig::default()
-            };
+            let registry = entry.config(read_secret)?;
             client.registries.insert(host.clone(), registry);
         }
         Ok(client)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use foreshore_images::registry::{ClientConfig, Credentials, RegistryConfig};
+use foreshore_images::registry::{ClientConfig, RegistryEntry};
 use serde::Deserialize;
 
 /// The largest configuration file that is read: 256 KiB.
@@ -80,21 +80,6 @@ pub enum Broker {
     Embedded(SocketAddr),
     /// Connect there: host and port.
     External(String, u16),
-}
-
-/// One of `[registries."host:port"]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RegistryEntry {
-    /// Whether it speaks HTTP without TLS. Default: false.
-    #[serde(default)]
-    pub plain_http: bool,
-    /// A certificate authority to trust for it, in PEM.
-    pub ca_file: Option<PathBuf>,
-    /// User name, if it wants one.
-    pub username: Option<String>,
-    /// File that holds the password on one line.
-    pub password_file: Option<PathBuf>,
 }
 
 /// Why a configuration is not usable.
@@ -173,28 +158,14 @@ impl Config {
     pub fn registry_client(&self) -> Result<ClientConfig, ConfigError> {
         let mut client = ClientConfig::default();
         for (host, entry) in &self.registries {
-            let wrong = |message: &str| ConfigError::Registry {
+            entry.check().map_err(|message| ConfigError::Registry {
                 host: host.clone(),
                 message: message.to_owned(),
-            };
-            let credentials = match (&entry.username, &entry.password_file) {
-                (None, None) => None,
-                (Some(username), Some(file)) => {
-                    let password = read_bounded(file, MAX_SECRET_BYTES)?;
-                    Some(Credentials::new(
-                        username.clone(),
-                        password.trim_end_matches(['\r', '\n']),
-                    ))
-                }
-                (Some(_), None) => return Err(wrong("has a username but no password_file")),
-                (None, Some(_)) => return Err(wrong("has a password_file but no username")),
-            };
-            let registry = RegistryConfig {
-                plain_http: entry.plain_http,
-                credentials,
-                ca_file: entry.ca_file.clone(),
-                ..RegistryConfig::default()
-            };
+            })?;
+            let registry = entry.config(|file| {
+                let password = read_bounded(file, MAX_SECRET_BYTES)?;
+                Ok::<_, ConfigError>(password.trim_end_matches(['\r', '\n']).to_owned())
+            })?;
             client.registries.insert(host.clone(), registry);
         }
         Ok(client)

@@ -8,6 +8,7 @@
 mod ask;
 mod auth;
 mod config;
+mod entry;
 mod error;
 mod url;
 
@@ -25,6 +26,7 @@ use self::ask::{Ask, content_length, header_text, is_vague, is_web_page, media_t
 use self::auth::{Challenge, TOKEN_BYTES_MAX};
 pub use self::config::{ClientConfig, ConfigError, Credentials, RegistryConfig, Timeouts};
 use self::config::{Endpoint, agent, default_url};
+pub use self::entry::RegistryEntry;
 pub use self::error::FetchError;
 pub(crate) use self::error::is_disk_full;
 use self::url::Origin;
