@@ -28,6 +28,7 @@
 
 pub mod clock;
 pub mod config;
+pub mod disk;
 pub mod doctor;
 pub mod exec;
 pub mod execute;

@@ -19,7 +19,7 @@ use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
 use foreshore_agent::state::{Loaded, OpenError, State};
 use foreshore_agent::status::{ContainerLine, Published};
 use foreshore_agent::watchdog::{Environment, Watchdog};
-use foreshore_agent::{clock, doctor, exec, link, plan, removal, shim, stage, state, status};
+use foreshore_agent::{clock, disk, doctor, exec, link, plan, removal, shim, stage, state, status};
 use foreshore_images::store::Store;
 use foreshore_protocol::message::{AppStatus, ServiceState};
 
@@ -226,6 +226,9 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
     // Containers go first when the device runs out of memory. Needs CAP_SYS_RESOURCE; systemd may have done it.
     let _refused_without_it = std::fs::write("/proc/self/oom_score_adj", "-900");
     let boot = clock::boot_id().context("failed to read the boot id")?;
+    if disk::make_way(&config.paths.state) {
+        tracing::warn!("the disk is full: the ballast was given up");
+    }
     let (state, loaded) = open_state(&config.paths.state)?;
     let images = Store::open(&stage::store_path(&config))?;
     let tokio = one_thread()?;
@@ -419,6 +422,7 @@ fn work_out(config: &Config) -> anyhow::Result<Published> {
         images,
         update_locks: UpdateLocks::default(),
         busy: Busy::default(),
+        ..Observed::default()
     };
     let desired = head.as_ref().map(Desired::from).unwrap_or_default();
     Ok(Published {

@@ -21,6 +21,7 @@
 //! | `plan/health.rs` | how well services are, and what they wait for |
 //! | `plan/backoff.rs` | how long to wait before trying again |
 //! | `plan/collect.rs` | which images and releases are no longer needed |
+//! | `plan/evict.rs` | who is stopped when the device runs out of disk space |
 //! | `plan/status.rs` | what is reported |
 //! | `plan/history.rs` | what is remembered, and how a step's outcome changes it |
 //! | `plan/check.rs` | whether a plan keeps the rules; for tests and debug builds |
@@ -32,12 +33,13 @@ use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
 use serde::{Deserialize, Serialize};
 
-use crate::runtime::Container;
+use crate::runtime::{Container, ContainerId};
 
 mod app;
 mod backoff;
 pub mod check;
 mod collect;
+mod evict;
 mod health;
 mod history;
 mod service;
@@ -49,8 +51,8 @@ mod tests;
 mod world;
 
 pub use history::{
-    AppHistory, Assignment, History, LastKnownGood, Poison, Resume, ServiceHistory, StagingHistory,
-    Trial,
+    AppHistory, Assignment, Cause, Condemned, History, LastKnownGood, Poison, Resume,
+    ServiceHistory, StagingHistory, Trial,
 };
 pub use step::{Outcome, Step};
 
@@ -125,8 +127,36 @@ pub struct Observed {
     pub images: BTreeSet<Digest>,
     /// Which update locks are had, and which are not to be had.
     pub update_locks: UpdateLocks,
+    /// The images that stay whether a release names them or not.
+    pub pinned: BTreeSet<Digest>,
+    /// How the file system of the state directory is.
+    pub disk: Disk,
+    /// What running containers take of it, as far as that was counted.
+    pub usage: BTreeMap<ContainerId, DiskUsage>,
     /// What is being done at this moment; no second step is planned on it.
     pub busy: Busy,
+}
+
+/// How the file system of the state directory is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Disk {
+    /// Whether less is free than is to stay free; from then on until a quarter of that more is free.
+    pub low: bool,
+    /// Bytes that are free.
+    pub free: u64,
+    /// Bytes that are to stay free.
+    pub reserve: u64,
+    /// Bytes that would have to become free so that it is not low any more; 0 when it is not.
+    pub missing: u64,
+}
+
+/// What a container takes of the disk, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskUsage {
+    /// Its writable layer, which goes with it; `u64::MAX` is too large to be counted.
+    pub layer: u64,
+    /// How much the volumes that it can write to have grown since this agent watches it. They stay when it goes.
+    pub grown: u64,
 }
 
 /// Update locks ([`foreshore_protocol::manifest::Service::update_lock`]) as last tried.
@@ -222,6 +252,8 @@ pub fn plan(desired: &Desired, observed: &Observed, history: &History, now: Now)
     let mut history = history.clone();
     history.rebase(now);
     let mut draft = Draft::new(observed, now, &history);
+    draft.victim = evict::choose(&mut draft, &mut history);
+    draft.disk_full = history.disk_full;
     let mut status = Vec::new();
     let mut apps = std::mem::take(&mut history.apps);
     let names: BTreeSet<AppName> = apps
@@ -278,6 +310,7 @@ struct Draft<'a> {
     now: Now,
     staging: BTreeMap<Digest, StagingHistory>,
     disk_full: bool,
+    victim: Option<evict::Victim>,
     steps: Vec<Step>,
     fetch: BTreeSet<Digest>,
     update_locks: BTreeSet<AppName>,
@@ -296,6 +329,7 @@ impl<'a> Draft<'a> {
             now,
             staging: history.staging.clone(),
             disk_full: history.disk_full,
+            victim: None,
             steps: Vec::new(),
             fetch: BTreeSet::new(),
             update_locks: BTreeSet::new(),

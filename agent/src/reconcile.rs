@@ -36,11 +36,13 @@ use crate::status::{ContainerLine, Doing, Published};
 use crate::update_lock::Locks;
 use crate::watchdog::Watchdog;
 
+mod disk;
 mod downlink;
 mod probes;
 mod steps;
 mod uplink;
 
+use disk::{DiskWatch, Told};
 use probes::Probes;
 use uplink::{Gauges, Uplink};
 
@@ -63,6 +65,7 @@ enum Event {
     LinkGone,
     Done(Ended),
     Probe,
+    Disk,
     Containers,
     Timer,
     Stop,
@@ -160,6 +163,7 @@ pub struct Agent<R> {
     outbox: Outbox,
     releases: BTreeMap<Digest, Release>,
     images: BTreeSet<Digest>,
+    pinned: BTreeSet<Digest>,
     busy: Busy,
     tasks: JoinSet<Ended>,
     staging: Option<(Digest, AbortHandle)>,
@@ -174,6 +178,7 @@ pub struct Agent<R> {
     said: Option<Published>,
     disk_trouble: bool,
     list_trouble: bool,
+    disk: DiskWatch,
     watchdog: Watchdog,
 }
 
@@ -186,6 +191,7 @@ impl<R: Runtime + 'static> Agent<R> {
         let run = parts.config.paths.run.clone();
         Self {
             uplink: Uplink::new(parts.link, boot_count, interval, BEACON_INTERVAL),
+            disk: DiskWatch::new(&parts.config),
             config: parts.config,
             tools: parts.tools,
             memory: parts.memory,
@@ -197,6 +203,7 @@ impl<R: Runtime + 'static> Agent<R> {
             outbox: parts.loaded.outbox,
             releases: parts.loaded.releases,
             images: BTreeSet::new(),
+            pinned: BTreeSet::new(),
             busy: Busy::default(),
             tasks: JoinSet::new(),
             staging: None,
@@ -274,10 +281,16 @@ impl<R: Runtime + 'static> Agent<R> {
     ) -> Event {
         let offered = self.offered.as_ref().map(|offered| offered.due);
         let watchdog = self.watchdog.wake_at();
-        let wake_at = [self.wake_at, offered, self.uplink.wake_at(), watchdog]
-            .into_iter()
-            .flatten()
-            .min();
+        let wake_at = [
+            self.wake_at,
+            offered,
+            self.uplink.wake_at(),
+            watchdog,
+            self.disk.wake_at(),
+        ]
+        .into_iter()
+        .flatten()
+        .min();
         let timer = async {
             match wake_at {
                 Some(at) => tokio::time::sleep_until(at).await,
@@ -298,6 +311,7 @@ impl<R: Runtime + 'static> Agent<R> {
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             },
             () = self.probes.changed() => Event::Probe,
+            () = self.disk.changed() => Event::Disk,
             () = self.tools.runtime.changed() => Event::Containers,
             () = timer => Event::Timer,
         }
@@ -311,12 +325,13 @@ impl<R: Runtime + 'static> Agent<R> {
                 self.handle_end(&ended);
                 Next::Plan
             }
-            Event::Probe | Event::Containers => Next::Plan,
+            Event::Probe | Event::Disk | Event::Containers => Next::Plan,
             Event::Timer => {
                 let now = Instant::now();
                 let accepted = self.accept_offered(now);
+                let pressed = self.disk.is_due(now) && self.look_at_disk();
                 let due = self.wake_at.is_some_and(|at| now >= at);
-                if due || accepted {
+                if due || accepted || pressed {
                     Next::Plan
                 } else {
                     Next::Nothing
@@ -349,7 +364,37 @@ impl<R: Runtime + 'static> Agent<R> {
             kind,
             message,
         });
-        self.note_disk(stored);
+        // What says so writes this one too.
+        if !self.make_room(&stored) {
+            self.note_disk(stored);
+        }
+    }
+
+    /// Looks at the disk, and tells when it became short, or is not any more. True when it did.
+    fn look_at_disk(&mut self) -> bool {
+        match self.disk.look() {
+            Told::Nothing => false,
+            Told::Changed(message) => {
+                self.event(EventKind::DiskPressure, None, None, message);
+                true
+            }
+        }
+    }
+
+    /// After a write that failed for want of space: gives the ballast up. True when the write may be tried again.
+    fn make_room(&mut self, written: &Result<(), crate::state::FileError>) -> bool {
+        if !matches!(written, Err(error) if error.is_disk_full()) {
+            return false;
+        }
+        let Some(bytes) = self.disk.release_ballast() else {
+            return false;
+        };
+        let message = format!(
+            "the disk is full: {} MiB that were held back were given up, so that the agent can store its state",
+            bytes >> 20
+        );
+        self.event(EventKind::DiskPressure, None, None, message);
+        true
     }
 
     /// Logs disk trouble when it begins and when it ends. True when there was none.

@@ -81,7 +81,7 @@ impl Framed for Counters {
 }
 
 impl Framed for History {
-    const SCHEMA: u16 = 0x0103;
+    const SCHEMA: u16 = 0x0104;
 }
 
 impl Framed for Head {

@@ -7,6 +7,7 @@
 //!   layers/HEX/             one unpacked layer, by diff id or chain id (see below)
 //!   layers/HEX.json         what came of unpacking it
 //!   images/HEX.json         an image by the digest it was asked for: manifest and layers
+//!   pins/HEX                an image that stays although no release names it
 //!   quarantine/             what was damaged, for people to look at and remove
 //!   tmp/                    what is on its way; swept when nobody holds the lock
 //! ```
@@ -138,7 +139,7 @@ impl Store {
         make(root)?;
         fs::set_permissions(root, fs::Permissions::from_mode(0o700))
             .map_err(|source| io_error("set the mode of", root, source))?;
-        for name in ["layers", "images", "quarantine"] {
+        for name in ["layers", "images", "pins", "quarantine"] {
             make(&root.join(name))?;
         }
         let blobs =
@@ -237,8 +238,40 @@ impl Store {
             .collect())
     }
 
-    /// Removes every image whose asked-for digest is not in `keep`, and the layers and blobs that then nobody
-    /// needs. Never touches a kept image.
+    /// Keeps an image from [`remove_unused`](Self::remove_unused), whether it is here already or not.
+    ///
+    /// # Errors
+    /// [`StageError::Io`] when that cannot be recorded.
+    pub fn pin(&self, digest: &Digest) -> Result<(), StageError> {
+        let path = self.root.join("pins").join(digest.hex());
+        // Empty, so it cannot be half written.
+        File::create(&path).map_err(|source| io_error("write", &path, source))?;
+        self.sync("pins")
+    }
+
+    /// Ends what [`pin`](Self::pin) began; true when it was pinned. The image itself stays until it is collected.
+    ///
+    /// # Errors
+    /// [`StageError::Io`] when that cannot be recorded.
+    pub fn unpin(&self, digest: &Digest) -> Result<bool, StageError> {
+        let path = self.root.join("pins").join(digest.hex());
+        match fs::remove_file(&path) {
+            Ok(()) => self.sync("pins").map(|()| true),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(io_error("remove", &path, source)),
+        }
+    }
+
+    /// The images that are pinned.
+    ///
+    /// # Errors
+    /// [`StageError::Io`] when the directory cannot be read.
+    pub fn pinned(&self) -> Result<BTreeSet<Digest>, StageError> {
+        digests_in(&self.root.join("pins"))
+    }
+
+    /// Removes every image that is not pinned and whose asked-for digest is not in `keep`, and the layers and blobs
+    /// that then nobody needs. Never touches a kept image.
     ///
     /// # Errors
     /// [`StageError::Busy`] when another process is staging; nothing was removed then. [`StageError::Io`] when
@@ -248,6 +281,8 @@ impl Store {
             path: self.root.clone(),
         })?;
         self.sweep()?;
+        let pinned = self.pinned()?;
+        let keep: BTreeSet<&Digest> = keep.union(&pinned).collect();
         let mut removed = Removed::default();
         let mut layers = BTreeSet::new();
         let mut blobs = BTreeSet::new();

@@ -180,27 +180,73 @@ pub fn http_get(identity: Identity, path: &str) -> Result<String, String> {
     // setns(2) moves one thread; this one ends with the question.
     let asked = std::thread::spawn(move || {
         enter_network(identity.pid).map_err(|error| error.to_string())?;
-        let mut stream =
-            TcpStream::connect(("127.0.0.1", 8080)).map_err(|error| error.to_string())?;
-        let bound = Some(Duration::from_secs(5));
-        stream
-            .set_read_timeout(bound)
-            .map_err(|error| error.to_string())?;
-        let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
-        stream
-            .write_all(request.as_bytes())
-            .map_err(|error| error.to_string())?;
-        let mut answer = String::new();
-        stream
-            .take(64 * 1024)
-            .read_to_string(&mut answer)
-            .map_err(|error| error.to_string())?;
-        match answer.split_once("\r\n\r\n") {
-            Some((head, body)) if head.contains(" 200 ") => Ok(body.trim().to_owned()),
-            _ => Err(answer),
-        }
+        ask(&path, Duration::from_secs(5))
     });
     asked.join().expect("asking does not panic")
+}
+
+/// Requests for `/version` to a container, one after the other on a thread of its own, some 100 a second.
+#[derive(Debug)]
+pub struct Requests {
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    asking: Option<std::thread::JoinHandle<(Vec<Duration>, usize)>>,
+}
+
+impl Requests {
+    /// Begins to ask; a request without a right answer after `patience` has failed.
+    #[must_use]
+    pub fn begin(identity: Identity, patience: Duration) -> Self {
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopped = std::sync::Arc::clone(&stop);
+        let asking = std::thread::spawn(move || {
+            enter_network(identity.pid).expect("the container runs");
+            let (mut answered, mut failed) = (Vec::new(), 0);
+            while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                let begin = std::time::Instant::now();
+                match ask("/version", patience) {
+                    Ok(_) => answered.push(begin.elapsed()),
+                    Err(_) => failed += 1,
+                }
+                // The pace of the questions.
+                std::thread::sleep(Duration::from_millis(10).saturating_sub(begin.elapsed()));
+            }
+            (answered, failed)
+        });
+        Self {
+            stop,
+            asking: Some(asking),
+        }
+    }
+
+    /// How long each answer took, and how many requests had none.
+    ///
+    /// # Panics
+    ///
+    /// When the container was gone before it began.
+    pub fn end(&mut self) -> (Vec<Duration>, usize) {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let asking = self.asking.take().expect("it ends once");
+        asking.join().expect("asking does not panic")
+    }
+}
+
+/// GET of a path on port 8080 of this thread's loopback; the body.
+fn ask(path: &str, patience: Duration) -> Result<String, String> {
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], 8080));
+    let text = |error: std::io::Error| error.to_string();
+    let mut stream = TcpStream::connect_timeout(&address, patience).map_err(text)?;
+    stream.set_read_timeout(Some(patience)).map_err(text)?;
+    let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
+    stream.write_all(request.as_bytes()).map_err(text)?;
+    let mut answer = String::new();
+    stream
+        .take(64 * 1024)
+        .read_to_string(&mut answer)
+        .map_err(text)?;
+    match answer.split_once("\r\n\r\n") {
+        Some((head, body)) if head.contains(" 200 ") => Ok(body.trim().to_owned()),
+        _ => Err(answer),
+    }
 }
 
 fn enter_network(pid: i32) -> std::io::Result<()> {

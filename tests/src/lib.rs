@@ -15,6 +15,7 @@ pub mod fleet;
 pub mod hub;
 pub mod image;
 pub mod mosquitto;
+pub mod noise;
 pub mod process;
 pub mod registry;
 

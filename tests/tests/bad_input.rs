@@ -280,8 +280,8 @@ fn an_agent_that_starts_on_a_full_disk_runs_what_is_on_it() {
     for process in e2e::fleet::containers(&bed, "device-1", "") {
         signal(process.pid, libc::SIGKILL);
     }
-    let ballast = fleet.devices[0].state().join("ballast");
-    let mut file = std::fs::File::create(&ballast).expect("the disk has room yet");
+    let filler = fleet.devices[0].state().join("filler");
+    let mut file = std::fs::File::create(&filler).expect("the disk has room yet");
     let mut zeros = std::io::repeat(0);
     std::io::copy(&mut zeros, &mut file).expect_err("the disk fills up");
     drop(file);
@@ -290,6 +290,6 @@ fn an_agent_that_starts_on_a_full_disk_runs_what_is_on_it() {
         let found = container(&bed, "device-1", "shop", "server").ok_or("none")?;
         http_get(found, "/version").map_err(|_| "no answer")
     });
-    std::fs::remove_file(&ballast).expect("the ballast is ours");
+    std::fs::remove_file(&filler).expect("the filler is ours");
     fleet.await_online(1);
 }

@@ -13,6 +13,7 @@ mod demo;
 mod guest;
 mod packages;
 mod sim;
+mod soak;
 mod step;
 mod test;
 
@@ -38,6 +39,8 @@ enum Task {
     Guest(guest::Options),
     /// Run the seeded simulator: hub and devices on virtual time
     Sim(sim::Options),
+    /// Let fork, memory, log, disk and inode bombs go off beside a well-behaved app (needs root)
+    Soak(soak::Options),
     /// Measure Foreshore beside its peers in one run; reports only (needs root)
     Bench(bench::Options),
     /// Kill the agent many times at every kill point and check what comes after (needs root)
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::run(&options),
         Task::Guest(options) => guest::run(&options),
         Task::Sim(options) => sim::run(&options),
+        Task::Soak(options) => soak::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Cuts(options) => cuts::run(&options),
         Task::Cross(options) => cross::run(&options),

@@ -84,6 +84,7 @@ fn has_garbage(draft: &Draft<'_>, live: &Live) -> bool {
 pub(super) fn live(draft: &Draft<'_>, history: &History) -> Option<Live> {
     let observed = draft.observed;
     let mut live = Live::default();
+    live.images.extend(&observed.pinned);
     for app in history.apps.values() {
         let assigned = app.assignment.as_ref().map(|assignment| assignment.release);
         let good = app.last_known_good.as_ref().map(|good| good.release);

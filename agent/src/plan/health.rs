@@ -8,7 +8,7 @@ use foreshore_protocol::message::{Reason, ReasonCode};
 
 use super::history::reason;
 use super::service::{Spec, Target};
-use super::{AppHistory, ObservedContainer, ProbeState, Resume, ServiceHistory};
+use super::{AppHistory, Cause, Condemned, ObservedContainer, ProbeState, Resume, ServiceHistory};
 use crate::runtime::{ContainerState, Exit};
 
 /// Whether a service does its job.
@@ -129,7 +129,14 @@ fn service_health(
 
 fn end_reason(name: &ServiceName, history: &ServiceHistory) -> Reason {
     let (code, message) = match (&history.condemned, history.last_exit) {
-        (Some(probe), _) => (ReasonCode::ProbeFailed, format!("stopped because {probe}")),
+        (Some(Condemned { cause, why }), _) => {
+            let code = match cause {
+                Cause::Probe => ReasonCode::ProbeFailed,
+                Cause::DiskLimit => ReasonCode::DiskLimit,
+                Cause::Evicted => ReasonCode::Evicted,
+            };
+            (code, format!("stopped because {why}"))
+        }
         (None, Some(Exit { oom: true, .. })) => (
             ReasonCode::OomKilled,
             "killed for using more memory than its limit (mem_limit)".to_owned(),

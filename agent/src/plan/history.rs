@@ -24,6 +24,10 @@ pub struct History {
     pub collect_after: BootMs,
     /// Staging ran out of disk space: collect garbage before it is tried again.
     pub disk_full: bool,
+    /// The disk is short and garbage was collected for it.
+    pub swept: bool,
+    /// While the disk is short, nobody is evicted before this.
+    pub evict_after: BootMs,
 }
 
 /// What is remembered of one app.
@@ -129,8 +133,8 @@ pub struct ServiceHistory {
     pub ended: bool,
     /// How it ended; `None` when it vanished, or is to be stopped for its probe.
     pub last_exit: Option<Exit>,
-    /// What its probe said, when that was the reason for its end.
-    pub condemned: Option<String>,
+    /// Why it was stopped, when that was not for another to take its place.
+    pub condemned: Option<Condemned>,
     /// Whether it was started in this boot for this spec: from then on it does not wait for what it depends on.
     pub began: bool,
     /// The instance whose startup probe succeeded; it is not asked again.
@@ -145,6 +149,26 @@ pub struct ServiceHistory {
     pub trouble: Option<Reason>,
     /// Stopping or removing failed: not tried again before this.
     pub stuck_until: BootMs,
+}
+
+/// Why a container was stopped that was not to be replaced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Condemned {
+    /// What kind of reason.
+    pub cause: Cause,
+    /// For people; completes "it is stopped because".
+    pub why: String,
+}
+
+/// The kinds of [`Condemned`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cause {
+    /// Its liveness or startup probe failed.
+    Probe,
+    /// It wrote more to its root file system than it may.
+    DiskLimit,
+    /// The device is short of disk space.
+    Evicted,
 }
 
 /// Whether and when a service without a running container may be started.
@@ -310,6 +334,8 @@ impl History {
         }
         self.boot = now.boot;
         self.collect_after = BootMs::default();
+        self.evict_after = BootMs::default();
+        self.swept = false;
         for staging in self.staging.values_mut() {
             staging.after = BootMs::default();
         }

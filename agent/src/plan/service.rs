@@ -8,13 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_protocol::manifest::{RestartPolicy, Service, UpdateOrder};
 use foreshore_protocol::message::EventKind;
+use foreshore_protocol::quantity::Bytes;
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::health::{Health, health, signal_name, waits_for};
 use super::{
-    AppHistory, Draft, Notice, Observed, ObservedContainer, ProbeState, Resume, ServiceHistory,
-    Step, backoff,
+    AppHistory, Cause, Condemned, Draft, Notice, Observed, ObservedContainer, ProbeState, Resume,
+    ServiceHistory, Step, backoff,
 };
 use crate::runtime::{Container, ContainerId, ContainerState, Exit};
 
@@ -131,7 +132,7 @@ pub(super) fn observe(
                     service.came_up = id.instance;
                 }
                 if let Some(spec) = spec
-                    && let Some(why) = condemnation(seen, spec.service)
+                    && let Some(why) = condemnation(draft, seen, spec.service)
                 {
                     service.ended = true;
                     service.present = 0;
@@ -192,8 +193,41 @@ pub(super) fn observe(
     }
 }
 
-/// Why a running container has to end, if one of its probes says so.
-fn condemnation(seen: &ObservedContainer, service: &Service) -> Option<String> {
+/// Why a running container has to end, if it has to.
+fn condemnation(
+    draft: &Draft<'_>,
+    seen: &ObservedContainer,
+    service: &Service,
+) -> Option<Condemned> {
+    let id = &seen.container.id;
+    if let (Some(limit), Some(usage)) = (service.layer_limit(), draft.observed.usage.get(id))
+        && usage.layer > limit
+    {
+        let amount = match usage.layer {
+            u64::MAX => "more than can be counted".to_owned(),
+            bytes => format!("{} KiB", bytes >> 10),
+        };
+        return Some(Condemned {
+            cause: Cause::DiskLimit,
+            why: format!(
+                "it has {amount} in its root file system, which may hold {} (storage_opt.size)",
+                Bytes(limit)
+            ),
+        });
+    }
+    if let Some(victim) = draft.victim.as_ref().filter(|victim| victim.id == *id) {
+        return Some(Condemned {
+            cause: Cause::Evicted,
+            why: victim.why.clone(),
+        });
+    }
+    failing_probe(seen, service).map(|why| Condemned {
+        cause: Cause::Probe,
+        why,
+    })
+}
+
+fn failing_probe(seen: &ObservedContainer, service: &Service) -> Option<String> {
     let probes = &service.probes;
     let says = |name: &str, probe: bool, state: &ProbeState| match state {
         ProbeState::NotReady(message) if probe => {
@@ -212,8 +246,8 @@ enum End {
     Exited(Exit),
     /// It is not there any more.
     Gone,
-    /// It is to be stopped, because a probe says so.
-    Condemned(String),
+    /// It is to be stopped.
+    Condemned(Condemned),
 }
 
 /// A container of the current spec came to its end: decides whether and when it is started again.
@@ -233,6 +267,10 @@ fn note_end(
     let failed = match &end {
         // It did not end as far as anyone knows; a job that was lost half-way is done again.
         End::Gone => None,
+        End::Condemned(Condemned {
+            cause: Cause::Evicted,
+            ..
+        }) => None,
         End::Exited(exit) => Some(exit.code != 0),
         End::Condemned(_) => Some(true),
     };
@@ -269,8 +307,12 @@ fn note_end(
             format!("container {id} ended with exit code {code}"),
         ),
         End::Gone => (EventKind::Exited, format!("container {id} is gone")),
-        End::Condemned(why) => (
-            EventKind::ProbeFailed,
+        End::Condemned(Condemned { cause, why }) => (
+            match cause {
+                Cause::Probe => EventKind::ProbeFailed,
+                Cause::DiskLimit => EventKind::DiskLimit,
+                Cause::Evicted => EventKind::Evicted,
+            },
             format!("container {id} is stopped because {why}"),
         ),
     };
@@ -490,8 +532,10 @@ fn next_step<'a>(
     let keep = containers
         .iter()
         .filter(|seen| {
-            wish.is_some_and(|wish| wish.spec.digest == seen.container.service_digest)
-                && stays(draft, history, seen)
+            wish.is_some_and(|wish| {
+                wish.spec.digest == seen.container.service_digest
+                    && stays(draft, history, seen, wish.spec.service)
+            })
         })
         .map(|seen| seen.container.id.instance)
         .max();
@@ -523,7 +567,20 @@ fn next_step<'a>(
 }
 
 /// Whether a container of the right spec stays: it runs and is well, or it ended and is not to be replaced now.
-fn stays(draft: &mut Draft<'_>, history: &ServiceHistory, seen: &ObservedContainer) -> bool {
+fn stays(
+    draft: &mut Draft<'_>,
+    history: &ServiceHistory,
+    seen: &ObservedContainer,
+    service: &Service,
+) -> bool {
+    // What has ended may give its writable layer back.
+    let gives = draft.observed.disk.low || is_too_large(history);
+    if gives
+        && !service.read_only
+        && !matches!(seen.container.state, ContainerState::Running { .. })
+    {
+        return false;
+    }
     let instance = seen.container.id.instance;
     match seen.container.state {
         ContainerState::Running { .. } => !history.has_ended(instance),
@@ -536,9 +593,23 @@ fn stays(draft: &mut Draft<'_>, history: &ServiceHistory, seen: &ObservedContain
     }
 }
 
+fn is_too_large(history: &ServiceHistory) -> bool {
+    let cause = history.condemned.as_ref().map(|condemned| condemned.cause);
+    matches!(cause, Some(Cause::DiskLimit | Cause::Evicted))
+}
+
+fn is_evicted(history: &ServiceHistory) -> bool {
+    let cause = history.condemned.as_ref().map(|condemned| condemned.cause);
+    cause == Some(Cause::Evicted)
+}
+
 fn may_start(draft: &mut Draft<'_>, history: &ServiceHistory, spec: &Spec<'_>) -> bool {
     if history.spec != Some(spec.digest) {
         return true;
+    }
+    if is_evicted(history) && draft.observed.disk.low {
+        // Planned again when that changes.
+        return false;
     }
     match history.resume {
         Resume::Never => false,

@@ -886,4 +886,5 @@ fn one_app_s_change_does_not_touch_another() {
     assert_eq!(world.running("shop").len(), 1);
 }
 
+mod disk;
 mod properties;

@@ -66,6 +66,9 @@ pub(super) struct World {
     pub(super) hub_reachable: bool,
     /// The agent's and the apps' update locks.
     pub(super) update_locks: UpdateLocks,
+    pub(super) pinned: BTreeSet<Digest>,
+    pub(super) disk: Disk,
+    pub(super) usage: BTreeMap<ContainerId, DiskUsage>,
     /// Whether the last plan's wishes changed them.
     locks_changed: bool,
     /// Apps that hold their lock.
@@ -94,6 +97,9 @@ impl World {
             registry: None,
             hub_reachable: true,
             update_locks: UpdateLocks::default(),
+            pinned: BTreeSet::new(),
+            disk: Disk::default(),
+            usage: BTreeMap::new(),
             locks_changed: false,
             busy_apps: BTreeSet::new(),
             started: Vec::new(),
@@ -186,6 +192,9 @@ impl World {
             releases: self.releases.clone(),
             images: self.images.clone(),
             update_locks: self.update_locks.clone(),
+            pinned: self.pinned.clone(),
+            disk: self.disk,
+            usage: self.usage.clone(),
             busy: Busy::default(),
         }
     }

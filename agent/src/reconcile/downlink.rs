@@ -141,9 +141,15 @@ impl<R: Runtime + 'static> Agent<R> {
             }
             Err(AcceptError::File(error)) => {
                 // Neither stored nor acknowledged: it is tried again, and the broker sends it again.
-                self.note_disk(Err(error));
+                let error = Err(error);
+                let pause = if self.make_room(&error) {
+                    Duration::ZERO
+                } else {
+                    RETRY
+                };
+                self.note_disk(error);
                 self.offered = Some(Offered {
-                    due: now + RETRY,
+                    due: now + pause,
                     ..offered
                 });
                 return false;
@@ -174,7 +180,10 @@ impl<R: Runtime + 'static> Agent<R> {
         let _harmless_if_lost = self.uplink.send(Outgoing::Fetched(digest));
         match Release::from_bytes(bytes, &digest) {
             Ok(release) => {
-                let stored = self.memory.state.borrow().store_release(&digest, bytes);
+                let mut stored = self.memory.state.borrow().store_release(&digest, bytes);
+                if self.make_room(&stored) {
+                    stored = self.memory.state.borrow().store_release(&digest, bytes);
+                }
                 match stored {
                     Ok(()) => {
                         self.releases.insert(digest, release);

@@ -53,6 +53,8 @@ impl<R: Runtime + 'static> Agent<R> {
             &self.releases,
             &self.history,
         );
+        self.disk.follow(&containers, &self.releases);
+        self.look_at_disk();
         let lines = containers.iter().map(ContainerLine::from).collect();
         let observed = self.observe(containers);
         let desired = self.head.as_ref().map(Desired::from).unwrap_or_default();
@@ -62,7 +64,7 @@ impl<R: Runtime + 'static> Agent<R> {
         self.carry_out(plan, lines, now.ms);
     }
 
-    fn observe(&self, containers: Vec<Container>) -> Observed {
+    fn observe(&mut self, containers: Vec<Container>) -> Observed {
         Observed {
             watching_since: self.watching_since,
             containers: containers
@@ -75,6 +77,9 @@ impl<R: Runtime + 'static> Agent<R> {
             releases: self.releases.clone(),
             images: self.images.clone(),
             update_locks: self.update_locks.observed(),
+            pinned: self.pinned.clone(),
+            disk: self.disk.observed(),
+            usage: self.disk.usage(),
             busy: self.busy.clone(),
         }
     }
@@ -96,7 +101,10 @@ impl<R: Runtime + 'static> Agent<R> {
             .wake_at
             .map(|at| Instant::now() + Duration::from_millis(at.since(now)));
         self.history = plan.history;
-        let stored = self.memory.state.borrow_mut().remember(&self.history);
+        let mut stored = self.memory.state.borrow_mut().remember(&self.history);
+        if self.make_room(&stored) {
+            stored = self.memory.state.borrow_mut().remember(&self.history);
+        }
         killpoint::reached("plan", "stored");
         let may = if self.note_disk(stored) {
             self.stored.clone_from(&self.history);
@@ -349,6 +357,10 @@ impl<R: Runtime + 'static> Agent<R> {
         match self.tools.images.list() {
             Ok(images) => self.images = images.into_iter().map(|image| image.digest).collect(),
             Err(error) => tracing::error!(error = chain(&error), "images cannot be listed"),
+        }
+        match self.tools.images.pinned() {
+            Ok(pinned) => self.pinned = pinned,
+            Err(error) => tracing::error!(error = chain(&error), "pins cannot be listed"),
         }
     }
 }

@@ -297,6 +297,7 @@ impl Device {
             images: self.disk.images.clone(),
             update_locks: UpdateLocks::default(),
             busy,
+            ..Observed::default()
         }
     }
 

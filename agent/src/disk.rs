@@ -1,0 +1,14 @@
+//! The disk as containers and state share it: who uses how much, and what is held back for the state.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `disk/usage.rs` | counting what a container wrote |
+//! | `disk/ballast.rs` | the file that is given up when the disk is full |
+//!
+//! What follows from it is decided in [`crate::plan`].
+
+mod ballast;
+mod usage;
+
+pub use ballast::{Ballast, make_way};
+pub use usage::{Measured, Usage, measure};
