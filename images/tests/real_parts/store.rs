@@ -276,7 +276,10 @@ fn what_is_kept_is_kept_and_the_rest_goes() {
     // A pinned image stays although nobody names it, also when the store is opened again.
     store.pin(&index).unwrap();
     store.pin(&index).unwrap();
-    let removed = world.store().remove_unused(&BTreeSet::from([keep])).unwrap();
+    let removed = world
+        .store()
+        .remove_unused(&BTreeSet::from([keep]))
+        .unwrap();
     assert_eq!(removed, foreshore_images::store::Removed::default());
     assert_eq!(world.store().pinned().unwrap(), BTreeSet::from([index]));
     assert!(store.unpin(&index).unwrap() && !store.unpin(&index).unwrap());
