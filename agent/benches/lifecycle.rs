@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use foreshore_agent::runtime::oci::UserNamespaces;
+
 #[path = "lifecycle/foreshore.rs"]
 mod foreshore;
 
@@ -56,12 +58,20 @@ fn main() {
         .filter(|peer| answers(peer))
         .collect();
     let docker = answers_docker();
-    let bench = foreshore::Bench::new(dir.path(), &rootfs);
+    // What the user namespace costs is the difference of these two.
+    let benches = [
+        ("foreshore", UserNamespaces::Auto),
+        ("without userns", UserNamespaces::Off),
+    ]
+    .map(|(name, mode)| {
+        let dir = dir.path().join(format!("{mode:?}"));
+        (name, foreshore::Bench::new(&dir, &rootfs, mode))
+    });
     let bundle = build_bundle(dir.path(), &rootfs);
     for round in 0..count {
-        rows.entry("foreshore")
-            .or_default()
-            .push(bench.sample(round));
+        for (name, bench) in &benches {
+            rows.entry(name).or_default().push(bench.sample(round));
+        }
         for peer in &peers {
             match peer_sample(peer, &bundle, round) {
                 Ok(sample) => rows.entry(peer).or_default().push(sample),
@@ -73,7 +83,7 @@ fn main() {
             rows.entry("docker run").or_default().push(sample);
         }
     }
-    drop(bench);
+    drop(benches);
     report(&rows, &peers);
 }
 

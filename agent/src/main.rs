@@ -1,6 +1,6 @@
 //! foreshore-agent: runs on each device. Arguments, logging and signals; the rest is in the library.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,7 +15,7 @@ use foreshore_agent::execute::Tools;
 use foreshore_agent::plan::{Busy, Desired, Observed, ObservedContainer, ProbeStates, UpdateLocks};
 use foreshore_agent::reconcile::{Agent, Memory, Parts};
 use foreshore_agent::runtime::Runtime as _;
-use foreshore_agent::runtime::oci::{OciConfig, OciRuntime};
+use foreshore_agent::runtime::oci::{self, OciConfig, OciRuntime};
 use foreshore_agent::state::{Loaded, OpenError, State};
 use foreshore_agent::status::{ContainerLine, Published};
 use foreshore_agent::watchdog::{Environment, Watchdog};
@@ -359,6 +359,8 @@ struct Status {
     version: Option<foreshore_protocol::Version>,
     apps: Vec<AppStatus>,
     containers: Vec<ContainerLine>,
+    /// Containers that run without a user namespace, and why.
+    without_user_namespace: BTreeMap<String, String>,
 }
 
 fn show_status(path: &Path, output: Output) -> anyhow::Result<()> {
@@ -373,7 +375,12 @@ fn show_status(path: &Path, output: Output) -> anyhow::Result<()> {
         }
         Err(error) => return Err(error.into()),
     };
+    let without = published.containers.iter().filter_map(|container| {
+        let reason = oci::user_namespace(&config.paths.run, &container.id)?.err()?;
+        Some((container.id.clone(), reason))
+    });
     let status = Status {
+        without_user_namespace: without.collect(),
         device: config.device.to_string(),
         agent_running,
         version: published.version,
@@ -486,6 +493,9 @@ fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Resu
             "container {:<30} {}{pid}",
             container.id, container.state
         )?;
+        if let Some(reason) = status.without_user_namespace.get(&container.id) {
+            writeln!(out, "  without a user namespace: {reason}")?;
+        }
     }
     Ok(())
 }

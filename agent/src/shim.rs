@@ -35,7 +35,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::unistd::{Gid, Pid, Uid};
 use serde_json::{Value, json};
 
-use crate::runtime::backstage::{Backstage, BackstageError, ROOTFS};
+use crate::runtime::backstage::{Backstage, BackstageError, ROOTFS, lacks};
 use crate::runtime::mount_table;
 use crate::runtime::process::{Identity, PidFd};
 use crate::runtime::request::{
@@ -237,8 +237,10 @@ fn user_namespace(base: u32) -> Result<UserNamespace, Failure> {
             )));
         }
     }
-    UserNamespace::create(base)
-        .map_err(|error| Failure::Unmappable(format!("no user namespace can be made ({error})")))
+    UserNamespace::create(base).map_err(|error| match lacks(&error) {
+        true => Failure::Unmappable(format!("no user namespace can be made ({error})")),
+        false => Failure::Failed(format!("failed to make a user namespace: {error}")),
+    })
 }
 
 /// Mounts the root file system and writes `config.json`.

@@ -27,7 +27,7 @@ const MANIFEST: &str = "apiVersion: foreshore/v1\n\
     \x20   payload: {image: bench, entrypoint: [/payload, stay], mem_limit: 64m, cpus: 1, pids_limit: 64}\n";
 
 impl Bench {
-    pub(crate) fn new(dir: &Path, rootfs: &Path) -> Self {
+    pub(crate) fn new(dir: &Path, rootfs: &Path, user_namespaces: UserNamespaces) -> Self {
         let tokio = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -42,9 +42,9 @@ impl Bench {
         let config = OciConfig {
             run_dir: dir.join("run"),
             state_dir: dir.join("state"),
-            cgroup_parent: format!("foreshore-bench-{}", std::process::id()),
+            cgroup_parent: format!("foreshore-bench-{}-{user_namespaces:?}", std::process::id()),
             agent_exe: env!("CARGO_BIN_EXE_foreshore-agent").into(),
-            user_namespaces: UserNamespaces::Auto,
+            user_namespaces,
         };
         let runtime = tokio
             .block_on(async { OciRuntime::new(config) })

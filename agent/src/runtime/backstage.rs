@@ -188,7 +188,7 @@ impl<'a> Backstage<'a> {
         };
         let copy = Detached::copy(layer).step(act)?;
         copy.map_ids(namespace.as_fd())
-            .map_err(|error| unmappable(layer, &error))?;
+            .map_err(|error| unmappable(layer, error))?;
         fs::create_dir(at)
             .and_then(|()| copy.attach(at))
             .step(act)?;
@@ -234,7 +234,7 @@ impl<'a> Backstage<'a> {
             let readable = metadata.permissions().mode() & 0o5 == 0o5
                 || metadata.is_file() && metadata.permissions().mode() & 0o4 != 0;
             if !(read_only && readable) {
-                return Err(unmappable(source, &error));
+                return Err(unmappable(source, error));
             }
         }
         let here = Path::new(DIR).join(format!("m/{}", self.mounted));
@@ -301,9 +301,29 @@ impl<'a> Backstage<'a> {
     }
 }
 
-fn unmappable(path: &Path, error: &io::Error) -> BackstageError {
-    BackstageError::Unmappable(format!(
-        "the file system of {} cannot be mounted with mapped ids ({error})",
-        path.display()
-    ))
+fn unmappable(path: &Path, error: io::Error) -> BackstageError {
+    let path = path.display();
+    if lacks(&error) {
+        return BackstageError::Unmappable(format!(
+            "the file system of {path} cannot be mounted with mapped ids ({error})"
+        ));
+    }
+    let failed = Err::<(), _>(error).step(|| format!("mount {path} with mapped ids"));
+    BackstageError::Step(failed.expect_err("it is an error"))
+}
+
+/// Whether the kernel said that it cannot do this here, and not that it could not now: a lack of memory must not
+/// take the user namespace from a container.
+pub(crate) fn lacks(error: &io::Error) -> bool {
+    let lasting = [
+        libc::EINVAL,
+        libc::ENOSPC,
+        libc::ENOSYS,
+        libc::EOPNOTSUPP,
+        libc::EPERM,
+        libc::EUSERS,
+    ];
+    error
+        .raw_os_error()
+        .is_some_and(|number| lasting.contains(&number))
 }

@@ -19,6 +19,7 @@
 //!
 //! Cgroups are `{parent}/{id}` in every hierarchy. Nothing is ever mounted in the device's own mount namespace.
 
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -296,9 +297,9 @@ impl OciRuntime {
             return Err(reason.clone());
         }
         let volumes = self.config.state_dir.join("volumes");
-        let running = ranges(&self.config.run_dir);
+        let running = LazyCell::new(|| ranges(&self.config.run_dir));
         let is_free =
-            |app: &AppName| !running.contains_key(app) && !volumes.join(app.as_str()).exists();
+            |app: &AppName| !volumes.join(app.as_str()).exists() && !running.contains_key(app);
         let range = lock(&self.ids).range(&spec.id.app, is_free);
         range.ok_or_else(|| "every range of ids is in use".to_owned())
     }

@@ -1,8 +1,9 @@
 //! The device's tests inside the guest, and what became of them.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
@@ -11,6 +12,10 @@ use super::contents::{Programs, add_program, base};
 use super::kernel::Kernel;
 use super::machine::{Boot, Machine};
 use super::{Place, SUITE_LIMIT};
+use crate::step;
+
+/// Of the disk that containers are on; what is not written takes no room here.
+const DISK_BYTES: u64 = 1 << 30;
 
 /// What one test program in the guest did.
 #[derive(Debug, PartialEq, Eq)]
@@ -99,18 +104,41 @@ pub(super) fn run(
     }
     let mosquitto = Path::new("/usr/sbin/mosquitto");
     add_program(&mut archive, mosquitto, "/usr/sbin/mosquitto")?;
+    // There is no compiler in the guest.
+    for (source, name, options) in [
+        ("attempts.c", "escape", ["-static", "-O1"]),
+        ("preload.c", "evil.so", ["-shared", "-fPIC"]),
+    ] {
+        let source = format!("agent/tests/runtime/escapes/{source}");
+        let program = place.file(name);
+        let mut compiler = Command::new("cc");
+        compiler.args(options).arg("-o").arg(&program).arg(&source);
+        step::run(&format!("compile {source}"), &mut compiler)?;
+        let bytes =
+            fs::read(&program).with_context(|| format!("failed to read {}", program.display()))?;
+        archive.file(&format!("/guest/attempts/{name}"), 0o755, &bytes);
+    }
     archive.file("/guest/tests", 0o644, tests.as_bytes());
     archive.file("/guest/suite.sh", 0o644, include_bytes!("suite.sh"));
     let initrd = place.file("suite.cpio");
     fs::write(&initrd, archive.finish())
         .with_context(|| format!("failed to write {}", initrd.display()))?;
 
+    // The kernel's tmpfs cannot be mounted with mapped ids before Linux 6.3, so containers are on a real file system.
+    let disk = place.file("suite.ext4");
+    File::create(&disk)
+        .and_then(|file| file.set_len(DISK_BYTES))
+        .with_context(|| format!("failed to make {}", disk.display()))?;
+    let mut format = Command::new("/sbin/mkfs.ext4");
+    step::run("make the guest's file system", format.arg("-qF").arg(&disk))?;
+    let drive = format!("file={},format=raw,if=virtio", disk.display());
+
     let begin = Instant::now();
     let console = place.cache.join("suite-console.log");
     let mut machine = Machine::start(&Boot {
         kernel: &kernel.image,
         initrd: &initrd,
-        devices: &[],
+        devices: &["-drive".to_owned(), drive],
         task: "suite",
         console: &console,
         limit: SUITE_LIMIT,
