@@ -229,8 +229,11 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
     if disk::make_way(&config.paths.state) {
         tracing::warn!("the disk is full: the ballast was given up");
     }
-    let (state, loaded) = open_state(&config.paths.state)?;
+    let (state, mut loaded) = open_state(&config.paths.state)?;
     let images = Store::open(&stage::store_path(&config))?;
+    loaded
+        .damage
+        .extend(stage::survey(&images, &config.paths.run, boot));
     let tokio = one_thread()?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&tokio, async {

@@ -176,7 +176,8 @@ pub struct Agent<R> {
     offline: Option<bool>,
     wake_at: Option<Instant>,
     said: Option<Published>,
-    disk_trouble: bool,
+    /// When the state directory was last seen to take no writes; `None` when it does.
+    disk_trouble: Option<Instant>,
     list_trouble: bool,
     disk: DiskWatch,
     watchdog: Watchdog,
@@ -215,7 +216,7 @@ impl<R: Runtime + 'static> Agent<R> {
             offline: None,
             wake_at: None,
             said: None,
-            disk_trouble: false,
+            disk_trouble: None,
             list_trouble: false,
             watchdog: parts.watchdog,
         }
@@ -397,22 +398,34 @@ impl<R: Runtime + 'static> Agent<R> {
         true
     }
 
-    /// Logs disk trouble when it begins and when it ends. True when there was none.
+    /// Tells disk trouble when it begins and when it ends. True when there was none this time.
     fn note_disk(&mut self, result: Result<(), crate::state::FileError>) -> bool {
-        match result {
-            Ok(()) => {
-                if std::mem::take(&mut self.disk_trouble) {
-                    tracing::info!("state can be written again");
+        let now = Instant::now();
+        match (result, self.disk_trouble) {
+            (Ok(()), Some(asked)) if now >= asked + RETRY => {
+                // That nothing failed proves nothing: there may have been nothing to write.
+                let written = self.memory.state.borrow().try_writing();
+                self.disk_trouble = written.is_err().then_some(now);
+                if written.is_ok() {
+                    let message = "state can be written again".to_owned();
+                    self.event(EventKind::StateWritable, None, None, message);
                 }
                 true
             }
-            Err(error) => {
-                if !std::mem::replace(&mut self.disk_trouble, true) {
-                    tracing::error!(
-                        error = chain(&error),
-                        "state cannot be written; what runs keeps running"
-                    );
-                }
+            (Ok(()), _) => true,
+            (Err(error), None) => {
+                // Before the event, which cannot be written either; it is kept in memory and sent.
+                self.disk_trouble = Some(now);
+                let message = format!(
+                    "state cannot be written; what runs keeps running: {}",
+                    chain(&error)
+                );
+                tracing::error!("{message}");
+                self.event(EventKind::StateUnwritable, None, None, message);
+                false
+            }
+            (Err(_), Some(_)) => {
+                self.disk_trouble = Some(now);
                 false
             }
         }
@@ -456,9 +469,9 @@ impl<R: Runtime + 'static> Agent<R> {
         });
         let version = version.map_or_else(|| "none yet".to_owned(), |version| version.to_string());
         let hub = match (self.connected_at, self.disk_trouble) {
-            (_, true) => "the state directory cannot be written",
-            (Some(_), _) => "connected to the hub",
-            (None, _) => "without the hub",
+            (_, Some(_)) => "the state directory cannot be written",
+            (Some(_), None) => "connected to the hub",
+            (None, None) => "without the hub",
         };
         self.watchdog.status(&format!(
             "{containers} containers run, desired state {version}, {hub}"

@@ -390,6 +390,10 @@ pub enum EventKind {
     Evicted,
     /// The device is short of disk space, or is not any more.
     DiskPressure,
+    /// The state directory takes no writes: the disk is full, read-only or failing. What runs keeps running.
+    StateUnwritable,
+    /// The state directory takes writes again.
+    StateWritable,
 }
 
 /// Down, retained: what the hub tells every device.

@@ -248,6 +248,8 @@ fn events_of_every_kind() {
         K::DiskLimit,
         K::Evicted,
         K::DiskPressure,
+        K::StateUnwritable,
+        K::StateWritable,
     ];
     for (seq, kind) in (1..).zip(kinds) {
         let event = Event::new(seq, 3, 1_790_000_000_000, kind, "what happened");

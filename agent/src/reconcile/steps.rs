@@ -113,6 +113,10 @@ impl<R: Runtime + 'static> Agent<R> {
             self.wake_by(Instant::now() + RETRY);
             May::Heal
         };
+        if self.disk_trouble.is_some() {
+            // Also when nobody has anything to write: that it is well again is noticed by trying.
+            self.wake_by(Instant::now() + RETRY);
+        }
         for Notice {
             kind,
             app,

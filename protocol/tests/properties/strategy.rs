@@ -330,6 +330,7 @@ pub(crate) fn event() -> impl Strategy<Value = Event> {
         EventKind::DiskLimit,
         EventKind::Evicted,
         EventKind::DiskPressure,
+        EventKind::StateWritable,
     ]);
     let about = option::of((name::<AppName>(), option::of(name::<ServiceName>())));
     (any::<[u64; 3]>(), kind, about, "\\PC{0,200}").prop_map(
