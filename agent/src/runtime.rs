@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) mod backstage;
 pub(crate) mod cgroup;
+pub(crate) mod device_filter;
 pub(crate) mod entry;
 pub mod fake;
 mod ids;

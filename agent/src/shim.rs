@@ -4,7 +4,7 @@
 //! agent ── spawns ──> foreshore-agent shim DIR       (this file: one thread, never returns on success)
 //!                       ├─ own session, own mount namespace, overlay of the layers
 //!                       ├─ libcontainer: build ──> container's first process, waiting
-//!                       ├─ record.json names it; loopback up; swap off
+//!                       ├─ record.json names it; swap off; devices limited; loopback up
 //!                       ├─ libcontainer: start
 //!                       └─ execve foreshore-shim      (same pid, the container's parent)
 //! ```
@@ -36,6 +36,7 @@ use nix::unistd::{Gid, Pid, Uid};
 use serde_json::{Value, json};
 
 use crate::runtime::backstage::{Backstage, BackstageError, ROOTFS, lacks};
+use crate::runtime::device_filter;
 use crate::runtime::mount_table;
 use crate::runtime::process::{Identity, PidFd};
 use crate::runtime::request::{
@@ -175,6 +176,9 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
         killpoint::reached("shim", "adoptable");
         if let Some(file) = request.swap_file.as_ref().filter(|file| file.exists()) {
             fs::write(file, "0").step(|| format!("write {}", file.display()))?;
+        }
+        if let Some(cgroup) = &request.device_cgroup {
+            filter_devices(cgroup, &configuration)?;
         }
         if request.service.network_mode == NetworkMode::None {
             open_network(&pidfd).step(|| "bring up the container's loopback".to_owned())?;
@@ -458,6 +462,16 @@ impl Said {
             _ => Failure::Failed(text),
         }
     }
+}
+
+/// On cgroup v2, where libcontainer leaves all devices open. It has made the container's own device nodes by now.
+fn filter_devices(cgroup: &Path, configuration: &Value) -> Result<(), Failure> {
+    let rules =
+        device_filter::rules(configuration).map_err(|error| Failure::Failed(error.to_string()))?;
+    device_filter::attach(cgroup, &rules).step(|| {
+        "limit the container to its devices (the kernel needs CONFIG_CGROUP_BPF)".to_owned()
+    })?;
+    Ok(())
 }
 
 /// In the container's network namespace: loopback up, and low ports for everyone, as Docker has it; nobody else

@@ -10,6 +10,8 @@ mod bed;
 mod confinement;
 #[path = "runtime/defaults.rs"]
 mod defaults;
+#[path = "runtime/devices.rs"]
+mod devices;
 #[path = "runtime/escapes.rs"]
 mod escapes;
 #[path = "runtime/files.rs"]

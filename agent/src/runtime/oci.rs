@@ -277,6 +277,7 @@ impl OciRuntime {
             shim: self.shim.clone(),
             swap_limit: self.cgroups.limits_swap(),
             swap_file: self.cgroups.swap_file(&id),
+            device_cgroup: self.cgroups.device_cgroup(&id),
             shim_cgroup: self.cgroups.shims(),
         };
         write_json(&fresh, RECORD, &record)?;

@@ -65,6 +65,8 @@ pub(crate) struct Request {
     pub(crate) swap_limit: bool,
     /// On cgroup v2: the file that must say 0 before the container runs, if it exists.
     pub(crate) swap_file: Option<PathBuf>,
+    /// On cgroup v2: the container's cgroup, which needs a device filter before the container runs.
+    pub(crate) device_cgroup: Option<PathBuf>,
     /// On cgroup v2: the leaf that shims live in.
     pub(crate) shim_cgroup: Option<PathBuf>,
 }
