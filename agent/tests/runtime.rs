@@ -10,8 +10,6 @@ mod bed;
 mod confinement;
 #[path = "runtime/defaults.rs"]
 mod defaults;
-#[path = "runtime/devices.rs"]
-mod devices;
 #[path = "runtime/escapes.rs"]
 mod escapes;
 #[path = "runtime/files.rs"]
@@ -24,6 +22,8 @@ mod limits;
 mod logs;
 #[path = "runtime/network.rs"]
 mod network;
+#[path = "runtime/passthrough.rs"]
+mod passthrough;
 #[path = "runtime/process.rs"]
 mod process;
 #[path = "runtime/userns.rs"]

@@ -35,7 +35,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         "foreshore-agent",
         "--test",
         "power_cut",
-        "the_power_may_be_cut",
         "--",
         "--nocapture",
     ];

@@ -7,7 +7,6 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::survey::Extent;
 use crate::Digest;
 use crate::blobs::write_atomic;
 use crate::unpack::Unpacked;
@@ -51,9 +50,6 @@ pub(super) struct LayerRecord {
     /// Above which layers it was unpacked.
     pub(super) chain_id: Digest,
     pub(super) unpacked: Unpacked,
-    /// Of the tree as it was unpacked; `None` when it was not measured.
-    #[serde(default)]
-    pub(super) extent: Option<Extent>,
 }
 
 impl ImageRecord {
