@@ -48,11 +48,24 @@ pub fn boot_id() -> std::io::Result<BootId> {
 }
 
 /// The wall clock, milliseconds since 1970; may be wrong, and jumps when it is set.
+///
+/// A build with kill points (crate `foreshore-killpoint`) takes the number in the file that `FORESHORE_WALL_CLOCK` names
+/// instead, if there is one: the machine's clock is not a test's to set.
 #[must_use]
 pub fn unix_ms() -> u64 {
+    #[cfg(any(debug_assertions, feature = "failpoints"))]
+    if let Some(set) = set_by_test() {
+        return set;
+    }
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(0))
+}
+
+#[cfg(any(debug_assertions, feature = "failpoints"))]
+fn set_by_test() -> Option<u64> {
+    let path = std::env::var_os("FORESHORE_WALL_CLOCK")?;
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]

@@ -30,7 +30,6 @@ use crate::execute::{Tools, chain};
 use crate::inventory;
 use crate::link::{Birth, Incoming, Link, Outgoing, Receipt};
 use crate::plan::{BootId, BootMs, Busy, History, Outcome};
-use crate::policy;
 use crate::runtime::{ContainerState, Runtime};
 use crate::state::{Loaded, Outbox, State};
 use crate::status::{ContainerLine, Doing, Published};
@@ -170,7 +169,6 @@ pub struct Agent<R> {
     staging: Option<(Digest, AbortHandle)>,
     probes: Probes,
     update_locks: Locks,
-    policy: policy::Watched,
     fetching: BTreeSet<Digest>,
     offered: Option<Offered>,
     connected_at: Option<Instant>,
@@ -178,7 +176,8 @@ pub struct Agent<R> {
     offline: Option<bool>,
     wake_at: Option<Instant>,
     said: Option<Published>,
-    disk_trouble: bool,
+    /// When the state directory was last seen to take no writes; `None` when it does.
+    disk_trouble: Option<Instant>,
     list_trouble: bool,
     disk: DiskWatch,
     watchdog: Watchdog,
@@ -191,7 +190,6 @@ impl<R: Runtime + 'static> Agent<R> {
         let boot_count = parts.memory.state.borrow().boot();
         let interval = parts.config.hub.report_interval();
         let run = parts.config.paths.run.clone();
-        let policy = parts.config.policy_source();
         Self {
             uplink: Uplink::new(parts.link, boot_count, interval, BEACON_INTERVAL),
             disk: DiskWatch::new(&parts.config),
@@ -212,14 +210,13 @@ impl<R: Runtime + 'static> Agent<R> {
             staging: None,
             probes: Probes::new(),
             update_locks: Locks::new(run),
-            policy: policy::Watched::new(policy),
             fetching: BTreeSet::new(),
             offered: None,
             connected_at: None,
             offline: None,
             wake_at: None,
             said: None,
-            disk_trouble: false,
+            disk_trouble: None,
             list_trouble: false,
             watchdog: parts.watchdog,
         }
@@ -401,22 +398,34 @@ impl<R: Runtime + 'static> Agent<R> {
         true
     }
 
-    /// Logs disk trouble when it begins and when it ends. True when there was none.
+    /// Tells disk trouble when it begins and when it ends. True when there was none this time.
     fn note_disk(&mut self, result: Result<(), crate::state::FileError>) -> bool {
-        match result {
-            Ok(()) => {
-                if std::mem::take(&mut self.disk_trouble) {
-                    tracing::info!("state can be written again");
+        let now = Instant::now();
+        match (result, self.disk_trouble) {
+            (Ok(()), Some(asked)) if now >= asked + RETRY => {
+                // That nothing failed proves nothing: there may have been nothing to write.
+                let written = self.memory.state.borrow().try_writing();
+                self.disk_trouble = written.is_err().then_some(now);
+                if written.is_ok() {
+                    let message = "state can be written again".to_owned();
+                    self.event(EventKind::StateWritable, None, None, message);
                 }
                 true
             }
-            Err(error) => {
-                if !std::mem::replace(&mut self.disk_trouble, true) {
-                    tracing::error!(
-                        error = chain(&error),
-                        "state cannot be written; what runs keeps running"
-                    );
-                }
+            (Ok(()), _) => true,
+            (Err(error), None) => {
+                // Before the event, which cannot be written either; it is kept in memory and sent.
+                self.disk_trouble = Some(now);
+                let message = format!(
+                    "state cannot be written; what runs keeps running: {}",
+                    chain(&error)
+                );
+                tracing::error!("{message}");
+                self.event(EventKind::StateUnwritable, None, None, message);
+                false
+            }
+            (Err(_), Some(_)) => {
+                self.disk_trouble = Some(now);
                 false
             }
         }
@@ -460,9 +469,9 @@ impl<R: Runtime + 'static> Agent<R> {
         });
         let version = version.map_or_else(|| "none yet".to_owned(), |version| version.to_string());
         let hub = match (self.connected_at, self.disk_trouble) {
-            (_, true) => "the state directory cannot be written",
-            (Some(_), _) => "connected to the hub",
-            (None, _) => "without the hub",
+            (_, Some(_)) => "the state directory cannot be written",
+            (Some(_), None) => "connected to the hub",
+            (None, None) => "without the hub",
         };
         self.watchdog.status(&format!(
             "{containers} containers run, desired state {version}, {hub}"

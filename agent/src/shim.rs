@@ -4,7 +4,7 @@
 //! agent ── spawns ──> foreshore-agent shim DIR       (this file: one thread, never returns on success)
 //!                       ├─ own session, own mount namespace, overlay of the layers
 //!                       ├─ libcontainer: build ──> container's first process, waiting
-//!                       ├─ record.json names it; loopback up; swap off
+//!                       ├─ record.json names it; swap off; devices limited; loopback up
 //!                       ├─ libcontainer: start
 //!                       └─ execve foreshore-shim      (same pid, the container's parent)
 //! ```
@@ -36,7 +36,7 @@ use nix::unistd::{Gid, Pid, Uid};
 use serde_json::{Value, json};
 
 use crate::runtime::backstage::{Backstage, BackstageError, ROOTFS, lacks};
-use crate::runtime::devices::{self, AccessError};
+use crate::runtime::device_filter;
 use crate::runtime::mount_table;
 use crate::runtime::process::{Identity, PidFd};
 use crate::runtime::request::{
@@ -64,8 +64,6 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(never) => match never {},
         Err(Failure::Refused(refusal)) => StartReport::Refused(refusal),
         Err(Failure::Unmappable(reason)) => StartReport::Unmappable(reason),
-        Err(Failure::Denied(message)) => StartReport::Denied(message),
-        Err(Failure::Missing(message)) => StartReport::Missing(message),
         Err(Failure::Failed(message)) => StartReport::Failed(message),
     };
     report(&failure);
@@ -84,21 +82,7 @@ fn report(report: &StartReport) {
 enum Failure {
     Refused(String),
     Unmappable(String),
-    Denied(String),
-    Missing(String),
     Failed(String),
-}
-
-impl From<AccessError> for Failure {
-    fn from(error: AccessError) -> Self {
-        let text = chain(&error);
-        match error {
-            AccessError::Denied(_) => Self::Denied(text),
-            AccessError::Missing(_) => Self::Missing(text),
-            AccessError::NotADevice(_) | AccessError::Refused(_) => Self::Refused(text),
-            AccessError::Io { .. } => Self::Failed(text),
-        }
-    }
 }
 
 impl From<Refusal> for Failure {
@@ -193,6 +177,9 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
         if let Some(file) = request.swap_file.as_ref().filter(|file| file.exists()) {
             fs::write(file, "0").step(|| format!("write {}", file.display()))?;
         }
+        if let Some(cgroup) = &request.device_cgroup {
+            filter_devices(cgroup, &configuration)?;
+        }
         if request.service.network_mode == NetworkMode::None {
             open_network(&pidfd).step(|| "bring up the container's loopback".to_owned())?;
         }
@@ -267,18 +254,7 @@ fn prepare(
     namespace: Option<&UserNamespace>,
 ) -> Result<Prepared, Failure> {
     let Request { service, image, .. } = request;
-    let (name, grant) = (
-        request.id.service.as_str(),
-        request.grant.clone().resolved(),
-    );
-    grant.allows(name, service).map_err(AccessError::from)?;
-    let nodes = devices::find(&grant, name, service)?;
-    let sources = devices::bind_sources(&grant, name, service)?;
-    let held = sources
-        .iter()
-        .map(|source| (source.named.as_path(), source.path()));
-    let mut backstage = Backstage::mount(namespace, held)?;
-    drop(sources);
+    let mut backstage = Backstage::mount(namespace, bind_sources(service)?)?;
     backstage.mount_overlay(&request.layers, request.writable.as_deref())?;
     let root = Root::open(Path::new(ROOTFS), request.base.unwrap_or(0))?;
     root.check_plain()?;
@@ -314,7 +290,6 @@ fn prepare(
     };
     let mut configuration = spec::configuration(&input)?;
     configuration["root"]["path"] = json!(ROOTFS);
-    devices::add(&nodes, &mut configuration);
     if let Some(namespace) = namespace {
         join(&mut configuration, namespace, &backstage)?;
     }
@@ -360,6 +335,24 @@ fn join(
         }
     }
     Ok(())
+}
+
+/// What of the device will be bind-mounted.
+fn bind_sources(service: &Service) -> Result<Vec<&Path>, Refusal> {
+    let sources = service
+        .volumes
+        .iter()
+        .filter_map(|volume| match &volume.source {
+            VolumeSource::Named(_) => None,
+            VolumeSource::Bind(source) => Some(source),
+        });
+    sources
+        .map(|source| {
+            let path = Path::new(source);
+            let missing = || Refusal::MissingSource(source.chars().take(200).collect());
+            path.exists().then_some(path).ok_or_else(missing)
+        })
+        .collect()
 }
 
 fn real_mount_points(service: &Service, root: &Root) -> Result<Service, Refusal> {
@@ -469,6 +462,16 @@ impl Said {
             _ => Failure::Failed(text),
         }
     }
+}
+
+/// On cgroup v2, where libcontainer leaves all devices open. It has made the container's own device nodes by now.
+fn filter_devices(cgroup: &Path, configuration: &Value) -> Result<(), Failure> {
+    let rules =
+        device_filter::rules(configuration).map_err(|error| Failure::Failed(error.to_string()))?;
+    device_filter::attach(cgroup, &rules).step(|| {
+        "limit the container to its devices (the kernel needs CONFIG_CGROUP_BPF)".to_owned()
+    })?;
+    Ok(())
 }
 
 /// In the container's network namespace: loopback up, and low ports for everyone, as Docker has it; nobody else

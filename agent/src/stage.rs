@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 
@@ -19,6 +20,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 
 use crate::config::Config;
+use crate::plan::BootId;
 
 /// A child that prints more than this in one line is not ours.
 const LINE_BYTES_MAX: u64 = 16 * 1024;
@@ -52,6 +54,37 @@ pub enum Line {
 #[must_use]
 pub fn store_path(config: &Config) -> PathBuf {
     config.paths.state.join("images")
+}
+
+/// Once in each boot: sets layers aside that a power cut has torn, and says which, for people. `run` is the run
+/// directory, where it is noted that it was done.
+#[must_use]
+pub fn survey(store: &Store, run: &Path, boot: BootId) -> Vec<String> {
+    let note = run.join("surveyed");
+    if std::fs::read(&note).is_ok_and(|noted| noted == boot.0) {
+        return Vec::new();
+    }
+    match store.survey() {
+        Ok(torn) => {
+            let made = std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(run);
+            let noted = made.and_then(|()| std::fs::write(&note, boot.0));
+            if let Err(error) = noted {
+                tracing::debug!(%error, "layers will be looked at again");
+            }
+            torn.iter()
+                .map(|layer| {
+                    format!("layer {layer} was torn by a power cut; its images are fetched again")
+                })
+                .collect()
+        }
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "layers could not be looked at");
+            Vec::new()
+        }
+    }
 }
 
 /// A staging under way. Dropping it kills the child.

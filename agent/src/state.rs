@@ -257,6 +257,15 @@ impl State {
         Ok(())
     }
 
+    /// Writes a file as it is already, to learn whether the medium takes writes again.
+    ///
+    /// # Errors
+    ///
+    /// When it does not.
+    pub fn try_writing(&self) -> Result<(), FileError> {
+        write_framed(&self.dir.join("counters"), &self.counters)
+    }
+
     /// Stores a release manifest whose bytes were checked against `digest`.
     ///
     /// # Errors

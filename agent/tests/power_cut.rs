@@ -15,8 +15,12 @@
 mod device;
 #[path = "power_cut/hub.rs"]
 mod hub;
+#[path = "power_cut/medium.rs"]
+mod medium;
 #[path = "power_cut/registry.rs"]
 mod registry;
+#[path = "power_cut/wall_clock.rs"]
+mod wall_clock;
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;

@@ -10,6 +10,8 @@ mod bed;
 mod confinement;
 #[path = "runtime/defaults.rs"]
 mod defaults;
+#[path = "runtime/devices.rs"]
+mod devices;
 #[path = "runtime/escapes.rs"]
 mod escapes;
 #[path = "runtime/files.rs"]
@@ -22,8 +24,6 @@ mod limits;
 mod logs;
 #[path = "runtime/network.rs"]
 mod network;
-#[path = "runtime/passthrough.rs"]
-mod passthrough;
 #[path = "runtime/process.rs"]
 mod process;
 #[path = "runtime/userns.rs"]

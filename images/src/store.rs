@@ -6,6 +6,7 @@
 //!   blobs/sha256/HEX        manifests and configs; a layer's blob only until it is unpacked
 //!   layers/HEX/             one unpacked layer, by diff id or chain id (see below)
 //!   layers/HEX.json         what came of unpacking it
+//!   layers/HEX.surveyed     it has outlived a power cycle whole
 //!   images/HEX.json         an image by the digest it was asked for: manifest and layers
 //!   pins/HEX                an image that stays although no release names it
 //!   quarantine/             what was damaged, for people to look at and remove
@@ -22,6 +23,7 @@ mod record;
 mod select;
 mod staging;
 mod stream;
+mod survey;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -429,6 +431,10 @@ impl Store {
         if !is_directory(&tree) {
             return Ok(());
         }
+        let mark = self.survey_mark(key);
+        if mark.exists() {
+            fs::remove_file(&mark).map_err(|source| io_error("remove", &mark, source))?;
+        }
         if aside.exists() {
             fs::remove_dir_all(&aside).map_err(|source| io_error("remove", &aside, source))?;
         }
@@ -452,11 +458,17 @@ impl Store {
             Err(source) if source.kind() == io::ErrorKind::NotFound => false,
             Err(source) => return Err(io_error("move away", &tree, source)),
         };
-        match fs::remove_file(&record) {
+        // The mark first: one without a layer would speak for the next that gets its name.
+        let mark = self.survey_mark(key);
+        let gone = |path: &Path| match fs::remove_file(path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(io_error("remove", &record, source))
+                Err(io_error("remove", path, source))
             }
-            _ => {
+            _ => Ok(()),
+        };
+        match gone(&mark).and_then(|()| gone(&record)) {
+            Err(error) => Err(error),
+            Ok(()) => {
                 killpoint::reached("layer", "record-gone");
                 Ok(there)
             }

@@ -10,6 +10,7 @@
 //! | `FORESHORE_KILL_AT=OBJECT.STEP#N` | the process that reaches it for the `N`th time (from 1) kills itself with SIGKILL; once for each log |
 //! | `FORESHORE_KILL_AT=OBJECT.STEP#N+agent` | and its parent first, if that has the same order: the agent whose child it is |
 //! | `FORESHORE_KILL_LOG=FILE` | every point that is reached is appended to it, a line each; the one that kills as `!OBJECT.STEP PID` or `!OBJECT.STEP PID+PARENT` |
+//! | `FORESHORE_WRITE_ERROR=FILE` | while `FILE` exists, writes of state files fail with the errno in it ([`failure`]) |
 //!
 //! SIGKILL keeps what was handed to the kernel, as a real power cut does not: what a medium makes of writes that
 //! were not flushed is tested by damaging files.
@@ -123,6 +124,33 @@ pub const ALL: &[&str] = &[
 
 #[cfg(any(debug_assertions, feature = "failpoints"))]
 const VARIABLES: [&str; 2] = ["FORESHORE_KILL_AT", "FORESHORE_KILL_LOG"];
+
+/// The error of a medium that fails: that of the errno in the file that `FORESHORE_WRITE_ERROR` names, while there is
+/// such a file.
+///
+/// # Errors
+///
+/// With that error.
+#[cfg(any(debug_assertions, feature = "failpoints"))]
+pub fn failure() -> std::io::Result<()> {
+    let errno = std::env::var_os("FORESHORE_WRITE_ERROR")
+        .and_then(|path| std::fs::read_to_string(path).ok())
+        .and_then(|text| text.trim().parse().ok());
+    errno.map_or(Ok(()), |errno| {
+        Err(std::io::Error::from_raw_os_error(errno))
+    })
+}
+
+/// The error of a medium that fails; none in this build.
+///
+/// # Errors
+///
+/// None.
+#[cfg(not(any(debug_assertions, feature = "failpoints")))]
+#[inline(always)]
+pub const fn failure() -> std::io::Result<()> {
+    Ok(())
+}
 
 /// What a child whose environment is cleared must be given to have kill points too; nothing in a build without.
 #[cfg(any(debug_assertions, feature = "failpoints"))]

@@ -221,10 +221,6 @@ pub enum ReasonCode {
     DiskLimit,
     /// The container was stopped because the device runs out of disk space.
     Evicted,
-    /// The device's policy file does not allow what the release asks for.
-    PolicyDenied,
-    /// A device node that a service needs is not there.
-    DeviceMissing,
 }
 
 /// One service in an [`AppStatus`].
@@ -394,6 +390,10 @@ pub enum EventKind {
     Evicted,
     /// The device is short of disk space, or is not any more.
     DiskPressure,
+    /// The state directory takes no writes: the disk is full, read-only or failing. What runs keeps running.
+    StateUnwritable,
+    /// The state directory takes writes again.
+    StateWritable,
 }
 
 /// Down, retained: what the hub tells every device.

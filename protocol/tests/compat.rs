@@ -165,8 +165,6 @@ fn reports_with_every_phase_and_reason() {
         R::UpdateLocked,
         R::DiskLimit,
         R::Evicted,
-        R::PolicyDenied,
-        R::DeviceMissing,
     ];
     let states = [
         ServiceState::Waiting,
@@ -250,6 +248,8 @@ fn events_of_every_kind() {
         K::DiskLimit,
         K::Evicted,
         K::DiskPressure,
+        K::StateUnwritable,
+        K::StateWritable,
     ];
     for (seq, kind) in (1..).zip(kinds) {
         let event = Event::new(seq, 3, 1_790_000_000_000, kind, "what happened");

@@ -35,6 +35,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         "foreshore-agent",
         "--test",
         "power_cut",
+        "the_power_may_be_cut",
         "--",
         "--nocapture",
     ];

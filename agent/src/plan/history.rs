@@ -230,13 +230,9 @@ impl History {
             }
             Outcome::StartFailed {
                 id,
-                code,
                 message,
                 refused,
-            } => {
-                let why = reason(*code, Some(id.service.clone()), message);
-                self.record_start_failure(id, why, *refused, now);
-            }
+            } => self.record_start_failure(id, message, *refused, now),
             Outcome::Stopped { id } => {
                 if let Some(service) = self.service_of(id) {
                     // Stopped to be replaced: what comes in its place waits for its dependencies again.
@@ -305,7 +301,8 @@ impl History {
         );
     }
 
-    fn record_start_failure(&mut self, id: &ContainerId, why: Reason, refused: bool, now: Now) {
+    fn record_start_failure(&mut self, id: &ContainerId, message: &str, refused: bool, now: Now) {
+        let why = reason(ReasonCode::StartFailed, Some(id.service.clone()), message);
         let Some(app) = self.apps.get_mut(&id.app) else {
             return;
         };

@@ -124,8 +124,13 @@ impl Cgroups {
     /// The file that must say 0 on cgroup v2, where libcontainer takes a swap limit equal to the memory limit for no
     /// limit at all.
     pub(crate) fn swap_file(&self, id: &str) -> Option<PathBuf> {
+        Some(self.device_cgroup(id)?.join("memory.swap.max"))
+    }
+
+    /// The container's cgroup on cgroup v2, where there is no `devices` hierarchy: it needs a device filter.
+    pub(crate) fn device_cgroup(&self, id: &str) -> Option<PathBuf> {
         let root = self.mounts.first().filter(|_| self.unified)?;
-        Some(root.join(&self.parent).join(id).join("memory.swap.max"))
+        Some(root.join(&self.parent).join(id))
     }
 
     fn parents(&self) -> Vec<PathBuf> {

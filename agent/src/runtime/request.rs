@@ -21,7 +21,6 @@ use serde::{Deserialize, Serialize};
 
 use super::process::Identity;
 use super::{ContainerId, ImageConfig};
-use crate::policy::Grant;
 
 /// The name of the [`Request`] file.
 pub(crate) const REQUEST: &str = "request.json";
@@ -44,9 +43,6 @@ pub(crate) struct Request {
     pub(crate) id: ContainerId,
     pub(crate) service: Service,
     pub(crate) image: ImageConfig,
-    /// What the device's policy allows to the app.
-    #[serde(default)]
-    pub(crate) grant: Grant,
     /// Lowest first.
     pub(crate) layers: Vec<PathBuf>,
     /// Below each hierarchy, beginning with `/`.
@@ -69,6 +65,8 @@ pub(crate) struct Request {
     pub(crate) swap_limit: bool,
     /// On cgroup v2: the file that must say 0 before the container runs, if it exists.
     pub(crate) swap_file: Option<PathBuf>,
+    /// On cgroup v2: the container's cgroup, which needs a device filter before the container runs.
+    pub(crate) device_cgroup: Option<PathBuf>,
     /// On cgroup v2: the leaf that shims live in.
     pub(crate) shim_cgroup: Option<PathBuf>,
 }
@@ -95,10 +93,6 @@ pub(crate) enum StartReport {
     Refused(String),
     /// It would run without a user namespace.
     Unmappable(String),
-    /// The device's policy does not allow it.
-    Denied(String),
-    /// A device node is not there.
-    Missing(String),
     /// Something else went wrong.
     Failed(String),
 }

@@ -4,8 +4,8 @@
 //! harmless ones, masked and read-only paths, limits always set. The seccomp filter is not in here: the
 //! library ignores it there, see `workload`.
 //!
-//! Device access is enforced by the `devices` hierarchy on cgroup v1. On cgroup v2 no device program is
-//! attached yet; there containers only lack CAP_MKNOD, and all their mounts are `nodev`.
+//! Device access is enforced by the `devices` hierarchy on cgroup v1 and by `device_filter` on v2, from the same
+//! rules. Besides, containers lack CAP_MKNOD, and all their mounts but `/dev` are `nodev`.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -57,8 +57,18 @@ const READ_ONLY: [&str; 5] = [
     "/proc/sysrq-trigger",
 ];
 
-/// Character devices every container has: null, zero, full, random, urandom, tty.
-const DEVICES: [(u32, u32); 6] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)];
+/// Character devices every container has: null, zero, full, random, urandom, tty, ptmx, and all pseudo terminals.
+/// libcontainer adds the last two by itself, but only on cgroup v1.
+const DEVICES: [(u32, Option<u32>); 8] = [
+    (1, Some(3)),
+    (1, Some(5)),
+    (1, Some(7)),
+    (1, Some(8)),
+    (1, Some(9)),
+    (5, Some(0)),
+    (5, Some(2)),
+    (136, None),
+];
 
 /// What every container has in `/dev`, and nothing may be mounted on or below.
 const NODES: [&str; 15] = [
@@ -338,7 +348,11 @@ fn resources(input: &Input<'_>) -> Value {
     );
     let mut devices = vec![json!({"allow": false, "access": "rwm"})];
     devices.extend(DEVICES.map(|(major, minor)| {
-        json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rw"})
+        let mut rule = json!({"allow": true, "type": "c", "major": major, "access": "rw"});
+        if let Some(minor) = minor {
+            rule["minor"] = json!(minor);
+        }
+        rule
     }));
     let mut resources = json!({
         "memory": {"limit": memory},

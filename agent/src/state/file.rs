@@ -190,6 +190,7 @@ pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileErro
             let message = format!("{} bytes are more than is ever read", bytes.len());
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
         }
+        killpoint::failure()?;
         let object = object(path);
         let mut file = File::options()
             .create(true)

@@ -70,15 +70,17 @@ impl Outbox {
             return Ok(outbox);
         };
         outbox.next_seq = begin.next_seq;
+        let mut whole = bytes.len() - rest.len();
         while let Some(event) =
             record(&mut rest).and_then(|bytes| frame::decode::<Event>(bytes).ok())
         {
+            whole = bytes.len() - rest.len();
             outbox.next_seq = outbox.next_seq.max(event.seq.saturating_add(1));
             outbox.events.push_back(event);
         }
         outbox.written = bytes.len();
-        if !rest.is_empty() {
-            // What is appended behind a torn record would be lost with it.
+        if whole < bytes.len() {
+            // What is appended behind a torn or damaged record would be lost with it.
             outbox.written = 0;
             let rewritten = outbox.rewrite();
             damage.bear(rewritten)?;
@@ -107,6 +109,7 @@ impl Outbox {
         let mut line = Vec::with_capacity(bytes.len() + 4);
         append(&mut line, &bytes);
         let write = || {
+            killpoint::failure()?;
             let mut file = std::fs::File::options().append(true).open(&self.path)?;
             killpoint::torn("events", "append-torn", &line, |half| file.write_all(half));
             file.write_all(&line)

@@ -244,3 +244,150 @@ fn what_could_not_be_read_back_does_not_replace_what_can() {
     assert!(!error.is_unwritable(), "{error:?}");
     assert_eq!(std::fs::read(&path).unwrap(), b"good");
 }
+
+/// What a medium may make of a file whose old content was replaced by a new one when the power went.
+fn damages(old: &[u8], new: &[u8]) -> Vec<Vec<u8>> {
+    let mut damages = Vec::new();
+    for whole in [old, new] {
+        for at in 0..whole.len() {
+            damages.push(whole[..at].to_vec());
+            // A length that was stored before the content: the rest reads as zeros.
+            let mut zeroed = whole.to_vec();
+            zeroed[at..].fill(0);
+            damages.push(zeroed);
+            for bit in 0..8 {
+                let mut flipped = whole.to_vec();
+                flipped[at] ^= 1 << bit;
+                damages.push(flipped);
+            }
+        }
+        damages.push(vec![0; 4096]);
+        damages.push([whole, &[0]].concat());
+    }
+    for at in 1..old.len().min(new.len()) {
+        damages.push([&new[..at], &old[at..]].concat());
+        damages.push([&old[..at], &new[at..]].concat());
+    }
+    damages
+}
+
+/// Memory, where there is some: thousands of files are written and flushed.
+fn fast_dir() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
+}
+
+/// Every damage to a framed file reads as old, as new, or as none with word of it; never as anything else.
+fn read_after_every_damage<T: Framed + PartialEq + std::fmt::Debug>(old: &T, new: &T) {
+    let dir = fast_dir();
+    let path = dir.path().join("file");
+    let (old_bytes, new_bytes) = (file::encode(old), file::encode(new));
+    for bytes in damages(&old_bytes, &new_bytes) {
+        std::fs::write(&path, &bytes).unwrap();
+        let mut damage = Damage::default();
+        match read_framed::<T>(&path, &mut damage).unwrap() {
+            Some(value) => {
+                assert!(value == *old || value == *new, "{value:?} from {bytes:?}");
+                assert!(damage.0.is_empty());
+            }
+            None => {
+                assert_eq!(damage.0.len(), 1);
+                assert!(!path.exists(), "set aside");
+            }
+        }
+    }
+    let copies = std::fs::read_dir(dir.path()).unwrap().count();
+    assert!(copies <= 5, "{copies} copies are kept");
+}
+
+#[test]
+fn head_counters_and_history_are_old_new_or_set_aside_whatever_the_medium_does() {
+    read_after_every_damage(&head(version(1, 1)), &head(version(1, 2)));
+    let counters = |boot| Counters {
+        boot,
+        session: boot + 64,
+        floor: Some(version(1, boot)),
+    };
+    read_after_every_damage(&counters(7), &counters(8));
+    let history = |instance_floor| History {
+        instance_floor,
+        ..History::default()
+    };
+    read_after_every_damage(&history(7), &history(80_000));
+}
+
+#[test]
+fn no_damage_to_a_release_manifest_makes_another_one() {
+    let dir = fast_dir();
+    let release = |image: &str| Release {
+        schema: 1,
+        app: "shop".parse().unwrap(),
+        services: [(
+            "web".parse().unwrap(),
+            serde_json::from_value(serde_json::json!({"image": format!("h/a@sha256:{image}")}))
+                .unwrap(),
+        )]
+        .into(),
+    };
+    let (old, new) = (
+        release(&"1".repeat(64)).to_canonical_json(),
+        release(&"2".repeat(64)).to_canonical_json(),
+    );
+    let digest = Digest::of(&old);
+    let path = dir.path().join(format!("{}.json", digest.hex()));
+    for bytes in damages(&old, &new) {
+        std::fs::write(&path, &bytes).unwrap();
+        let mut damage = Damage::default();
+        let read = read_releases(dir.path(), &mut damage).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        assert_eq!(read.len(), usize::from(bytes == old), "{text}");
+        assert_eq!(damage.0.len(), usize::from(bytes != old));
+    }
+}
+
+#[test]
+fn events_after_any_damage_are_those_before_it() {
+    let dir = fast_dir();
+    let path = dir.path().join("events");
+    let mut damage = Damage::default();
+    let mut outbox = Outbox::open(&path, 1, &mut damage).unwrap();
+    for message in ["one", "two"] {
+        outbox.push(event(message)).unwrap();
+    }
+    let old = std::fs::read(&path).unwrap();
+    outbox.push(event("three")).unwrap();
+    let new = std::fs::read(&path).unwrap();
+    let written: Vec<Event> = outbox.events().cloned().collect();
+    for bytes in damages(&old, &new) {
+        std::fs::write(&path, &bytes).unwrap();
+        let mut damage = Damage::default();
+        let mut outbox = Outbox::open(&path, 1_000, &mut damage).unwrap();
+        let read: Vec<Event> = outbox.events().cloned().collect();
+        // A record is lost with all that come after it, and none is made up.
+        assert_eq!(read, written[..read.len()], "{bytes:?}");
+        outbox.push(event("after")).unwrap();
+        let mut again = Damage::default();
+        let reread = Outbox::open(&path, 1_000, &mut again).unwrap();
+        assert_eq!(reread.events().count(), read.len() + 1);
+        assert!(again.0.is_empty());
+    }
+}
+
+#[test]
+fn an_append_that_is_torn_anywhere_loses_that_event_alone() {
+    let dir = fast_dir();
+    let path = dir.path().join("events");
+    let mut damage = Damage::default();
+    let mut outbox = Outbox::open(&path, 1, &mut damage).unwrap();
+    outbox.push(event("kept")).unwrap();
+    let old = std::fs::metadata(&path).unwrap().len();
+    outbox.push(event("torn")).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    for length in usize::try_from(old).unwrap()..whole.len() {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        let outbox = Outbox::open(&path, 1, &mut damage).unwrap();
+        let read: Vec<&str> = outbox.events().map(|event| &*event.message).collect();
+        assert_eq!(read, ["kept"]);
+        assert_eq!(outbox.newest(), 1);
+    }
+    assert!(damage.0.is_empty(), "{:?}", damage.0);
+}

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use foreshore_agent::state::State;
 use foreshore_images::store::Store;
-use foreshore_protocol::message::{EventKind, Head, HeadApp, Phase};
+use foreshore_protocol::message::{Event, EventKind, Head, HeadApp, Phase};
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, Version};
 
@@ -35,6 +35,12 @@ pub struct Device {
     pub passes: BTreeMap<String, u32>,
     /// Damage that this test did itself and the agent told.
     damaged: usize,
+    /// How the newest release is assigned.
+    release: Option<Digest>,
+    since: Option<Version>,
+    read_only: bool,
+    /// Dropped after everything else, the newest first.
+    kept: Vec<Box<dyn std::any::Any + Send>>,
 }
 
 /// What came of a life with an order to die.
@@ -75,10 +81,14 @@ impl Device {
             instance: 0,
             passes: BTreeMap::new(),
             damaged: 0,
+            release: None,
+            since: None,
+            read_only: false,
+            kept: Vec::new(),
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.as_ref().unwrap().path().join(name)
     }
 
@@ -93,7 +103,7 @@ impl Device {
         self.image = Some(image);
         let service = serde_json::json!({
             "image": format!("hub.internal/app@{image}"),
-            "read_only": false,
+            "read_only": self.read_only,
             "stop_grace_period": "5s",
         });
         let release = Release {
@@ -108,12 +118,23 @@ impl Device {
         let (digest, version) = (release.digest(), self.version());
         self.hub
             .publish_release(&digest, release.to_canonical_json());
+        (self.release, self.since) = (Some(digest), Some(version));
+        self.publish_head();
+    }
+
+    /// Assigns the same release in a newer version: there is nothing to do.
+    pub fn assign_again(&mut self) {
+        self.generation += 1;
+        self.publish_head();
+    }
+
+    fn publish_head(&self) {
         self.hub.publish_head(&Head {
-            version,
+            version: self.version(),
             apps: vec![HeadApp {
                 app: self.app(),
-                release: digest,
-                since: version,
+                release: self.release.unwrap(),
+                since: self.since.unwrap(),
                 soak_ms: 100,
                 progress_deadline_ms: 80_000,
                 override_lock: false,
@@ -167,6 +188,8 @@ impl Device {
             .args(["run", "--config"])
             .arg(self.path("agent.toml"))
             .env("FORESHORE_KILL_LOG", self.path("points"))
+            .env("FORESHORE_WALL_CLOCK", self.path("clock"))
+            .env("FORESHORE_WRITE_ERROR", self.path("errno"))
             .env("RUST_LOG", "info")
             .stdin(Stdio::null())
             .stderr(log);
@@ -229,7 +252,7 @@ impl Device {
         self.hub.reported().is_some_and(|report| {
             report.version == Some(version)
                 && report.apps.iter().any(|app| {
-                    app.since == version
+                    Some(app.since) == self.since
                         && app.phase == Phase::Succeeded
                         && app.running == Some(app.release)
                 })
@@ -389,28 +412,24 @@ impl Device {
             assert_eq!(names, only, "cgroups in {}", parent.display());
         }
         self.instance = *instance;
-        let dir = self.path("").to_string_lossy().into_owned();
-        let own = self.agent.as_ref().map(Child::id);
-        let mut shims = Vec::new();
-        for (pid, command) in processes() {
-            if command.first().is_some_and(|name| name == "foreshore-shim") {
-                if command
-                    .get(1)
-                    .is_some_and(|other| other.starts_with(&format!("{}.", self.name)))
-                {
-                    shims.push(command[1].clone());
-                }
-            } else if command
-                .iter()
-                .any(|word| word.starts_with(dir.trim_end_matches('/')))
-            {
-                assert_eq!(Some(pid), own, "a process was left: {command:?}");
+        // A container is told to be running a moment before its first process has become its program.
+        let begin = Instant::now();
+        loop {
+            let (shims, others) = self.processes();
+            if shims == only && others.is_empty() {
+                break;
             }
+            assert!(
+                begin.elapsed() < LONG,
+                "shims {shims:?} of {only:?}, and processes that were left: {others:?}"
+            );
+            std::thread::sleep(Duration::from_millis(5));
         }
-        assert_eq!(shims, only, "shims");
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        // The state directory itself may be one of the test's.
+        let below = ["run", "state/"].map(|name| self.path(name).display().to_string());
         assert!(
-            !mounts.contains(dir.trim_end_matches('/')),
+            !below.iter().any(|path| mounts.contains(path.as_str())),
             "a mount was left:\n{mounts}"
         );
         for name in fs::read_dir(self.path("state/bin")).unwrap().flatten() {
@@ -435,10 +454,143 @@ impl Device {
         );
     }
 
+    /// The containers that shims of this device are for, and commands of its other processes but the agent.
+    fn processes(&self) -> (Vec<String>, Vec<Vec<String>>) {
+        let dir = self.path("").to_string_lossy().into_owned();
+        let (mut shims, mut others) = (Vec::new(), Vec::new());
+        for (pid, command) in processes() {
+            let is = |at: usize, begin: &str| {
+                command.get(at).is_some_and(|word| word.starts_with(begin))
+            };
+            if is(0, "foreshore-shim") {
+                if is(1, &format!("{}.", self.name)) {
+                    shims.push(command[1].clone());
+                }
+            } else if Some(pid) != self.agent.as_ref().map(Child::id)
+                && (0..command.len()).any(|at| is(at, dir.trim_end_matches('/')))
+            {
+                others.push(command);
+            }
+        }
+        (shims, others)
+    }
+
     fn tail(&self) -> String {
         let log = fs::read_to_string(self.path("agent.log")).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
+    /// Containers have a read-only root, which needs no room on the disk.
+    pub fn read_only_root(&mut self) {
+        self.read_only = true;
+    }
+
+    /// Keeps a thing until the device is gone.
+    pub fn keep(&mut self, thing: impl Send + 'static) {
+        self.kept.push(Box::new(thing));
+    }
+
+    /// What the agent takes for the wall clock, milliseconds since 1970.
+    pub fn set_clock(&self, unix_ms: u64) {
+        let new = self.path("clock.new");
+        fs::write(&new, unix_ms.to_string()).unwrap();
+        fs::rename(new, self.path("clock")).unwrap();
+    }
+
+    pub fn agent_pid(&mut self) -> u32 {
+        let agent = self.agent.as_mut().unwrap();
+        assert_eq!(agent.try_wait().unwrap(), None, "the agent ended");
+        agent.id()
+    }
+
+    /// Counts the agent's starts, as the hub was told.
+    pub fn boot(&self) -> u64 {
+        self.hub.reported().unwrap().boot
+    }
+
+    pub fn is_acknowledged(&self) -> bool {
+        self.hub.acknowledged() == Some(self.version())
+    }
+
+    /// The one container, and its first process.
+    pub fn container(&self) -> (String, i32) {
+        let containers = self.containers();
+        let [(id, _)] = &containers[..] else {
+            panic!("not one container: {containers:?}\n{}", self.tail());
+        };
+        (id.clone(), self.first_process(id).unwrap())
+    }
+
+    fn first_process(&self, id: &str) -> Option<i32> {
+        let record = fs::read(self.path(&format!("run/containers/{id}/record.json"))).ok()?;
+        let record: serde_json::Value = serde_json::from_slice(&record).ok()?;
+        record["container"]["pid"].as_i64()?.try_into().ok()
+    }
+
+    pub fn kill_container(&self) {
+        let process = nix::unistd::Pid::from_raw(self.container().1);
+        nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+
+    /// Waits until another container than this one runs, alone.
+    pub fn await_other_container(&self, before: &(String, i32)) {
+        let begin = Instant::now();
+        loop {
+            let containers = self.containers();
+            if let [(id, _)] = &containers[..]
+                && *id != before.0
+                && self.first_process(id).is_some()
+                && self.populated() == [id.clone()]
+            {
+                return;
+            }
+            assert!(
+                begin.elapsed() < LONG,
+                "no other container: {containers:?}\n{}",
+                self.tail()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Gives the agent things to write until the hub is told of such an event.
+    pub fn provoke(&mut self, kind: EventKind, before: impl Fn()) -> Event {
+        let begin = Instant::now();
+        loop {
+            before();
+            self.assign_again();
+            let asked = Instant::now();
+            while asked.elapsed() < Duration::from_secs(1) {
+                if let Some(event) = self.hub.events_of(kind).pop() {
+                    return event;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            assert!(begin.elapsed() < LONG, "no {kind:?}\n{}", self.tail());
+        }
+    }
+
+    /// What was acknowledged is on disk, whatever that is like.
+    pub fn check_acknowledged(&self) {
+        let acknowledged = self.hub.acknowledged();
+        let copy = tempfile::tempdir().unwrap();
+        fs::copy(self.path("state/head"), copy.path().join("head")).unwrap();
+        let stored = State::open(copy.path(), 1).unwrap().1.head;
+        assert!(stored.map(|head| head.version) >= acknowledged);
+    }
+
+    /// Waits until the hub is told of such an event.
+    pub fn await_event(&self, kind: EventKind, right: impl Fn(&Event) -> bool) -> Event {
+        let begin = Instant::now();
+        loop {
+            let newest = self.hub.events_of(kind).into_iter().rfind(&right);
+            if let Some(event) = newest {
+                return event;
+            }
+            assert!(begin.elapsed() < LONG, "no {kind:?}\n{}", self.tail());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Takes everything down and looks that nothing is left.
@@ -477,6 +629,9 @@ impl Drop for Device {
             && let Some(dir) = self.dir.take()
         {
             eprintln!("--- the failed device is kept in {}", dir.keep().display());
+        }
+        while let Some(thing) = self.kept.pop() {
+            drop(thing);
         }
     }
 }

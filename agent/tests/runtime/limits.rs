@@ -3,7 +3,7 @@
 use foreshore_agent::runtime::{Exit, Runtime as _};
 use serde_json::json;
 
-use crate::bed::{Bed, LONG, run, wait_for};
+use crate::bed::{self, Bed, LONG, run, wait_for};
 
 #[tokio::test]
 async fn too_much_memory_ends_in_an_oom_kill() {
@@ -18,6 +18,49 @@ async fn too_much_memory_ends_in_an_oom_kill() {
             signal: Some(9),
         }
     );
+    bed.assert_clean();
+}
+
+#[tokio::test]
+async fn memory_beyond_the_limit_is_not_swapped_out() {
+    let bed = Bed::new();
+    // Files in a tmpfs are the container's memory and, where there is swap, the first to go there.
+    let line = "head -c 40000000 /dev/zero > /scratch/file && echo kept || exit 7";
+    let more = json!({"mem_limit": "16m", "tmpfs": ["/scratch:size=64m"]});
+    let (exit, log) = run(&bed, &bed.shell(line, more)).await;
+    assert!(exit.oom && !log.contains("kept"), "{exit:?} {log}");
+    bed.assert_clean();
+}
+
+#[tokio::test]
+async fn the_kernel_is_told_every_limit() {
+    let bed = Bed::new();
+    let runtime = bed.runtime();
+    let more = json!({"mem_limit": "24m", "cpus": "0.25", "pids_limit": 33});
+    let spec = bed.shell("sleep 1000", more);
+    runtime.start(&spec).await.unwrap();
+    // cgroup v1 and v2 have other files for the same limits.
+    let unified = bed::hierarchies() == [std::path::Path::new("/sys/fs/cgroup")];
+    let memory = (24 << 20).to_string();
+    let expected: &[(&str, &str)] = if unified {
+        &[
+            ("memory.max", &memory),
+            ("memory.swap.max", "0"),
+            ("cpu.max", "25000 100000"),
+            ("pids.max", "33"),
+        ]
+    } else {
+        &[
+            ("memory.limit_in_bytes", &memory),
+            ("cpu.cfs_quota_us", "25000"),
+            ("cpu.cfs_period_us", "100000"),
+            ("pids.max", "33"),
+        ]
+    };
+    for (file, value) in expected {
+        assert_eq!(bed.cgroup_file(&spec.id, file).trim(), *value, "{file}");
+    }
+    runtime.remove(&spec.id).await.unwrap();
     bed.assert_clean();
 }
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::survey::Extent;
 use crate::Digest;
 use crate::blobs::write_atomic;
 use crate::unpack::Unpacked;
@@ -50,6 +51,9 @@ pub(super) struct LayerRecord {
     /// Above which layers it was unpacked.
     pub(super) chain_id: Digest,
     pub(super) unpacked: Unpacked,
+    /// Of the tree as it was unpacked; `None` when it was not measured.
+    #[serde(default)]
+    pub(super) extent: Option<Extent>,
 }
 
 impl ImageRecord {

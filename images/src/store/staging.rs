@@ -8,6 +8,7 @@ use foreshore_killpoint as killpoint;
 
 use super::record::{ImageRecord, LayerRecord, PlacedLayer};
 use super::select::Selected;
+use super::survey::Extent;
 use super::{Progress, StageError, Store, chain_id, io_error, stream};
 use crate::manifest::Descriptor;
 use crate::registry::Client;
@@ -287,6 +288,7 @@ impl<'a> Staging<'a> {
             diff_id: *diff_id,
             chain_id: *chain_id,
             unpacked,
+            extent: Extent::of(&tree).ok(),
         };
         self.budget.entries = self.budget.entries.saturating_sub(record.unpacked.entries);
         self.budget.bytes = self.budget.bytes.saturating_sub(record.unpacked.bytes);

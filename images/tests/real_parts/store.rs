@@ -184,6 +184,46 @@ fn leftovers_of_a_power_loss_are_swept() {
 }
 
 #[test]
+fn a_layer_that_a_power_cut_has_torn_is_found_and_fetched_again() {
+    let (blobs, image, layers) = three_layers();
+    let world = World::new(blobs);
+    let staged = world.stage(&world.store(), image).unwrap();
+    let tree = &staged.layers[1];
+    let tears: [(&str, &dyn Fn()); 3] = [
+        ("a file lost its content", &|| {
+            fs::write(tree.join("b"), "").unwrap();
+        }),
+        ("a file is not there", &|| {
+            fs::remove_file(tree.join("b")).unwrap();
+        }),
+        ("nothing is there", &|| {
+            fs::remove_dir_all(tree).unwrap();
+            fs::create_dir(tree).unwrap();
+        }),
+    ];
+    for (what, tear) in tears {
+        // As the agent does at the first start after the power came back.
+        tear();
+        assert_eq!(
+            world.store().survey().unwrap(),
+            [layers[1].diff_id],
+            "{what}"
+        );
+        assert_eq!(world.store().staged(&image), None, "{what}");
+        let again = world.stage(&world.store(), image).unwrap();
+        assert_eq!(again, staged);
+        assert_eq!(fs::read_to_string(tree.join("b")).unwrap(), "two", "{what}");
+    }
+    // What has outlived one power cycle is not walked over again.
+    assert!(world.store().survey().unwrap().is_empty());
+    fs::write(tree.join("b"), "").unwrap();
+    assert!(world.store().survey().unwrap().is_empty());
+    world.store().remove_unused(&BTreeSet::new()).unwrap();
+    let left = fs::read_dir(world.root.path().join("layers")).unwrap();
+    assert_eq!(left.count(), 0, "marks go with their layers");
+}
+
+#[test]
 fn damaged_records_lose_nothing() {
     let (blobs, image, layers) = three_layers();
     let world = World::new(blobs);

@@ -222,8 +222,6 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::UpdateLocked,
         ReasonCode::DiskLimit,
         ReasonCode::Evicted,
-        ReasonCode::PolicyDenied,
-        ReasonCode::DeviceMissing,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))
@@ -332,6 +330,7 @@ pub(crate) fn event() -> impl Strategy<Value = Event> {
         EventKind::DiskLimit,
         EventKind::Evicted,
         EventKind::DiskPressure,
+        EventKind::StateWritable,
     ]);
     let about = option::of((name::<AppName>(), option::of(name::<ServiceName>())));
     (any::<[u64; 3]>(), kind, about, "\\PC{0,200}").prop_map(

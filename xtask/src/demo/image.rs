@@ -25,16 +25,53 @@ pub(crate) struct Version {
 /// Compiles the service and writes one OCI archive per version into `dir`; their paths in order.
 pub(crate) fn build(dir: &Path, versions: &[Version]) -> anyhow::Result<Vec<PathBuf>> {
     let program = compile(dir)?;
-    let layer = Layer::of(&program)?;
+    let layer = Layer::of(&program, &[])?;
+    versions
+        .iter()
+        .map(|version| write(dir, *version, &layer))
+        .collect()
+}
+
+/// The same, but the versions share nothing: each layer has `files` more of 64 KiB, of hexadecimal digits.
+pub(crate) fn build_apart(
+    dir: &Path,
+    versions: &[Version],
+    files: usize,
+) -> anyhow::Result<Vec<PathBuf>> {
+    let program = compile(dir)?;
     versions
         .iter()
         .map(|version| {
-            let path = dir.join(format!("web-{}.tar", version.name));
-            write_archive(&path, *version, &layer)
-                .with_context(|| format!("failed to write {}", path.display()))?;
-            Ok(path)
+            let more: Vec<Vec<u8>> = (0..files)
+                .map(|number| noise(&format!("{} {number}", version.name), 64 << 10))
+                .collect();
+            write(dir, *version, &Layer::of(&program, &more)?)
         })
         .collect()
+}
+
+/// Bytes that look random and depend on nothing but `seed`.
+fn noise(seed: &str, count: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(count);
+    for block in 0.. {
+        if bytes.len() >= count {
+            break;
+        }
+        bytes.extend_from_slice(
+            Digest::of(format!("{seed} {block}").as_bytes())
+                .hex()
+                .as_bytes(),
+        );
+    }
+    bytes.truncate(count);
+    bytes
+}
+
+fn write(dir: &Path, version: Version, layer: &Layer) -> anyhow::Result<PathBuf> {
+    let path = dir.join(format!("web-{}.tar", version.name));
+    write_archive(&path, version, layer)
+        .with_context(|| format!("failed to write {}", path.display()))?;
+    Ok(path)
 }
 
 fn compile(dir: &Path) -> anyhow::Result<PathBuf> {
@@ -76,10 +113,14 @@ struct Layer {
 }
 
 impl Layer {
-    fn of(program: &Path) -> anyhow::Result<Self> {
+    /// The program, and further files beside it.
+    fn of(program: &Path, more: &[Vec<u8>]) -> anyhow::Result<Self> {
         let bytes = fs::read(program)?;
         let mut tar = tar::Builder::new(Vec::new());
         append(&mut tar, "web", 0o755, &bytes)?;
+        for (number, bytes) in more.iter().enumerate() {
+            append(&mut tar, &format!("data/{number}"), 0o644, bytes)?;
+        }
         let tar = tar.into_inner()?;
         // No time and no file name in the header: the same program gives the same digest.
         let mut gzip = GzBuilder::new()
@@ -198,7 +239,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("web");
         fs::write(&program, b"a program").unwrap();
-        let layer = Layer::of(&program).unwrap();
+        let layer = Layer::of(&program, &[]).unwrap();
         let mut blobs = Vec::new();
         for name in ["v1", "v2"] {
             let path = dir.path().join(name);

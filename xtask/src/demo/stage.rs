@@ -94,7 +94,7 @@ pub(crate) struct Device {
 pub(crate) struct Stage {
     pub(crate) dir: PathBuf,
     cgroup: String,
-    programs: Programs,
+    pub(crate) programs: Programs,
     hub: Option<Supervised>,
     url: String,
     pub(crate) devices: Vec<Device>,

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # The guest's first process. Twice: in the kernel's first file system, out of which no container can pivot, and then
 # in a tmpfs with the same files.
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root RUST_BACKTRACE=1
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root
 
 if [ ! -e /in-place ]; then
     busybox mkdir -p /place /proc
@@ -33,6 +33,8 @@ mount -t tmpfs shm /dev/shm
 mount -t tmpfs run /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 exec > /dev/ttyS0 2>&1 < /dev/null
+# Open from here on: what comes in while nobody has it open is lost.
+exec 3<> /dev/ttyS1
 stty -F /dev/ttyS1 raw -echo
 while read -r module; do insmod "$module"; done < /guest/modules
 hostname guest
@@ -41,7 +43,7 @@ ifconfig lo up
 mkdir /sys/fs/cgroup/init
 echo $$ > /sys/fs/cgroup/init/cgroup.procs
 
-say() { echo "$*" > /dev/ttyS1; }
+say() { echo "$*" >&3; }
 task=
 for word in $(cat /proc/cmdline); do
     case $word in foreshore.task=*) task=${word#*=} ;; esac

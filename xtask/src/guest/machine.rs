@@ -4,13 +4,15 @@
 //! second it says in lines what it does; they are read here as they come.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+
+use super::kernel::text;
 
 /// How many lines of the console a failure message has.
 const CONSOLE_LINES: usize = 60;
@@ -36,6 +38,7 @@ pub(crate) struct Boot<'a> {
 #[derive(Debug)]
 pub(crate) struct Machine {
     qemu: Child,
+    orders: ChildStdin,
     said: Receiver<String>,
     console: PathBuf,
     end: Instant,
@@ -78,11 +81,12 @@ impl Machine {
             ])
             .args(boot.devices);
         let mut qemu = command
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .context("failed to start qemu-system-x86_64 through setpriv")?;
         let output = qemu.stdout.take().context("qemu has no standard output")?;
+        let orders = qemu.stdin.take().context("qemu has no standard input")?;
         let (say, said) = channel();
         std::thread::spawn(move || {
             for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
@@ -94,10 +98,22 @@ impl Machine {
         });
         Ok(Self {
             qemu,
+            orders,
             said,
             console: boot.console.to_owned(),
             end: Instant::now() + boot.limit,
         })
+    }
+
+    /// Says a line to the guest, on the line on which it answers.
+    ///
+    /// # Errors
+    ///
+    /// When the machine is off.
+    pub(crate) fn order(&mut self, line: &str) -> anyhow::Result<()> {
+        writeln!(self.orders, "{line}")
+            .and_then(|()| self.orders.flush())
+            .with_context(|| format!("failed to say {line:?} to the guest\n{}", self.console()))
     }
 
     /// The next line that the guest says, `None` when the machine is off.
@@ -110,6 +126,29 @@ impl Machine {
         match self.said.recv_timeout(left) {
             Ok(line) => Ok(Some(line)),
             Err(RecvTimeoutError::Disconnected) => Ok(None),
+            Err(RecvTimeoutError::Timeout) => {
+                self.cut();
+                bail!("the guest's time was over\n{}", self.console())
+            }
+        }
+    }
+
+    /// The same, but `None` too when nothing is said for `patience`; `Err` when the machine is off or over time.
+    ///
+    /// # Errors
+    ///
+    /// As said.
+    pub(crate) fn next_within(&mut self, patience: Duration) -> anyhow::Result<Option<String>> {
+        let end = self.end.min(Instant::now() + patience);
+        match self
+            .said
+            .recv_timeout(end.saturating_duration_since(Instant::now()))
+        {
+            Ok(line) => Ok(Some(line)),
+            Err(RecvTimeoutError::Disconnected) => {
+                bail!("the guest ended by itself\n{}", self.console())
+            }
+            Err(RecvTimeoutError::Timeout) if Instant::now() < self.end => Ok(None),
             Err(RecvTimeoutError::Timeout) => {
                 self.cut();
                 bail!("the guest's time was over\n{}", self.console())
@@ -138,6 +177,28 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.cut();
     }
+}
+
+/// Arguments of qemu for a disk of `bytes` at `path`, made anew: an ext4 file system, or nothing but zeroes.
+///
+/// # Errors
+///
+/// When the file cannot be written.
+pub(crate) fn fresh_disk(path: &Path, bytes: u64, ext4: bool) -> anyhow::Result<[String; 2]> {
+    fs::File::create(path)
+        .and_then(|file| file.set_len(bytes))
+        .with_context(|| format!("failed to write {}", path.display()))?;
+    if ext4 {
+        text(
+            Command::new("mke2fs")
+                .args(["-q", "-F", "-t", "ext4"])
+                .arg(path),
+        )?;
+    }
+    Ok([
+        "-drive".to_owned(),
+        format!("file={},format=raw,if=virtio", path.display()),
+    ])
 }
 
 /// The last `count` lines, indented.

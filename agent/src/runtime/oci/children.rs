@@ -32,8 +32,6 @@ pub(super) enum Outcome {
     Refused(String),
     /// It would run without a user namespace.
     Unmappable(String),
-    Denied(String),
-    Missing(String),
     Failed(String),
 }
 
@@ -117,14 +115,6 @@ pub(super) async fn start(program: &Program, dir: &Path, limit: Duration) -> Out
         Ok(Some(StartReport::Unmappable(reason))) => {
             finish(child).await;
             return Outcome::Unmappable(reason);
-        }
-        Ok(Some(StartReport::Denied(message))) => {
-            finish(child).await;
-            return Outcome::Denied(message);
-        }
-        Ok(Some(StartReport::Missing(message))) => {
-            finish(child).await;
-            return Outcome::Missing(message);
         }
         Ok(Some(StartReport::Failed(message))) => Some(message),
         Ok(None) => None,
