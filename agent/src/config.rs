@@ -10,6 +10,7 @@ use foreshore_protocol::id::Labels;
 use foreshore_protocol::quantity::{Bytes, Span};
 use serde::Deserialize;
 
+use crate::policy;
 use crate::runtime::oci::UserNamespaces;
 
 /// Where the configuration is unless told otherwise.
@@ -52,9 +53,23 @@ pub struct Config {
     /// What is kept free on the file system of the state directory.
     #[serde(default)]
     pub disk: DiskConfig,
+    /// What apps may ask of this device.
+    #[serde(default)]
+    pub policy: PolicyFile,
     /// How registries are reached, by `host` or `host:port`.
     #[serde(default)]
     pub registries: BTreeMap<String, RegistryEntry>,
+}
+
+/// `[policy]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyFile {
+    /// The policy file ([`crate::policy`]). Default: `policy.toml` beside this configuration, which need not be there.
+    pub file: Option<PathBuf>,
+    /// What [`Self::file`] is by default.
+    #[serde(skip)]
+    beside: PathBuf,
 }
 
 /// `[isolation]`.
@@ -220,7 +235,7 @@ impl Config {
     /// See [`ConfigError`].
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = read_bounded(path, MAX_CONFIG_BYTES)?;
-        let config: Self = toml::from_str(&text).map_err(|error| ConfigError::Parse {
+        let mut config: Self = toml::from_str(&text).map_err(|error| ConfigError::Parse {
             path: path.to_owned(),
             message: error.to_string().trim_end().to_owned(),
         })?;
@@ -228,6 +243,11 @@ impl Config {
             path: path.to_owned(),
             message,
         })?;
+        let dir = std::path::absolute(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        config.policy.beside = dir.with_file_name("policy.toml");
         Ok(config)
     }
 
@@ -285,6 +305,12 @@ impl Config {
                 ));
             }
         }
+        if let Some(file) = self.policy.file.as_ref().filter(|file| !file.is_absolute()) {
+            return Err(format!(
+                "policy.file is {}; it must be an absolute path",
+                file.display()
+            ));
+        }
         if self.paths.state == self.paths.run {
             return Err(
                 "paths.state and paths.run must differ: one survives a reboot, the other must not"
@@ -314,6 +340,20 @@ impl Config {
                 .map_err(|wrong| format!("registries.\"{host}\" {wrong}"))?;
         }
         Ok(())
+    }
+
+    /// Where the policy is, and what it never gives away.
+    #[must_use]
+    pub fn policy_source(&self) -> policy::Source {
+        policy::Source {
+            path: self
+                .policy
+                .file
+                .clone()
+                .unwrap_or_else(|| self.policy.beside.clone()),
+            required: self.policy.file.is_some(),
+            own: vec![self.paths.state.clone(), self.paths.run.clone()],
+        }
     }
 
     /// The token that the device joins with.

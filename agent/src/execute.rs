@@ -146,6 +146,13 @@ async fn perform<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
         } => match start(tools, &id, release, *service).await {
             Ok(()) => Outcome::Started { id },
             Err(error) => Outcome::StartFailed {
+                code: match error {
+                    StartError::Denied(_) => ReasonCode::PolicyDenied,
+                    StartError::DeviceMissing(_) => ReasonCode::DeviceMissing,
+                    StartError::Refused(_) | StartError::Failed { .. } | StartError::Io { .. } => {
+                        ReasonCode::StartFailed
+                    }
+                },
                 refused: matches!(error, StartError::Refused(_)),
                 message: chain(&error),
                 id,

@@ -19,10 +19,11 @@
 //! | [`probe`] | asking containers whether they are ready |
 //! | [`link`] | the MQTT session |
 //! | [`state`] | files that survive a power cut |
+//! | [`policy`] | what the device's owner lets apps ask for |
 //! | [`stage`] | pulling and unpacking images in a child process |
 //! | [`runtime`] | containers, behind a trait; libcontainer and a fake |
 //! | [`shim`], [`exec`] | the programs that start a container, and a command in one |
-//! | [`status`], [`removal`], [`doctor`] | what an operator on the device asks for |
+//! | [`status`], [`removal`], [`volumes`], [`doctor`] | what an operator on the device asks for |
 //! | [`watchdog`] | signs of life for the supervisor and the hardware |
 //! | [`config`], [`inventory`], [`clock`] | the configuration, the device, its clocks |
 
@@ -41,6 +42,7 @@ pub mod link;
     clippy::wildcard_enum_match_arm
 )]
 pub mod plan;
+pub mod policy;
 pub mod probe;
 pub mod reconcile;
 pub mod removal;
@@ -50,4 +52,5 @@ pub mod stage;
 pub mod state;
 pub mod status;
 pub mod update_lock;
+pub mod volumes;
 pub mod watchdog;

@@ -18,6 +18,7 @@ use foreshore_agent::runtime::Runtime as _;
 use foreshore_agent::runtime::oci::{self, OciConfig, OciRuntime};
 use foreshore_agent::state::{Loaded, OpenError, State};
 use foreshore_agent::status::{ContainerLine, Published};
+use foreshore_agent::volumes::{self, VolumeId};
 use foreshore_agent::watchdog::{Environment, Watchdog};
 use foreshore_agent::{clock, disk, doctor, exec, link, plan, removal, shim, stage, state, status};
 use foreshore_images::store::Store;
@@ -84,12 +85,38 @@ enum Command {
         #[arg(long)]
         purge: bool,
     },
+    /// The named volumes of this device: they outlive releases and apps, and go only with `volume remove`.
+    #[command(subcommand)]
+    Volume(Volumes),
     /// Pull and unpack images. The agent starts this by itself.
     #[command(hide = true)]
     Stage {
         #[command(flatten)]
         at: At,
         images: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Volumes {
+    /// Show every volume and which containers use it; needs no hub and no running agent.
+    List {
+        #[command(flatten)]
+        at: At,
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Delete a volume with all that is in it. Refused while a container uses it. Exit status 1 when it was not deleted.
+    Remove {
+        #[command(flatten)]
+        at: At,
+        /// Which, as `volume list` shows it.
+        #[arg(value_name = "APP/NAME")]
+        volume: VolumeId,
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
     },
 }
 
@@ -136,6 +163,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status { at, output } => {
             show_status(&at.config, output).map(|()| ExitCode::SUCCESS)
         }
+        Command::Volume(command) => volumes_command(command).map(|()| ExitCode::SUCCESS),
         Command::StopAll(at) => stop_all(&at.config).map(|()| ExitCode::SUCCESS),
         Command::RemoveAll { at, purge } => {
             remove_all(&at.config, purge).map(|()| ExitCode::SUCCESS)
@@ -151,6 +179,10 @@ fn check_config(path: &Path) -> ExitCode {
     });
     match checked {
         Ok(config) => {
+            if let Err(error) = config.policy_source().load() {
+                eprintln!("foreshore-agent: {:#}", anyhow::Error::from(error));
+                return ExitCode::from(2);
+            }
             println!("{} is fine: device {}", path.display(), config.device);
             ExitCode::SUCCESS
         }
@@ -214,6 +246,7 @@ fn open_runtime(config: &Config) -> anyhow::Result<OciRuntime> {
         cgroup_parent: config.cgroup.parent.clone(),
         agent_exe,
         user_namespaces: config.isolation.user_namespaces,
+        policy: config.policy_source(),
     })?)
 }
 
@@ -304,6 +337,34 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
             _ = interrupt.recv() => {}
         }
     })
+}
+
+fn volumes_command(command: Volumes) -> anyhow::Result<()> {
+    need_root()?;
+    let mut out = std::io::stdout().lock();
+    match command {
+        Volumes::List { at, output } => {
+            let paths = Config::load(&at.config)?.paths;
+            let volumes = volumes::list(&paths.state, &paths.run)?;
+            match output {
+                Output::Json => {
+                    serde_json::to_writer_pretty(&mut out, &volumes)?;
+                    writeln!(out)?;
+                }
+                Output::Text => out.write_all(volumes::table(&volumes).as_bytes())?,
+            }
+        }
+        Volumes::Remove { at, volume, output } => {
+            let paths = Config::load(&at.config)?.paths;
+            volumes::remove(&paths.state, &paths.run, &volume)?;
+            let name = format!("{}/{}", volume.app, volume.name);
+            match output {
+                Output::Json => writeln!(out, "{}", serde_json::json!({"removed": name}))?,
+                Output::Text => writeln!(out, "removed volume {name}")?,
+            }
+        }
+    }
+    Ok(())
 }
 
 fn stop_all(path: &Path) -> anyhow::Result<()> {
@@ -431,6 +492,7 @@ fn work_out(config: &Config) -> anyhow::Result<Published> {
         releases,
         images,
         update_locks: UpdateLocks::default(),
+        verdicts: BTreeMap::new(),
         busy: Busy::default(),
         ..Observed::default()
     };

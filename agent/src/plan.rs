@@ -33,6 +33,7 @@ use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
 use serde::{Deserialize, Serialize};
 
+use crate::policy::PolicyVerdict;
 use crate::runtime::{Container, ContainerId};
 
 mod app;
@@ -133,6 +134,8 @@ pub struct Observed {
     pub disk: Disk,
     /// What running containers take of it, as far as that was counted.
     pub usage: BTreeMap<ContainerId, DiskUsage>,
+    /// The releases in `releases` that the device's policy does not allow, or not now.
+    pub verdicts: BTreeMap<Digest, PolicyVerdict>,
     /// What is being done at this moment; no second step is planned on it.
     pub busy: Busy,
 }

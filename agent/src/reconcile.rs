@@ -30,6 +30,7 @@ use crate::execute::{Tools, chain};
 use crate::inventory;
 use crate::link::{Birth, Incoming, Link, Outgoing, Receipt};
 use crate::plan::{BootId, BootMs, Busy, History, Outcome};
+use crate::policy;
 use crate::runtime::{ContainerState, Runtime};
 use crate::state::{Loaded, Outbox, State};
 use crate::status::{ContainerLine, Doing, Published};
@@ -169,6 +170,7 @@ pub struct Agent<R> {
     staging: Option<(Digest, AbortHandle)>,
     probes: Probes,
     update_locks: Locks,
+    policy: policy::Watched,
     fetching: BTreeSet<Digest>,
     offered: Option<Offered>,
     connected_at: Option<Instant>,
@@ -190,6 +192,7 @@ impl<R: Runtime + 'static> Agent<R> {
         let boot_count = parts.memory.state.borrow().boot();
         let interval = parts.config.hub.report_interval();
         let run = parts.config.paths.run.clone();
+        let policy = parts.config.policy_source();
         Self {
             uplink: Uplink::new(parts.link, boot_count, interval, BEACON_INTERVAL),
             disk: DiskWatch::new(&parts.config),
@@ -210,6 +213,7 @@ impl<R: Runtime + 'static> Agent<R> {
             staging: None,
             probes: Probes::new(),
             update_locks: Locks::new(run),
+            policy: policy::Watched::new(policy),
             fetching: BTreeSet::new(),
             offered: None,
             connected_at: None,

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) mod backstage;
 pub(crate) mod cgroup;
 pub(crate) mod device_filter;
+pub(crate) mod devices;
 pub(crate) mod entry;
 pub mod fake;
 mod ids;
@@ -221,6 +222,12 @@ pub enum StartError {
     /// such command, missing bind source). Trying again will not help.
     #[error("{0}")]
     Refused(String),
+    /// The device's policy does not allow it, or cannot be read. That may change.
+    #[error("{0}")]
+    Denied(String),
+    /// A device node that it needs is not there. That may change.
+    #[error("{0}")]
+    DeviceMissing(String),
     /// The helper that starts containers failed.
     #[error("failed to start container {id}: {message}")]
     Failed {

@@ -37,6 +37,7 @@ use serde_json::{Value, json};
 
 use crate::runtime::backstage::{Backstage, BackstageError, ROOTFS, lacks};
 use crate::runtime::device_filter;
+use crate::runtime::devices::{self, AccessError};
 use crate::runtime::mount_table;
 use crate::runtime::process::{Identity, PidFd};
 use crate::runtime::request::{
@@ -64,6 +65,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(never) => match never {},
         Err(Failure::Refused(refusal)) => StartReport::Refused(refusal),
         Err(Failure::Unmappable(reason)) => StartReport::Unmappable(reason),
+        Err(Failure::Denied(message)) => StartReport::Denied(message),
+        Err(Failure::Missing(message)) => StartReport::Missing(message),
         Err(Failure::Failed(message)) => StartReport::Failed(message),
     };
     report(&failure);
@@ -82,7 +85,21 @@ fn report(report: &StartReport) {
 enum Failure {
     Refused(String),
     Unmappable(String),
+    Denied(String),
+    Missing(String),
     Failed(String),
+}
+
+impl From<AccessError> for Failure {
+    fn from(error: AccessError) -> Self {
+        let text = chain(&error);
+        match error {
+            AccessError::Denied(_) => Self::Denied(text),
+            AccessError::Missing(_) => Self::Missing(text),
+            AccessError::NotADevice(_) | AccessError::Refused(_) => Self::Refused(text),
+            AccessError::Io { .. } => Self::Failed(text),
+        }
+    }
 }
 
 impl From<Refusal> for Failure {
@@ -254,7 +271,18 @@ fn prepare(
     namespace: Option<&UserNamespace>,
 ) -> Result<Prepared, Failure> {
     let Request { service, image, .. } = request;
-    let mut backstage = Backstage::mount(namespace, bind_sources(service)?)?;
+    let (name, grant) = (
+        request.id.service.as_str(),
+        request.grant.clone().resolved(),
+    );
+    grant.allows(name, service).map_err(AccessError::from)?;
+    let nodes = devices::find(&grant, name, service)?;
+    let sources = devices::bind_sources(&grant, name, service)?;
+    let held = sources
+        .iter()
+        .map(|source| (source.named.as_path(), source.path()));
+    let mut backstage = Backstage::mount(namespace, held)?;
+    drop(sources);
     backstage.mount_overlay(&request.layers, request.writable.as_deref())?;
     let root = Root::open(Path::new(ROOTFS), request.base.unwrap_or(0))?;
     root.check_plain()?;
@@ -290,6 +318,7 @@ fn prepare(
     };
     let mut configuration = spec::configuration(&input)?;
     configuration["root"]["path"] = json!(ROOTFS);
+    devices::add(&nodes, &mut configuration);
     if let Some(namespace) = namespace {
         join(&mut configuration, namespace, &backstage)?;
     }
@@ -335,24 +364,6 @@ fn join(
         }
     }
     Ok(())
-}
-
-/// What of the device will be bind-mounted.
-fn bind_sources(service: &Service) -> Result<Vec<&Path>, Refusal> {
-    let sources = service
-        .volumes
-        .iter()
-        .filter_map(|volume| match &volume.source {
-            VolumeSource::Named(_) => None,
-            VolumeSource::Bind(source) => Some(source),
-        });
-    sources
-        .map(|source| {
-            let path = Path::new(source);
-            let missing = || Refusal::MissingSource(source.chars().take(200).collect());
-            path.exists().then_some(path).ok_or_else(missing)
-        })
-        .collect()
 }
 
 fn real_mount_points(service: &Service, root: &Root) -> Result<Service, Refusal> {

@@ -18,6 +18,7 @@ use bed::{Bed, Device, shop, wait_for};
 use foreshore_agent::runtime::ContainerState;
 use foreshore_agent::runtime::Exit;
 use foreshore_agent::runtime::fake::{Call, Fault};
+use foreshore_protocol::manifest::NetworkMode;
 use foreshore_protocol::message::{EventKind, Phase, ReasonCode};
 
 /// Runs an async test on the one thread that the agent runs on.
@@ -378,5 +379,34 @@ fn damaged_state_is_set_aside_told_and_rebuilt_around_what_runs() {
             device.phase("shop", Phase::Succeeded).await;
         }
         assert_eq!(device.starts(), 1);
+    });
+}
+
+#[test]
+fn a_release_that_the_policy_denies_is_rejected_until_the_owner_allows_it() {
+    run(async {
+        let bed = Bed::new();
+        let one = bed.release(&shop("one"));
+        let mut host = shop("two");
+        host.network_mode = NetworkMode::Host;
+        let two = bed.release(&host);
+        let device = Device::start(&bed).await;
+        bed.hub.assign(1, &one);
+        device.phase("shop", Phase::Succeeded).await;
+        bed.hub.assign(2, &two);
+        let reason = device.phase("shop", Phase::Rejected).await.reason.unwrap();
+        assert_eq!(reason.code, ReasonCode::PolicyDenied);
+        let file = bed.policy_file();
+        assert!(
+            reason.message.contains("host_network = true")
+                && reason.message.contains(&file.display().to_string()),
+            "{reason:?}"
+        );
+        device.running("shop", &one).await;
+        // No signal, no restart: the file is read again when it changed.
+        std::fs::write(&file, "[apps.shop]\nhost_network = true\n").unwrap();
+        bed.hub.assign(3, &two);
+        device.phase("shop", Phase::Succeeded).await;
+        device.running("shop", &two).await;
     });
 }

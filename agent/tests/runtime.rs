@@ -24,6 +24,8 @@ mod limits;
 mod logs;
 #[path = "runtime/network.rs"]
 mod network;
+#[path = "runtime/passthrough.rs"]
+mod passthrough;
 #[path = "runtime/process.rs"]
 mod process;
 #[path = "runtime/userns.rs"]

@@ -13,6 +13,25 @@ fn the_sample_is_valid_as_it_stands() {
 }
 
 #[test]
+fn the_sample_policy_is_valid_and_allows_what_the_sample_app_asks_for() {
+    use foreshore_agent::policy;
+    let text =
+        fs::read_to_string(SAMPLE.replace("agent.toml", "policy.toml")).expect("it is there");
+    let policy: policy::Policy = toml::from_str(&text).expect("configs/policy.toml is valid");
+    let app = fs::read(SAMPLE.replace("agent.toml", "apps/gateway.yaml")).expect("it is there");
+    let app = foreshore_protocol::manifest::parse(&app).expect("the sample app is valid");
+    let grant = policy.grant(&app.metadata.name);
+    for (name, service) in &app.spec.services {
+        grant
+            .allows(name.as_str(), service)
+            .expect("the samples go together");
+    }
+    let other = policy.grant(&"other".parse().expect("a name"));
+    let asks = |service| other.allows("modbus", service).is_err();
+    assert!(app.spec.services.values().any(asks));
+}
+
+#[test]
 fn every_registry_key_of_the_sample_exists() {
     let text = fs::read_to_string(SAMPLE).expect("the sample is there");
     let (before, commented) = text

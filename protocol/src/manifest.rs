@@ -15,11 +15,13 @@ use crate::id::{AppName, LabelKey, LabelValue, Labels, ServiceName, VolumeName};
 use crate::quantity::{Bytes, Cpus, Span};
 
 pub(crate) mod check;
+mod device;
 mod explain;
 mod lifecycle;
 mod parse;
 
 pub use check::{MAX_SERVICES, MAX_WAVES, Violation};
+pub use device::{DeviceAccess, DeviceMapping};
 pub use lifecycle::{Condition, Dependencies, Dependency, Deploy, Hook, UpdateConfig, UpdateOrder};
 pub use parse::{MAX_DEPTH, MAX_MANIFEST_BYTES, ManifestError, parse};
 
@@ -190,6 +192,10 @@ pub struct Service {
         skip_serializing_if = "defaults::is_priority"
     )]
     pub priority: u8,
+    /// Device nodes: `/dev/ttyUSB0`, `/dev/ttyUSB0:/dev/modem` or `/dev/i2c-1:/dev/i2c-1:r`. The device's policy must
+    /// allow them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceMapping>,
 }
 
 /// `storage_opt:` of a [`Service`] (Compose).
@@ -667,6 +673,7 @@ macro_rules! string_serde {
 }
 string_serde!(Tmpfs);
 string_serde!(VolumeMount);
+string_serde!(DeviceMapping);
 string_serde!(RestartPolicy);
 
 impl fmt::Display for Tmpfs {

@@ -221,6 +221,10 @@ pub enum ReasonCode {
     DiskLimit,
     /// The container was stopped because the device runs out of disk space.
     Evicted,
+    /// The device's policy file does not allow what the release asks for.
+    PolicyDenied,
+    /// A device node that a service needs is not there.
+    DeviceMissing,
 }
 
 /// One service in an [`AppStatus`].

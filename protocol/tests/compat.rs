@@ -165,6 +165,8 @@ fn reports_with_every_phase_and_reason() {
         R::UpdateLocked,
         R::DiskLimit,
         R::Evicted,
+        R::PolicyDenied,
+        R::DeviceMissing,
     ];
     let states = [
         ServiceState::Waiting,

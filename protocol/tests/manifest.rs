@@ -118,7 +118,7 @@ fn keys_that_do_not_exist_or_are_not_built() {
         "pre_stop: [{command: [a], user: root}]",
         "deploy: {replicas: 3}",
         "deploy: {update_config: {parallelism: 2}}",
-        "devices: [/dev/ttyUSB0]",
+        "device_cgroup_rules: [\"c 1:3 rw\"]",
         "healthcheck: {test: [a]}",
         "build: .",
         "networks: [a]",
@@ -222,6 +222,18 @@ fn values_of_the_wrong_type_or_out_of_range() {
         "volumes: [\"/a/../b:/c\"]",
         "volumes: [\"a:/x\", \"b:/x\"]",
         "volumes: [\"a:/x/\"]",
+        "devices: [ttyUSB0]",
+        "devices: [/etc/passwd]",
+        "devices: [/dev/../etc/passwd]",
+        "devices: [/dev/ttyUSB*]",
+        "devices: [/dev/null]",
+        "devices: [\"/dev/x:/dev/pts/0\"]",
+        "devices: [\"/dev/x:/etc/x\"]",
+        "devices: [\"/dev/x:m\"]",
+        "devices: [\"/dev/x:/dev/y:rr\"]",
+        "devices: [\"/dev/x:/dev/y:rw:z\"]",
+        "devices: [/dev/x, \"/dev/y:/dev/x\"]",
+        "devices: [/dev/x, \"/dev/y:/dev/x/y\"]",
         "probes: {readiness: {}}",
         "probes: {readiness: {tcp: {port: 1}, http: {port: 1}}}",
         "probes: {readiness: {tcp: {port: 0}}}",
@@ -410,6 +422,7 @@ fn mixed_waves_and_the_edges_of_ranges_are_accepted() {
         "working_dir: /",
         "tmpfs: [/tmp, /run:size=4k]",
         "volumes: [\"/proc:/host/proc:ro\", \"data:/devices\", \"/:/host:ro\"]",
+        "devices: [/dev/ttyUSB0, \"/dev/i2c-1:r\", \"/dev/serial/by-id/usb-ACME_7-if00:/dev/modem\", \"/dev/x:/dev/sub/y:rwm\"]",
         "environment: [A=b=c, B=]",
         "command: [sh, -c, \"echo $HOME $$ $${HOME}\"]",
         "probes: {readiness: {http: {port: 65535}, timeout: 5m, period: 100ms, success_threshold: 1000}}",
@@ -540,6 +553,7 @@ fn services_without_the_later_keys_keep_their_digest() {
         "cpu_shares",
         "storage_opt",
         "priority",
+        "devices",
         "liveness",
         "startup",
     ];
@@ -588,4 +602,24 @@ fn shares_layer_sizes_and_priorities() {
         ("io", app("blkio_config: {weight: 10}")),
     ]);
     insta::assert_snapshot!(refused);
+}
+
+#[test]
+fn devices_are_written_as_compose_has_them() {
+    use foreshore_protocol::manifest::{DeviceAccess, DeviceMapping};
+    for (text, source, target, access) in [
+        ("/dev/ttyUSB0", "/dev/ttyUSB0", "/dev/ttyUSB0", "rwm"),
+        ("/dev/ttyUSB0:r", "/dev/ttyUSB0", "/dev/ttyUSB0", "r"),
+        ("/dev/a:/dev/b", "/dev/a", "/dev/b", "rwm"),
+        ("/dev/a:/dev/b:wr", "/dev/a", "/dev/b", "rw"),
+    ] {
+        let device: DeviceMapping = text.parse().unwrap();
+        assert_eq!(
+            (device.source.as_str(), device.target.as_str()),
+            (source, target)
+        );
+        assert_eq!(device.access.to_string(), access);
+        assert_eq!(device.to_string().parse::<DeviceMapping>().unwrap(), device);
+    }
+    assert_eq!("rwm".parse(), Ok(DeviceAccess::ALL));
 }

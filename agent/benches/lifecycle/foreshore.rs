@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use foreshore_agent::policy::Source;
 use foreshore_agent::runtime::oci::{OciConfig, OciRuntime, UserNamespaces};
 use foreshore_agent::runtime::{ContainerId, ContainerSpec, ImageConfig, Runtime as _};
 use foreshore_protocol::release::service_digest;
@@ -45,6 +46,11 @@ impl Bench {
             cgroup_parent: format!("foreshore-bench-{}-{user_namespaces:?}", std::process::id()),
             agent_exe: env!("CARGO_BIN_EXE_foreshore-agent").into(),
             user_namespaces,
+            policy: Source {
+                path: dir.join("policy.toml"),
+                required: false,
+                own: Vec::new(),
+            },
         };
         let runtime = tokio
             .block_on(async { OciRuntime::new(config) })

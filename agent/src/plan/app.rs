@@ -12,7 +12,9 @@ use foreshore_protocol::{AppName, Digest};
 use super::health::{Health, health};
 use super::history::reason;
 use super::service::{self, Target};
-use super::{AppHistory, Assignment, Draft, LastKnownGood, ObservedContainer, Poison, Trial};
+use super::{
+    AppHistory, Assignment, Draft, LastKnownGood, ObservedContainer, Poison, PolicyVerdict, Trial,
+};
 
 /// A release during whose trial the device booted so often takes the device down.
 const MAX_TRIAL_BOOTS: u32 = 3;
@@ -251,6 +253,21 @@ fn gate(draft: &mut Draft<'_>, app: &AppName, release: Digest) -> Gate {
             Phase::Rejected,
             Some(reason(ReasonCode::BadRelease, None, &why)),
         );
+    }
+    match draft.observed.verdicts.get(&release) {
+        Some(PolicyVerdict::Denied(why)) => {
+            return Gate::Closed(
+                Phase::Rejected,
+                Some(reason(ReasonCode::PolicyDenied, None, why)),
+            );
+        }
+        Some(PolicyVerdict::Unknown(why)) => {
+            return Gate::Closed(
+                Phase::Blocked,
+                Some(reason(ReasonCode::PolicyDenied, None, why)),
+            );
+        }
+        None => {}
     }
     let missing = Target::new(release, manifest).missing_images(&draft.observed.images);
     if missing.is_empty() {

@@ -230,9 +230,13 @@ impl History {
             }
             Outcome::StartFailed {
                 id,
+                code,
                 message,
                 refused,
-            } => self.record_start_failure(id, message, *refused, now),
+            } => {
+                let why = reason(*code, Some(id.service.clone()), message);
+                self.record_start_failure(id, why, *refused, now);
+            }
             Outcome::Stopped { id } => {
                 if let Some(service) = self.service_of(id) {
                     // Stopped to be replaced: what comes in its place waits for its dependencies again.
@@ -301,8 +305,7 @@ impl History {
         );
     }
 
-    fn record_start_failure(&mut self, id: &ContainerId, message: &str, refused: bool, now: Now) {
-        let why = reason(ReasonCode::StartFailed, Some(id.service.clone()), message);
+    fn record_start_failure(&mut self, id: &ContainerId, why: Reason, refused: bool, now: Now) {
         let Some(app) = self.apps.get_mut(&id.app) else {
             return;
         };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use foreshore_protocol::message::Reason;
+use foreshore_protocol::message::{Reason, ReasonCode};
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use crate::runtime::ContainerId;
@@ -94,6 +94,8 @@ pub enum Outcome {
     StartFailed {
         /// Which.
         id: ContainerId,
+        /// Why.
+        code: ReasonCode,
         /// Why, for people.
         message: String,
         /// Whether trying again is of no use: image and service do not fit together.

@@ -888,3 +888,78 @@ fn one_app_s_change_does_not_touch_another() {
 
 mod disk;
 mod properties;
+
+#[test]
+fn a_release_that_the_devices_policy_denies_is_rejected_before_anything_is_staged() {
+    let good = web("good", 1);
+    let mut world = settled(&good);
+    let bad = web("good", 2);
+    let why = "service web asks for the device's network".to_owned();
+    world
+        .verdicts
+        .insert(bad.digest(), PolicyVerdict::Denied(why.clone()));
+    world.assign(&bad);
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Rejected);
+    let reason = status.reason.unwrap();
+    assert_eq!(
+        (reason.code, reason.message),
+        (ReasonCode::PolicyDenied, why)
+    );
+    assert_eq!(status.running, Some(good.digest()));
+    assert!(world.stopped.is_empty() && world.started.len() == 1 && world.images.len() == 1);
+    // The owner allows it, and the hub assigns it again.
+    world.verdicts.clear();
+    world.assign(&bad);
+    world.run(HOUR);
+    assert_eq!(world.status("shop").running, Some(bad.digest()));
+}
+
+#[test]
+fn while_the_policy_cannot_be_used_new_releases_wait_and_the_old_ones_run_on() {
+    let mut world = settled(&web("good", 1));
+    let next = web("good", 2);
+    for release in [&web("good", 1), &next] {
+        let why = "policy /etc/foreshore/policy.toml is not valid".to_owned();
+        world
+            .verdicts
+            .insert(release.digest(), PolicyVerdict::Unknown(why));
+    }
+    world.assign(&next);
+    world.containers.clear();
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Blocked);
+    assert_eq!(status.reason.unwrap().code, ReasonCode::PolicyDenied);
+    assert_eq!(world.running("shop")["web"], web("good", 1).digest());
+    world.verdicts.clear();
+    world.run(HOUR);
+    assert_eq!(world.status("shop").running, Some(next.digest()));
+}
+
+#[test]
+fn a_service_whose_device_is_not_plugged_in_waits_for_it_and_says_so() {
+    let first = web("needs-device", 1);
+    let mut world = settled(&first);
+    world.unplugged = true;
+    world.reboot();
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Succeeded);
+    assert_eq!(status.reason.unwrap().code, ReasonCode::DeviceMissing);
+    assert!(world.running("shop").is_empty());
+    world.unplugged = false;
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!((status.reason, world.running("shop").len()), (None, 1));
+    // A release on trial has until its deadline, as for anything else that is not ready.
+    world.unplugged = true;
+    world.assign(&web("needs-device", 2));
+    world.run(DEADLINE_MS - 1_000);
+    assert_eq!(world.phase("shop"), Phase::Activating);
+    world.run(2_000);
+    let reason = world.status("shop").reason.unwrap();
+    assert_eq!(reason.code, ReasonCode::DeadlineExceeded);
+    assert!(reason.message.contains("/dev/ttyUSB0"), "{reason:?}");
+}

@@ -1,7 +1,7 @@
 //! A model of a device: does the steps of plans on virtual time. For tests.
 //!
 //! How a container behaves is written in its service's command: `good`, `never-ready`, `refuse`,
-//! `exit CODE AFTER_MS`, `unready AFTER_MS`, `hang AFTER_MS` (its liveness probe fails then), `slow MS` (its startup
+//! `needs-device`, `exit CODE AFTER_MS`, `unready AFTER_MS`, `hang AFTER_MS` (its liveness probe fails then), `slow MS` (its startup
 //! probe succeeds then), `never-up MS` (fails then). `good` with a probe is ready 100 ms after its start.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -71,6 +71,10 @@ pub(super) struct World {
     pub(super) usage: BTreeMap<ContainerId, DiskUsage>,
     /// Whether the last plan's wishes changed them.
     locks_changed: bool,
+    /// What the device's policy says of releases.
+    pub(super) verdicts: BTreeMap<Digest, PolicyVerdict>,
+    /// Whether the device node that `needs-device` needs is missing.
+    pub(super) unplugged: bool,
     /// Apps that hold their lock.
     pub(super) busy_apps: BTreeSet<AppName>,
     /// Every container that was ever started, in order.
@@ -101,6 +105,8 @@ impl World {
             disk: Disk::default(),
             usage: BTreeMap::new(),
             locks_changed: false,
+            verdicts: BTreeMap::new(),
+            unplugged: false,
             busy_apps: BTreeSet::new(),
             started: Vec::new(),
             stopped: Vec::new(),
@@ -195,6 +201,7 @@ impl World {
             pinned: self.pinned.clone(),
             disk: self.disk,
             usage: self.usage.clone(),
+            verdicts: self.verdicts.clone(),
             busy: Busy::default(),
         }
     }
@@ -270,9 +277,18 @@ impl World {
                     !self.started.iter().any(|(other, _)| other == id),
                     "{id} twice"
                 );
+                if self.unplugged && words(&service) == ["needs-device"] {
+                    return Some(Outcome::StartFailed {
+                        id: id.clone(),
+                        code: ReasonCode::DeviceMissing,
+                        message: "device /dev/ttyUSB0 is not there".to_owned(),
+                        refused: false,
+                    });
+                }
                 if words(&service) == ["refuse"] {
                     return Some(Outcome::StartFailed {
                         id: id.clone(),
+                        code: ReasonCode::StartFailed,
                         message: "no such command".to_owned(),
                         refused: true,
                     });
@@ -322,7 +338,7 @@ impl World {
                             (watched.plus(100), started.plus(after.parse().unwrap()));
                         Some(if ready > self.now.ms { ready } else { later })
                     }
-                    ["good"] => Some(watched.plus(100)),
+                    ["good" | "needs-device"] => Some(watched.plus(100)),
                     _ => None,
                 }
             })

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use foreshore_killpoint as killpoint;
 use foreshore_protocol::message::{AppStatus, EventKind, ServiceState};
+use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 use tokio::time::Instant;
 
@@ -15,6 +16,7 @@ use crate::link::Outgoing;
 use crate::plan::{
     self, BootMs, Desired, History, Notice, Observed, ObservedContainer, Outcome, Plan, Step,
 };
+use crate::policy::{self, PolicyVerdict};
 use crate::runtime::{Container, ContainerId, Runtime};
 use crate::status::{self, ContainerLine, Published};
 
@@ -80,8 +82,28 @@ impl<R: Runtime + 'static> Agent<R> {
             pinned: self.pinned.clone(),
             disk: self.disk.observed(),
             usage: self.disk.usage(),
+            verdicts: self.verdicts(),
             busy: self.busy.clone(),
         }
+    }
+
+    /// What the device's policy says of the releases on disk, with the file read again if it changed.
+    fn verdicts(&mut self) -> BTreeMap<Digest, PolicyVerdict> {
+        if self.policy.refresh()
+            && let Err(error) = self.policy.policy()
+        {
+            tracing::error!(error, "the policy cannot be used; what runs keeps running");
+        }
+        let verdict = |release: &Release| match self.policy.policy() {
+            Err(error) => Some(PolicyVerdict::Unknown(error.clone())),
+            Ok(policy) => policy::allows(policy, &release.app, release)
+                .err()
+                .map(|denied| PolicyVerdict::Denied(denied.to_string())),
+        };
+        self.releases
+            .iter()
+            .filter_map(|(digest, release)| Some((*digest, verdict(release)?)))
+            .collect()
     }
 
     fn settle_update_locks(&mut self, wanted: &BTreeSet<AppName>) {

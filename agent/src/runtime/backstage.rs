@@ -57,21 +57,21 @@ pub(crate) enum BackstageError {
 #[derive(Debug)]
 pub(crate) struct Backstage<'a> {
     namespace: Option<&'a UserNamespace>,
-    sources: BTreeMap<PathBuf, Detached>,
+    sources: BTreeMap<PathBuf, Vec<Detached>>,
     mounted: u32,
 }
 
 impl<'a> Backstage<'a> {
-    /// Mounts it. `sources` are paths of the device that will be bind-mounted, with what is mounted below them; they may be
-    /// in `/dev`. This process must have a mount namespace of its own.
+    /// Mounts it. `sources` are what of the device will be bind-mounted, with what is mounted below it: by which name, and
+    /// where it is found now. This process must have a mount namespace of its own.
     pub(crate) fn mount<'p>(
         namespace: Option<&'a UserNamespace>,
-        sources: impl IntoIterator<Item = &'p Path>,
+        sources: impl IntoIterator<Item = (&'p Path, PathBuf)>,
     ) -> Result<Self, StepError> {
-        let mut copies = BTreeMap::new();
-        for path in sources {
-            let copy = Detached::copy_tree(path).step(|| format!("open {}", path.display()))?;
-            copies.insert(path.to_owned(), copy);
+        let mut copies: BTreeMap<PathBuf, Vec<Detached>> = BTreeMap::new();
+        for (name, path) in sources {
+            let copy = Detached::copy_tree(&path).step(|| format!("open {}", name.display()))?;
+            copies.entry(name.to_owned()).or_default().push(copy);
         }
         let options = Some("size=16m,mode=0755");
         mount(
@@ -221,7 +221,8 @@ impl<'a> Backstage<'a> {
         read_only: bool,
     ) -> Result<PathBuf, BackstageError> {
         let act = || format!("open {}", source.display());
-        let copy = match (self.sources.remove(source), tree) {
+        let checked = self.sources.get_mut(source).and_then(Vec::pop);
+        let copy = match (checked, tree) {
             (Some(copy), _) => copy,
             (None, true) => Detached::copy_tree(source).step(act)?,
             (None, false) => Detached::copy(source).step(act)?,

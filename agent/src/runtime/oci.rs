@@ -43,6 +43,7 @@ use super::{
 };
 use watch::Watch;
 
+use crate::policy::{self, Grant};
 use crate::update_lock;
 
 mod children;
@@ -75,6 +76,8 @@ pub struct OciConfig {
     pub agent_exe: PathBuf,
     /// Whether containers get user namespaces.
     pub user_namespaces: UserNamespaces,
+    /// What apps may ask for; read at every start.
+    pub policy: policy::Source,
 }
 
 /// Whether containers get user namespaces of their own. Only the device's owner decides that, no manifest.
@@ -236,8 +239,18 @@ impl OciRuntime {
         }
     }
 
+    /// What the policy, as it is on disk now, allows to the app. Without a usable one, what needs none still starts: a
+    /// mistake in the file must not take down what it is not about.
+    fn grant(&self, spec: &ContainerSpec) -> Result<Grant, StartError> {
+        match self.config.policy.load() {
+            Ok(policy) => Ok(policy.grant(&spec.id.app)),
+            Err(_) if !policy::is_privileged(&spec.service) => Ok(Grant::default()),
+            Err(error) => Err(StartError::Denied(crate::execute::chain(&error))),
+        }
+    }
+
     /// Writes the container's directory, complete before it has its name.
-    fn create_dir(&self, spec: &ContainerSpec) -> io::Result<PathBuf> {
+    fn create_dir(&self, spec: &ContainerSpec, grant: &Grant) -> io::Result<PathBuf> {
         let id = spec.id.to_string();
         let dir = self.dir(&spec.id);
         let fresh = self.containers().join(format!("{id}.new"));
@@ -266,6 +279,7 @@ impl OciRuntime {
             id: spec.id.clone(),
             service: spec.service.clone(),
             image: spec.image.clone(),
+            grant: grant.clone(),
             layers: spec.layers.clone(),
             cgroup: self.cgroups.path(&id),
             base: mapping.as_ref().ok().copied(),
@@ -413,6 +427,7 @@ impl Runtime for OciRuntime {
         if spec.layers.is_empty() {
             return Err(StartError::Refused("the image has no layers".to_owned()));
         }
+        let grant = self.grant(spec)?;
         if self.dir(&spec.id).exists() || !self.starting().insert(spec.id.clone()) {
             return Err(failed("it exists already; remove it first".to_owned()));
         }
@@ -422,10 +437,11 @@ impl Runtime for OciRuntime {
             source,
         })?;
         let create = || {
-            self.create_dir(spec).map_err(|source| StartError::Io {
-                act: format!("create {}", self.dir(&spec.id).display()),
-                source,
-            })
+            self.create_dir(spec, &grant)
+                .map_err(|source| StartError::Io {
+                    act: format!("create {}", self.dir(&spec.id).display()),
+                    source,
+                })
         };
         let mut outcome = children::start(&self.program, &create()?, START_TIMEOUT).await;
         if let children::Outcome::Unmappable(reason) = &outcome {
@@ -447,6 +463,8 @@ impl Runtime for OciRuntime {
                 return Ok(());
             }
             children::Outcome::Refused(refusal) => StartError::Refused(refusal),
+            children::Outcome::Denied(message) => StartError::Denied(message),
+            children::Outcome::Missing(message) => StartError::DeviceMissing(message),
             children::Outcome::Unmappable(message) => failed(message),
             children::Outcome::Failed(message) => failed(message),
         };

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::process::Identity;
 use super::{ContainerId, ImageConfig};
+use crate::policy::Grant;
 
 /// The name of the [`Request`] file.
 pub(crate) const REQUEST: &str = "request.json";
@@ -43,6 +44,9 @@ pub(crate) struct Request {
     pub(crate) id: ContainerId,
     pub(crate) service: Service,
     pub(crate) image: ImageConfig,
+    /// What the device's policy allows to the app.
+    #[serde(default)]
+    pub(crate) grant: Grant,
     /// Lowest first.
     pub(crate) layers: Vec<PathBuf>,
     /// Below each hierarchy, beginning with `/`.
@@ -93,6 +97,10 @@ pub(crate) enum StartReport {
     Refused(String),
     /// It would run without a user namespace.
     Unmappable(String),
+    /// The device's policy does not allow it.
+    Denied(String),
+    /// A device node is not there.
+    Missing(String),
     /// Something else went wrong.
     Failed(String),
 }

@@ -54,6 +54,11 @@ pub struct Bed {
 }
 
 impl Bed {
+    /// Where the owner of the device writes what apps may ask for.
+    pub fn policy_file(&self) -> PathBuf {
+        self.dir.path().join("policy.toml")
+    }
+
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("token"), "join-token\n").unwrap();

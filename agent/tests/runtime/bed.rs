@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use foreshore_agent::policy::Source;
 use foreshore_agent::runtime::oci::{OciConfig, OciRuntime, UserNamespaces};
 use foreshore_agent::runtime::{
     Container, ContainerId, ContainerSpec, ContainerState, Exit, ImageConfig, Runtime, StartError,
@@ -47,11 +48,29 @@ impl Bed {
         let layer = dir.path().join("layer");
         build_layer(&layer);
         let cgroup = format!("fs-test-{}-{count}", std::process::id());
-        Self {
+        let bed = Self {
             dir,
             cgroup,
             layer,
             next: AtomicU64::new(1),
+        };
+        let binds = bed.dir.path().display();
+        bed.policy(&format!(
+            "host_network = true\nbinds = [{{path = \"{binds}\", read_only = false}}, {{path = \"/no\", read_only = false}}]\n"
+        ));
+        bed
+    }
+
+    /// What the owner of the device lets apps do, from now on.
+    pub(crate) fn policy(&self, text: &str) {
+        std::fs::write(self.policy_source().path, text).unwrap();
+    }
+
+    pub(crate) fn policy_source(&self) -> Source {
+        Source {
+            path: self.dir.path().join("policy.toml"),
+            required: true,
+            own: vec![self.state_dir(), self.run_dir()],
         }
     }
 
@@ -85,6 +104,7 @@ impl Bed {
             cgroup_parent: self.cgroup.clone(),
             agent_exe: agent_exe.to_owned(),
             user_namespaces,
+            policy: self.policy_source(),
         })
         .unwrap()
     }

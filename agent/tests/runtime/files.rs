@@ -136,3 +136,72 @@ async fn bind_mounts_show_what_the_device_has() {
         "from inside\n"
     );
 }
+
+#[tokio::test]
+async fn volumes_are_removed_only_when_an_operator_says_so_and_nobody_uses_them() {
+    use foreshore_agent::runtime::Runtime as _;
+    use foreshore_agent::volumes::{self, VolumeError};
+    let bed = Bed::new();
+    let runtime = bed.runtime();
+    let (state, run) = (bed.state_dir(), bed.run_dir());
+    let spec = bed.shell(
+        "echo kept > /data/file; sleep 1000",
+        json!({"volumes": ["data:/data", "other:/other"]}),
+    );
+    runtime.start(&spec).await.unwrap();
+    let data = "shop/data".parse().unwrap();
+    let in_use = volumes::remove(&state, &run, &data).unwrap_err();
+    assert!(
+        matches!(&in_use, VolumeError::InUse { container, .. } if *container == spec.id.to_string()),
+        "{in_use:?}"
+    );
+    assert!(state.join("volumes/shop/data").is_dir());
+    runtime.remove(&spec.id).await.unwrap();
+    let listed = |names: &[&str]| {
+        let there = volumes::list(&state, &run).unwrap();
+        let there: Vec<_> = there
+            .iter()
+            .map(|volume| format!("{}/{}", volume.app, volume.volume))
+            .collect();
+        assert_eq!(there, names);
+    };
+    listed(&["shop/data", "shop/other"]);
+    // What a removal that was cut has left is no volume.
+    std::fs::create_dir(state.join("volumes/shop/.gone-data")).unwrap();
+    std::fs::write(state.join("volumes/shop/.gone-data/file"), "").unwrap();
+    volumes::remove(&state, &run, &data).unwrap();
+    listed(&["shop/other"]);
+    assert!(!state.join("volumes/shop/.gone-data").exists());
+    let again = volumes::remove(&state, &run, &data).unwrap_err();
+    assert!(matches!(again, VolumeError::Unknown(_)), "{again:?}");
+    // The command says the same.
+    let config = bed.dir.path().join("agent.toml");
+    let text = format!(
+        "device = \"a\"\n[hub]\nbroker = \"mqtt://hub\"\njoin_token_file = \"/token\"\n[paths]\nstate = {state:?}\nrun = {run:?}\n"
+    );
+    std::fs::write(&config, text).unwrap();
+    let command = |arguments: &[&str]| {
+        let program = env!("CARGO_BIN_EXE_foreshore-agent");
+        let mut command = std::process::Command::new(program);
+        command.args(arguments).arg("--config").arg(&config);
+        command.output().unwrap()
+    };
+    let output = command(&["volume", "list", "-o", "json"]);
+    let list: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(list[0]["volume"], "other");
+    assert_eq!(list[0]["usedBy"], json!([]));
+    for wrong in ["shop/none", "shop/../x", "shop"] {
+        let output = command(&["volume", "remove", wrong]);
+        assert!(
+            !output.status.success() && !output.stderr.is_empty(),
+            "{wrong}"
+        );
+    }
+    assert!(
+        command(&["volume", "remove", "shop/other"])
+            .status
+            .success()
+    );
+    listed(&[]);
+    assert!(!state.join("volumes/shop").exists());
+}

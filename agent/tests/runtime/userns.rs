@@ -112,14 +112,16 @@ async fn any_user_may_open_its_own_output_again() {
 async fn what_cannot_be_mapped_runs_without_and_says_why() {
     let bed = Bed::new();
     let runtime = bed.runtime();
-    // sysfs cannot be mounted with other ids, and this one is to be written.
-    let more = json!({"volumes": ["/sys/class:/class"]});
+    // sysfs cannot be mounted with other ids, and this one is to be written. A bind mount of /sys itself is never allowed.
+    let sysfs = Sysfs::mount(bed.dir.path().join("sysfs"));
+    let class = sysfs.0.join("class").display().to_string();
+    let more = json!({"volumes": [format!("{class}:/class")]});
     let spec = bed.spec("web", &json!(["sleep", "1000"]), more.clone());
     runtime.start(&spec).await.unwrap();
     let request = request_of(&bed, &spec.id);
     assert_eq!(request["base"], Value::Null);
     let reason = request["unmapped"].as_str().unwrap();
-    assert!(reason.contains("/sys/class"), "{reason}");
+    assert!(reason.contains(&class), "{reason}");
     let pid = pid_of(&runtime, &spec.id).await;
     let same = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
     assert_eq!(same(&pid.to_string()), same("self"));
@@ -128,13 +130,36 @@ async fn what_cannot_be_mapped_runs_without_and_says_why() {
     runtime.remove(&spec.id).await.unwrap();
 
     // To be read it need not be mapped.
-    let more = json!({"volumes": ["/sys/class:/class:ro"]});
+    let more = json!({"volumes": [format!("{class}:/class:ro")]});
     let spec = bed.spec("web", &json!(["sleep", "1000"]), more);
     runtime.start(&spec).await.unwrap();
     assert!(base_of(&bed, &spec.id).is_some());
     assert!(matches!(runtime.user_namespace(&spec.id), Some(Ok(_))));
     runtime.remove(&spec.id).await.unwrap();
+    drop(sysfs);
     bed.assert_clean();
+}
+
+/// A mount of the kernel's sysfs that only this thread and the processes it starts see, for as long as this is there.
+struct Sysfs(std::path::PathBuf);
+
+impl Sysfs {
+    fn mount(path: std::path::PathBuf) -> Self {
+        use nix::mount::{MsFlags, mount};
+        std::fs::create_dir(&path).unwrap();
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+        let read_only = MsFlags::MS_RDONLY;
+        mount(Some("sysfs"), &path, Some("sysfs"), read_only, None::<&str>).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Sysfs {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount(&self.0);
+    }
 }
 
 #[tokio::test]

@@ -24,6 +24,13 @@ pub const MAX_WAVES: usize = 32;
 const MAX_MATCH_LABELS: usize = 32;
 /// Volumes and tmpfs of one service.
 const MAX_MOUNTS: usize = 64;
+/// Device nodes of one service.
+const MAX_DEVICES: usize = 32;
+/// What is in every container's `/dev`, and what the starting of one needs there.
+const OWN_NODES: [&str; 22] = [
+    "console", "core", "fd", "full", "l", "layer", "log", "m", "mqueue", "null", "ptmx", "pts",
+    "random", "rootfs", "shm", "stderr", "stdin", "stdout", "sys", "tty", "urandom", "zero",
+];
 /// Linux `PATH_MAX` without its NUL (limits.h).
 const MAX_PATH_BYTES: usize = 4095;
 /// Host and repository (255), tag (128) and digest (71) with what joins them.
@@ -194,6 +201,7 @@ pub(crate) fn service(path: &str, service: &Service) -> Checked {
         })?;
     }
     mounts(path, service)?;
+    devices(path, service)?;
     limits(path, service)?;
     for (name, probe) in service.probes.each() {
         let path = format!("{path}.probes.{name}");
@@ -479,6 +487,49 @@ fn target(path: &str, target: &str) -> Checked {
         ),
         None => Ok(()),
     }
+}
+
+fn devices(path: &str, service: &Service) -> Checked {
+    ensure(
+        service.devices.len() <= MAX_DEVICES,
+        format_args!("{path}.devices"),
+        || format!("at most {MAX_DEVICES} devices are allowed"),
+    )?;
+    let mut targets: BTreeSet<&str> = BTreeSet::new();
+    for (index, device) in service.devices.iter().enumerate() {
+        let path = format!("{path}.devices[{index}]");
+        for text in [&device.source, &device.target] {
+            let node = text.strip_prefix("/dev/").filter(|_| is_path(text));
+            let Some(node) = node else {
+                return refuse(
+                    path,
+                    format!(
+                        "{text:?} must be a path below /dev without . and .., for example /dev/ttyUSB0"
+                    ),
+                );
+            };
+            let first = node.split('/').next().unwrap_or_default();
+            ensure(!OWN_NODES.contains(&first), &path, || {
+                format!("{text} is in every container or has no meaning in one; remove it")
+            })?;
+            ensure(!text.contains(['*', '?', '[']), &path, || {
+                format!("{text} must name one node; patterns are for the device's policy file")
+            })?;
+        }
+        let target = device.target.as_str();
+        let inside = |other: &str| {
+            let below =
+                |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.starts_with('/'));
+            below(target, other) || below(other, target)
+        };
+        ensure(!targets.iter().any(|other| inside(other)), &path, || {
+            format!("{target} and another device are inside each other")
+        })?;
+        ensure(targets.insert(target), &path, || {
+            format!("{target} is given twice; keep one")
+        })?;
+    }
+    Ok(())
 }
 
 /// Absolute and normal: no empty part, no `.` or `..`, no control characters.

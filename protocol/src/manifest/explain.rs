@@ -309,48 +309,16 @@ fn service_key(key: &str) -> Option<&'static str> {
         "container_name" | "name" => "is not needed; containers are named after app and service",
         "scale" | "replicas" => "does not exist; every selected device runs each service once",
         "network" => "does not exist; use `network_mode`",
-        "devices"
-        | "device_cgroup_rules"
-        | "gpus"
-        | "secrets"
-        | "configs"
-        | "privileged"
-        | "cap_add"
-        | "cap_drop"
-        | "security_opt"
-        | "securityContext"
-        | "sysctls"
-        | "ulimits"
-        | "group_add"
-        | "shm_size"
-        | "init"
-        | "ipc"
-        | "pid"
-        | "uts"
-        | "userns_mode"
-        | "cgroup"
-        | "cgroup_parent"
-        | "runtime"
-        | "labels"
-        | "annotations"
-        | "profiles"
-        | "extends"
-        | "platform"
-        | "stdin_open"
-        | "tty"
-        | "volumes_from"
-        | "oom_kill_disable"
-        | "oom_score_adj"
-        | "isolation"
-        | "develop"
-        | "attach"
-        | "post_start"
-        | "models"
-        | "provider"
-        | "hostname"
-        | "domainname"
-        | "credential_spec"
-        | "use_api_socket" => NOT_BUILT,
+        "device_cgroup_rules" => {
+            "does not exist; the last part of a `devices` entry says what is allowed"
+        }
+        "gpus" | "secrets" | "configs" | "privileged" | "cap_add" | "cap_drop" | "security_opt"
+        | "securityContext" | "sysctls" | "ulimits" | "group_add" | "shm_size" | "init" | "ipc"
+        | "pid" | "uts" | "userns_mode" | "cgroup" | "cgroup_parent" | "runtime" | "labels"
+        | "annotations" | "profiles" | "extends" | "platform" | "stdin_open" | "tty"
+        | "volumes_from" | "oom_kill_disable" | "oom_score_adj" | "isolation" | "develop"
+        | "attach" | "post_start" | "models" | "provider" | "hostname" | "domainname"
+        | "credential_spec" | "use_api_socket" => NOT_BUILT,
         _ => return None,
     })
 }

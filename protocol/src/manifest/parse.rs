@@ -76,6 +76,11 @@ pub enum FieldError {
         "{0:?} is not a volume; write name:/path or /host/path:/path, with :ro at the end for read-only"
     )]
     Volume(String),
+    /// Not a device.
+    #[error(
+        "{0:?} is not a device; write /dev/NODE, /dev/NODE:/dev/NAME or /dev/NODE:/dev/NAME:rw"
+    )]
+    Device(String),
 }
 
 /// Reads one App manifest from YAML or JSON.

@@ -222,6 +222,8 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::UpdateLocked,
         ReasonCode::DiskLimit,
         ReasonCode::Evicted,
+        ReasonCode::PolicyDenied,
+        ReasonCode::DeviceMissing,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))

@@ -32,6 +32,8 @@ pub(super) enum Outcome {
     Refused(String),
     /// It would run without a user namespace.
     Unmappable(String),
+    Denied(String),
+    Missing(String),
     Failed(String),
 }
 
@@ -115,6 +117,14 @@ pub(super) async fn start(program: &Program, dir: &Path, limit: Duration) -> Out
         Ok(Some(StartReport::Unmappable(reason))) => {
             finish(child).await;
             return Outcome::Unmappable(reason);
+        }
+        Ok(Some(StartReport::Denied(message))) => {
+            finish(child).await;
+            return Outcome::Denied(message);
+        }
+        Ok(Some(StartReport::Missing(message))) => {
+            finish(child).await;
+            return Outcome::Missing(message);
         }
         Ok(Some(StartReport::Failed(message))) => Some(message),
         Ok(None) => None,
