@@ -8,6 +8,7 @@ use clap::Args;
 use crate::{packages, step};
 
 mod conmon;
+mod crowd;
 mod footprint;
 
 /// Options of `bench`.
@@ -31,6 +32,8 @@ enum Part {
     Lifecycle,
     /// Binary sizes, memory and wake-ups of agent and shim
     Footprint,
+    /// Idle wake-ups and bytes written with 1, 10 and 50 containers, an update, re-adoption, a probe's command
+    Crowd,
     /// Simulated devices converged per second on one hub
     Fleet,
 }
@@ -52,6 +55,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     }
     if wanted(Part::Footprint) {
         footprint::run(options.idle_secs)?;
+    }
+    if wanted(Part::Crowd) {
+        crowd::run(options.idle_secs)?;
     }
     if wanted(Part::Fleet) {
         fleet()?;

@@ -30,12 +30,12 @@ spec:
 ";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Builds agent and hub, runs one of each with a container, and reports.
+/// Builds the programs as they are shipped.
 ///
 /// # Errors
 ///
-/// When they cannot be built or the container does not come up.
-pub(super) fn run(idle_secs: u64) -> anyhow::Result<()> {
+/// When they cannot be built.
+pub(super) fn programs() -> anyhow::Result<Programs> {
     let device = ["build", "--profile", "device", "-p", "foreshore-agent"];
     step::run("build the agent for devices", &mut step::cargo(&device))?;
     let release = [
@@ -48,11 +48,20 @@ pub(super) fn run(idle_secs: u64) -> anyhow::Result<()> {
     ];
     step::run("build hub and command line", &mut step::cargo(&release))?;
     let target = target_dir()?;
-    let programs = Programs {
+    Ok(Programs {
         hub: target.join("release/foreshore-hub"),
         agent: target.join("device/foreshore-agent"),
         cli: target.join("release/foreshore"),
-    };
+    })
+}
+
+/// Builds agent and hub, runs one of each with a container, and reports.
+///
+/// # Errors
+///
+/// When they cannot be built or the container does not come up.
+pub(super) fn run(idle_secs: u64) -> anyhow::Result<()> {
+    let programs = programs()?;
     println!("\nfootprint");
     for (name, path) in [
         ("agent, shim inside", &programs.agent),
@@ -162,7 +171,7 @@ fn parent(process: Process) -> Option<Process> {
 }
 
 /// Voluntary context switches of all threads: how often it woke up.
-fn switches(process: Process) -> anyhow::Result<u64> {
+pub(super) fn switches(process: Process) -> anyhow::Result<u64> {
     let mut total = 0;
     for task in fs::read_dir(format!("/proc/{}/task", process.pid))? {
         let status = fs::read_to_string(task?.path().join("status"))?;
