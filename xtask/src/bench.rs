@@ -20,6 +20,9 @@ pub(crate) struct Options {
     /// How long to watch an idle agent for wake-ups, in seconds
     #[arg(long, default_value_t = 60)]
     idle_secs: u64,
+    /// Take agent, hub and command line from this directory instead of building them
+    #[arg(long)]
+    programs: Option<std::path::PathBuf>,
     /// Only these parts
     #[arg(long, value_enum)]
     only: Vec<Part>,
@@ -54,10 +57,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         lifecycle(options.count)?;
     }
     if wanted(Part::Footprint) {
-        footprint::run(options.idle_secs)?;
+        footprint::run(options.programs.as_deref(), options.idle_secs)?;
     }
     if wanted(Part::Crowd) {
-        crowd::run(options.idle_secs)?;
+        crowd::run(options.programs.as_deref(), options.idle_secs)?;
     }
     if wanted(Part::Fleet) {
         fleet()?;

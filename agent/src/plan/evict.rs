@@ -40,10 +40,11 @@ pub(super) fn choose<'a>(draft: &mut Draft<'a>, history: &mut History) -> Option
     if under_way || draft.is_later(history.evict_after) {
         return None;
     }
-    history.evict_after = draft.now.ms.plus(PAUSE_MS);
-    draft.is_later(history.evict_after);
+    let next = draft.now.ms.plus(PAUSE_MS);
     if !std::mem::replace(&mut history.swept, true) {
         history.disk_full = true;
+        history.evict_after = next;
+        draft.is_later(next);
         return None;
     }
     let observed = draft.observed;
@@ -67,6 +68,9 @@ pub(super) fn choose<'a>(draft: &mut Draft<'a>, history: &mut History) -> Option
     };
     let (priority, std::cmp::Reverse(bytes), id) =
         observed.containers.iter().filter_map(candidate).min()?;
+    // Only now: with nobody to evict nothing changes, and nothing is written.
+    history.evict_after = next;
+    draft.is_later(next);
     Some(Victim {
         id: id.clone(),
         why: format!(

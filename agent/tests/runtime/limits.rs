@@ -3,7 +3,7 @@
 use foreshore_agent::runtime::{Exit, Runtime as _};
 use serde_json::json;
 
-use crate::bed::{self, Bed, LONG, run, wait_for};
+use crate::bed::{self, Bed, LONG, pid_of, run, shim_of, wait_for};
 
 #[tokio::test]
 async fn too_much_memory_ends_in_an_oom_kill() {
@@ -103,4 +103,61 @@ async fn a_busy_loop_is_throttled() {
     })
     .await;
     runtime.remove(&spec.id).await.unwrap();
+}
+
+/// The agent's is set when it runs; here this process stands for it.
+#[tokio::test]
+async fn the_container_goes_before_the_agent_and_the_agent_before_the_shim() {
+    let bed = Bed::new();
+    let runtime = bed.runtime();
+    let spec = bed.shell("sleep 1000 & exec sleep 1000", json!({}));
+    runtime.start(&spec).await.unwrap();
+    let score = |pid: i32| -> i32 {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+        text.trim().parse().unwrap()
+    };
+    let own = score(std::process::id().cast_signed());
+    let container = score(pid_of(&runtime, &spec.id).await);
+    let shim = score(shim_of(&bed, &spec.id));
+    assert_eq!(container, 500);
+    // Below the agent where the device allows that (CAP_SYS_RESOURCE), never above it.
+    assert!(shim == -999 || shim == own.max(0), "{shim}, own {own}");
+    // A command in it goes as the container does, whoever ran it.
+    let line = "read x < /proc/self/oom_score_adj; test $x = 500";
+    let command = ["/bin/sh", "-c", line].map(str::to_owned);
+    assert_eq!(runtime.exec(&spec.id, &command, LONG).await.unwrap(), 0);
+    runtime.remove(&spec.id).await.unwrap();
+    bed.assert_clean();
+}
+
+#[tokio::test]
+async fn cpu_time_is_shared_by_weight() {
+    let bed = Bed::new();
+    let runtime = bed.runtime();
+    for (more, shares, weight) in [
+        (json!({"cpus": "0.5"}), "512", 20),
+        (json!({"cpus": "0.5", "cpu_shares": 2048}), "2048", 79),
+    ] {
+        let spec = bed.shell("exec sleep 1000", more);
+        runtime.start(&spec).await.unwrap();
+        let found = |name: &str| {
+            let dirs = bed.cgroups(&spec.id.to_string()).into_iter();
+            dirs.filter_map(|dir| std::fs::read_to_string(dir.join(name)).ok())
+                .next()
+        };
+        match (found("cpu.shares"), found("cpu.weight")) {
+            (Some(found), _) => assert_eq!(found.trim(), shares),
+            // The conversion is the runtime specification's, or the newer one of the kernel's documentation.
+            (None, Some(found)) => {
+                let found: u32 = found.trim().parse().unwrap();
+                assert!(
+                    found >= weight && found <= 200,
+                    "{found}, at least {weight}"
+                );
+            }
+            (None, None) => panic!("no CPU controller"),
+        }
+        runtime.remove(&spec.id).await.unwrap();
+    }
+    bed.assert_clean();
 }

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -28,8 +28,8 @@ const PROBE_PERIOD: Duration = Duration::from_secs(1);
 /// # Errors
 ///
 /// When they cannot be built or containers do not come up.
-pub(super) fn run(idle_secs: u64) -> anyhow::Result<()> {
-    let programs = footprint::programs()?;
+pub(super) fn run(programs: Option<&Path>, idle_secs: u64) -> anyhow::Result<()> {
+    let programs = footprint::programs(programs)?;
     println!("\na crowd of containers on one device");
     interrupt::listen();
     let mut stage = Stage::new(programs, None)?;

@@ -30,12 +30,15 @@ spec:
 ";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Builds the programs as they are shipped.
+/// Builds the programs as they are shipped, unless they are in `dir`.
 ///
 /// # Errors
 ///
 /// When they cannot be built.
-pub(super) fn programs() -> anyhow::Result<Programs> {
+pub(super) fn programs(dir: Option<&Path>) -> anyhow::Result<Programs> {
+    if let Some(dir) = dir {
+        return Programs::find(dir);
+    }
     let device = ["build", "--profile", "device", "-p", "foreshore-agent"];
     step::run("build the agent for devices", &mut step::cargo(&device))?;
     let release = [
@@ -60,8 +63,8 @@ pub(super) fn programs() -> anyhow::Result<Programs> {
 /// # Errors
 ///
 /// When they cannot be built or the container does not come up.
-pub(super) fn run(idle_secs: u64) -> anyhow::Result<()> {
-    let programs = programs()?;
+pub(super) fn run(dir: Option<&Path>, idle_secs: u64) -> anyhow::Result<()> {
+    let programs = programs(dir)?;
     println!("\nfootprint");
     for (name, path) in [
         ("agent, shim inside", &programs.agent),

@@ -146,6 +146,13 @@ fn who_has_nothing_to_give_or_would_not_help_stays() {
     world.disk = short();
     world.run(600_000);
     assert_eq!(world.stopped, vec![]);
+    let (before, plan) = (world.history.clone(), world.turn(usize::MAX));
+    assert_eq!(
+        (plan.steps, plan.wake_at),
+        (vec![], None),
+        "and it is quiet"
+    );
+    assert_eq!(plan.history, before);
     // A volume that grew is a reason, although it stays.
     takes(&mut world, "shop.plain.1", 0, 8);
     world.run(60_000);
