@@ -653,9 +653,15 @@ fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
 }
 
 fn remove_dir(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+    // A shim that is about to be gone may write its last file in between.
+    let mut tries = 0..10;
+    loop {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error)
+                if error.kind() == io::ErrorKind::DirectoryNotEmpty && tries.next().is_some() => {}
+            other => return other,
+        }
     }
 }
 
