@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Component, Path, PathBuf};
-use std::time::SystemTime;
 
 use super::Policy;
 
@@ -148,7 +147,7 @@ impl Source {
 }
 
 /// What tells one version of a file from another: device, inode, size, change time.
-type Stamp = Option<(u64, u64, u64, i64, i64, Option<SystemTime>)>;
+type Stamp = Option<(u64, u64, u64, i64, i64)>;
 
 /// A policy that is read again when its file changes.
 #[derive(Debug)]
@@ -178,7 +177,6 @@ impl Watched {
                 metadata.size(),
                 metadata.ctime(),
                 metadata.ctime_nsec(),
-                metadata.modified().ok(),
             )
         });
         if self.stamp == Some(stamp) {
