@@ -533,6 +533,7 @@ impl Device {
     ) -> Outcome {
         let failed = |message: &str, refused| Outcome::StartFailed {
             id: id.clone(),
+            code: ReasonCode::StartFailed,
             message: message.to_owned(),
             refused,
         };
