@@ -68,7 +68,7 @@ impl Entry<'_> {
             ForkResult::Child => {
                 let mut end = File::from(end);
                 if let Err(error) = self.join(&mut end) {
-                    let _ = writeln!(end, "{ERROR}{error}");
+                    let _ = say(&mut end, ERROR, &error);
                 }
                 std::process::exit(0);
             }
@@ -111,11 +111,11 @@ impl Entry<'_> {
         match pid {
             0 => {
                 let Err(error) = self.become_it();
-                let _ = writeln!(messages, "{ERROR}{error}");
+                let _ = say(messages, ERROR, &error);
                 std::process::exit(1);
             }
             pid if pid < 0 => Err(io::Error::last_os_error().to_string()),
-            pid => writeln!(messages, "{PID}{pid}").map_err(|error| error.to_string()),
+            pid => say(messages, PID, &pid.to_string()).map_err(|error| error.to_string()),
         }
     }
 
@@ -208,6 +208,11 @@ fn environment(process: &Process) -> HashMap<String, String> {
         .filter_map(|entry| entry.split_once('='))
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect()
+}
+
+/// Writes a line in one piece: two processes speak at a time, and pipe(7) keeps apart only what comes in one write.
+fn say(messages: &mut File, kind: &str, what: &str) -> io::Result<()> {
+    messages.write_all(format!("{kind}{what}\n").as_bytes())
 }
 
 fn outcome(said: &str) -> Result<Pid, String> {
