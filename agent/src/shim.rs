@@ -35,7 +35,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::unistd::{Gid, Pid, Uid};
 use serde_json::{Value, json};
 
-use crate::runtime::backstage::{Backstage, BackstageError, ROOTFS, lacks};
+use crate::runtime::backstage::{Backstage, BackstageError, CONFIGS, ROOTFS, lacks};
 use crate::runtime::device_filter;
 use crate::runtime::devices::{self, AccessError};
 use crate::runtime::mount_table;
@@ -297,6 +297,7 @@ fn prepare(
     // From here on with every mount point where it really is.
     let service = &real_mount_points(service, &root)?;
     prepare_volumes(request, service, &root, &user)?;
+    backstage.write_configs(&service.configs)?;
     root.make_working_dir(&spec::working_dir(service, image))?;
     let present = ["/etc/hosts", "/etc/resolv.conf"]
         .into_iter()
@@ -309,6 +310,7 @@ fn prepare(
         user: &user,
         cgroup: &request.cgroup,
         volumes: &request.volumes,
+        configs: Path::new(CONFIGS),
         update_lock: request.update_lock.as_deref(),
         swap_limit: request.swap_limit,
         cgroup_namespace: Path::new("/proc/self/ns/cgroup").exists(),
@@ -370,6 +372,9 @@ fn real_mount_points(service: &Service, root: &Root) -> Result<Service, Refusal>
     let mut service = service.clone();
     for volume in &mut service.volumes {
         volume.target = root.mount_point(&volume.target)?;
+    }
+    for config in &mut service.configs {
+        config.target = root.mount_point(&config.target)?;
     }
     for tmpfs in &mut service.tmpfs {
         tmpfs.target = root.mount_point(&tmpfs.target)?;

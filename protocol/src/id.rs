@@ -118,6 +118,11 @@ text_newtype!(DeviceId, ParseNameError, check_name);
 pub struct VolumeName(Box<str>);
 text_newtype!(VolumeName, ParseNameError, check_name);
 
+/// The name of a config within its app; same shape as [`AppName`].
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConfigName(Box<str>);
+text_newtype!(ConfigName, ParseNameError, check_name);
+
 /// Why a text is not a label key or value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseLabelError {

@@ -11,16 +11,18 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::id::{AppName, LabelKey, LabelValue, Labels, ServiceName, VolumeName};
+use crate::id::{AppName, ConfigName, LabelKey, LabelValue, Labels, ServiceName, VolumeName};
 use crate::quantity::{Bytes, Cpus, Span};
 
 pub(crate) mod check;
+mod config;
 mod device;
 mod explain;
 mod lifecycle;
 mod parse;
 
 pub use check::{MAX_SERVICES, MAX_WAVES, Violation};
+pub use config::{ConfigFile, ConfigMount, FileMode, FileOwner};
 pub use device::{DeviceAccess, DeviceMapping};
 pub use lifecycle::{Condition, Dependencies, Dependency, Deploy, Hook, UpdateConfig, UpdateOrder};
 pub use parse::{MAX_DEPTH, MAX_MANIFEST_BYTES, ManifestError, parse};
@@ -71,6 +73,9 @@ pub struct AppSpec {
     pub selector: Selector,
     /// What runs there: 1 to 32 services.
     pub services: BTreeMap<ServiceName, Service>,
+    /// Small files for services, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub configs: BTreeMap<ConfigName, ConfigFile>,
     /// How changes arrive.
     #[serde(default)]
     pub rollout: RolloutPolicy,
@@ -196,6 +201,13 @@ pub struct Service {
     /// allow them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceMapping>,
+    /// Files of the app's `configs` that the service sees, read-only. A list of names, or of `{source, target, mode, uid, gid}`.
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "parse::configs"
+    )]
+    pub configs: Vec<ConfigMount>,
 }
 
 /// `storage_opt:` of a [`Service`] (Compose).
@@ -674,6 +686,8 @@ macro_rules! string_serde {
 string_serde!(Tmpfs);
 string_serde!(VolumeMount);
 string_serde!(DeviceMapping);
+string_serde!(FileMode);
+string_serde!(FileOwner);
 string_serde!(RestartPolicy);
 
 impl fmt::Display for Tmpfs {

@@ -73,7 +73,7 @@ impl Release {
         app: &App,
         pinned: &BTreeMap<ServiceName, String>,
     ) -> Result<Self, ReleaseError> {
-        let mut services = app.spec.services.clone();
+        let mut services = app.spec.resolved();
         for (name, service) in &mut services {
             if let Some(image) = pinned.get(name) {
                 service.image.clone_from(image);
@@ -106,6 +106,12 @@ impl Release {
         for (name, service) in &self.services {
             let path = format!("services.{name}");
             check::service(&path, service).map_err(ReleaseError::Meaning)?;
+            if let Some(mount) = service.configs.iter().find(|mount| mount.content.is_none()) {
+                return Err(ReleaseError::Meaning(Violation {
+                    path: format!("{path}.configs"),
+                    message: format!("config {} has no content", mount.source),
+                }));
+            }
             if check::pinned(&service.image).is_none() {
                 return Err(ReleaseError::Meaning(Violation {
                     path: format!("{path}.image"),
@@ -233,7 +239,13 @@ fn unescape(service: &mut Service) {
         .chain(exec.map(|exec| &mut exec.command))
         .chain(service.pre_stop.iter_mut().map(|hook| &mut hook.command))
         .flatten()
-        .chain(service.environment.values_mut());
+        .chain(service.environment.values_mut())
+        .chain(
+            service
+                .configs
+                .iter_mut()
+                .filter_map(|mount| mount.content.as_mut()),
+        );
     for text in texts {
         if text.contains("$${") {
             *text = text.replace("$${", "${");

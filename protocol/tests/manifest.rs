@@ -123,7 +123,7 @@ fn keys_that_do_not_exist_or_are_not_built() {
         "build: .",
         "networks: [a]",
         "secrets: [a]",
-        "configs: [a]",
+        "configs: [{source: a, path: /x}]",
         "privileged: true",
         "cap_add: [NET_ADMIN]",
         "env_file: .env",
@@ -554,6 +554,7 @@ fn services_without_the_later_keys_keep_their_digest() {
         "storage_opt",
         "priority",
         "devices",
+        "configs",
         "liveness",
         "startup",
     ];
@@ -622,4 +623,91 @@ fn devices_are_written_as_compose_has_them() {
         assert_eq!(device.to_string().parse::<DeviceMapping>().unwrap(), device);
     }
     assert_eq!("rwm".parse(), Ok(DeviceAccess::ALL));
+}
+
+#[test]
+fn configs_become_part_of_the_services_that_see_them() {
+    let text = "apiVersion: foreshore/v1
+kind: App
+metadata: {name: shop}
+spec:
+  configs:
+    settings: {content: \"site = $${SITE}\\n\"}
+  services:
+    web:
+      image: x
+      configs: [settings]
+    db:
+      image: x
+      configs: [{source: settings, target: /etc/db.toml, mode: 0440, uid: 5, gid: \"6\"}]
+    log: {image: x}
+";
+    let app = parse(text);
+    let image = format!("hub.internal/x@{}", foreshore_protocol::Digest::of(b"x"));
+    let release = |app: &App| {
+        let pins = app
+            .spec
+            .services
+            .keys()
+            .map(|name| (name.clone(), image.clone()));
+        Release::from_app(app, &pins.collect()).unwrap()
+    };
+    let first = release(&app);
+    let web = &first.services["web"].configs[0];
+    assert_eq!(
+        (web.target.as_str(), web.mode.to_string().as_str()),
+        ("/settings", "0444")
+    );
+    assert_eq!(web.content.as_deref(), Some("site = ${SITE}\n"));
+    let db = &first.services["db"].configs[0];
+    assert_eq!((db.mode.0, db.uid.0, db.gid.0), (0o440, 5, 6));
+    // Devices match running containers by the digest of these bytes.
+    let log = foreshore_protocol::release::service_digest(&first.services["log"]);
+    let db_bytes = serde_json::to_string(&db).unwrap();
+    assert_eq!(
+        db_bytes,
+        r#"{"source":"settings","target":"/etc/db.toml","mode":"0440","uid":"5","gid":"6","content":"site = ${SITE}\n"}"#
+    );
+    let mut with_db = first.services["log"].clone();
+    with_db.configs.push(db.clone());
+    assert_ne!(foreshore_protocol::release::service_digest(&with_db), log);
+    let again = Release::from_bytes(&first.to_canonical_json(), &first.digest());
+    assert_eq!(again.unwrap(), first);
+    // Another text replaces those who see it, and nobody else.
+    let second = release(&parse(&text.replace("site =", "place =")));
+    for (name, changes) in [("web", true), ("db", true), ("log", false)] {
+        let digest = |release: &Release| {
+            foreshore_protocol::release::service_digest(&release.services[name])
+        };
+        assert_eq!(digest(&first) != digest(&second), changes, "{name}");
+    }
+    // A release without a text, or a manifest that has one in the wrong place, is none.
+    let mut empty = first;
+    empty.services.values_mut().next().unwrap().configs[0].content = None;
+    assert!(empty.check().is_err());
+    let refused = refusals(&[
+        ("no such config", text.replace("[settings]", "[other]")),
+        (
+            "nobody has it",
+            text.replace("[settings]", "[]")
+                .replace("source: settings", "source: other"),
+        ),
+        (
+            "text in the service",
+            text.replace("{source: settings,", "{source: settings, content: x,"),
+        ),
+        ("a file", text.replace("{content:", "{file: x, content:")),
+        ("substitution", text.replace("$${", "${")),
+        (
+            "same place twice",
+            text.replace("[settings]", "[settings, settings]"),
+        ),
+        ("in proc", text.replace("/etc/db.toml", "/proc/db")),
+        ("mode", text.replace("0440", "0880")),
+        ("setuid", text.replace("0440", "4555")),
+        ("owner", text.replace("uid: 5", "uid: root")),
+        ("name", text.replace("settings", "settings.toml")),
+        ("too large", text.replace("site =", &"x".repeat(20_000))),
+    ]);
+    insta::assert_snapshot!(refused);
 }

@@ -6,6 +6,7 @@
 //! /dev/l/N        the layers, lowest first; mounted with mapped ids, or links to them
 //! /dev/layer      the writable layer, here for a read-only root, or a link to it
 //! /dev/rootfs     the overlay of them
+//! /dev/c/N        the files of the service's configs
 //! /dev/m/N        what will be bind-mounted, with mapped ids
 //! ```
 //!
@@ -20,6 +21,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use foreshore_protocol::manifest::{ConfigMount, FileOwner};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod, umask};
 use serde_json::{Value, json};
@@ -31,6 +33,9 @@ use super::userns::UserNamespace;
 const DIR: &str = "/dev";
 /// The container's root file system.
 pub(crate) const ROOTFS: &str = "/dev/rootfs";
+
+/// The files of the service's configs.
+pub(crate) const CONFIGS: &str = "/dev/c";
 
 /// null, zero, full, random, urandom, tty: what libcontainer puts into every container.
 const NODES: [(&str, u64, u64); 6] = [
@@ -94,7 +99,7 @@ impl<'a> Backstage<'a> {
                 )?;
             }
             umask(Mode::from_bits_truncate(0o022));
-            for name in ["l", "m", "rootfs"] {
+            for name in ["c", "l", "m", "rootfs"] {
                 fs::create_dir(Path::new(DIR).join(name))?;
             }
             Ok(())
@@ -208,8 +213,28 @@ impl<'a> Backstage<'a> {
                 options.into_iter().any(|option| option == name)
             };
             let source = PathBuf::from(mount["source"].as_str().unwrap_or_default());
+            if source.starts_with(CONFIGS) {
+                // Made here, with the right owner.
+                continue;
+            }
             let here = self.place_source(&source, has("rbind"), has("ro") || has("rro"))?;
             mount["source"] = json!(here);
+        }
+        Ok(())
+    }
+
+    /// Writes the files of the service's configs, which belong to whom the container knows by their numbers.
+    pub(crate) fn write_configs(&self, configs: &[ConfigMount]) -> Result<(), StepError> {
+        let base = self.namespace.map_or(0, UserNamespace::base);
+        for (index, config) in configs.iter().enumerate() {
+            let path = Path::new(CONFIGS).join(index.to_string());
+            let write = || -> io::Result<()> {
+                fs::write(&path, config.content.as_deref().unwrap_or_default())?;
+                fs::set_permissions(&path, fs::Permissions::from_mode(config.mode.0))?;
+                let owner = |id: FileOwner| Some(base.saturating_add(id.0));
+                std::os::unix::fs::chown(&path, owner(config.uid), owner(config.gid))
+            };
+            write().step(|| format!("write config {}", config.source))?;
         }
         Ok(())
     }

@@ -110,6 +110,8 @@ pub struct Input<'a> {
     pub cgroup: &'a str,
     /// The app's volumes.
     pub volumes: &'a Path,
+    /// Where the files of the service's configs are, named by their place in its list.
+    pub configs: &'a Path,
     /// The directory of the app's update lock, if the service sees it.
     pub update_lock: Option<&'a Path>,
     /// Whether the kernel can limit swap.
@@ -409,6 +411,11 @@ fn mounts(input: &Input<'_>) -> Result<Vec<Value>, Refusal> {
         };
         own.push((target, mount));
     }
+    for (index, config) in input.service.configs.iter().enumerate() {
+        let target = mount_point(&config.target)?;
+        let mount = bind(&input.configs.join(index.to_string()), &target, true);
+        own.push((target, mount));
+    }
     // A mount inside another one must come after it.
     own.sort_by(|a, b| a.0.cmp(&b.0));
     mounts.extend(own.into_iter().map(|(_, mount)| mount));
@@ -495,6 +502,7 @@ mod tests {
             cgroup: "/parent/shop.web.7",
             update_lock: None,
             volumes: Path::new("/state/volumes/shop"),
+            configs: Path::new("/files"),
             swap_limit: true,
             cgroup_namespace: true,
             max_nofile: 4096,

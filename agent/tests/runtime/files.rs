@@ -205,3 +205,43 @@ async fn volumes_are_removed_only_when_an_operator_says_so_and_nobody_uses_them(
     listed(&[]);
     assert!(!state.join("volumes/shop").exists());
 }
+
+#[tokio::test]
+async fn configs_are_files_that_nobody_in_the_container_can_change() {
+    use foreshore_agent::runtime::Runtime as _;
+    use foreshore_agent::runtime::oci::UserNamespaces;
+    let bed = Bed::new();
+    let service = json!({
+        "user": "app",
+        "volumes": ["data:/etc/app"],
+        "configs": [
+            {"source": "plain", "target": "/plain", "content": "a = 1\n"},
+            {"source": "own", "target": "/etc/app/own.toml", "mode": "0400", "uid": "1000", "gid": "1001", "content": "b = 2\n"},
+            {"source": "closed", "target": "/closed", "mode": "0400", "content": "c = 3\n"},
+            {"source": "run", "target": "/run.sh", "mode": "0555", "content": "#!/bin/sh\necho ran\n"},
+        ],
+    });
+    let line = "cat /plain /etc/app/own.toml; /run.sh; stat -c '%a %u:%g' /plain /etc/app/own.toml /closed; \
+                cat /closed 2>&1; echo x 2>&1 >/plain; rm -f /etc/app/own.toml 2>&1";
+    for user_namespaces in [UserNamespaces::Auto, UserNamespaces::Off] {
+        let runtime = bed.runtime_in(user_namespaces);
+        let _ = std::fs::remove_file(bed.log_file("web"));
+        let spec = bed.shell(line, service.clone());
+        runtime.start(&spec).await.unwrap();
+        if let UserNamespaces::Auto = user_namespaces {
+            // Configs are no reason to go without.
+            assert!(matches!(runtime.user_namespace(&spec.id), Some(Ok(_))));
+        }
+        crate::bed::exit_of(&runtime, &spec.id).await;
+        let log = bed.log("web");
+        runtime.remove(&spec.id).await.unwrap();
+        assert!(
+            log.starts_with("a = 1\nb = 2\nran\n444 0:0\n400 1000:1001\n400 0:0\n"),
+            "{user_namespaces:?}: {log}"
+        );
+        for refusal in ["/closed': Permission denied", "/plain: ", "own.toml"] {
+            assert!(log.contains(refusal), "{refusal}: {log}");
+        }
+    }
+    bed.assert_clean();
+}

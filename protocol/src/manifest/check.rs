@@ -24,12 +24,14 @@ pub const MAX_WAVES: usize = 32;
 const MAX_MATCH_LABELS: usize = 32;
 /// Volumes and tmpfs of one service.
 const MAX_MOUNTS: usize = 64;
+/// Configs of one app, and of one service.
+const MAX_CONFIGS: usize = 32;
 /// Device nodes of one service.
 const MAX_DEVICES: usize = 32;
 /// What is in every container's `/dev`, and what the starting of one needs there.
-const OWN_NODES: [&str; 22] = [
-    "console", "core", "fd", "full", "l", "layer", "log", "m", "mqueue", "null", "ptmx", "pts",
-    "random", "rootfs", "shm", "stderr", "stdin", "stdout", "sys", "tty", "urandom", "zero",
+const OWN_NODES: [&str; 23] = [
+    "c", "console", "core", "fd", "full", "l", "layer", "log", "m", "mqueue", "null", "ptmx",
+    "pts", "random", "rootfs", "shm", "stderr", "stdin", "stdout", "sys", "tty", "urandom", "zero",
 ];
 /// Linux `PATH_MAX` without its NUL (limits.h).
 const MAX_PATH_BYTES: usize = 4095;
@@ -99,6 +101,7 @@ pub(super) fn app(app: &App) -> Checked {
         in_time(&path, service, spec.rollout.progress_deadline)?;
     }
     dependencies("spec.services", &spec.services)?;
+    configs(app)?;
     rollout(&spec.rollout)?;
     size(app)
 }
@@ -202,6 +205,7 @@ pub(crate) fn service(path: &str, service: &Service) -> Checked {
     }
     mounts(path, service)?;
     devices(path, service)?;
+    config_mounts(path, service)?;
     limits(path, service)?;
     for (name, probe) in service.probes.each() {
         let path = format!("{path}.probes.{name}");
@@ -532,6 +536,56 @@ fn devices(path: &str, service: &Service) -> Checked {
     Ok(())
 }
 
+fn config_mounts(path: &str, service: &Service) -> Checked {
+    ensure(
+        service.configs.len() <= MAX_CONFIGS,
+        format_args!("{path}.configs"),
+        || format!("at most {MAX_CONFIGS} configs are allowed"),
+    )?;
+    let volumes = service.volumes.iter().map(|volume| volume.target.as_str());
+    let tmpfs = service.tmpfs.iter().map(|tmpfs| tmpfs.target.as_str());
+    let mut targets: BTreeSet<&str> = volumes.chain(tmpfs).collect();
+    for (index, config) in service.configs.iter().enumerate() {
+        let path = format!("{path}.configs[{index}]");
+        target(&path, &config.target)?;
+        once(&path, &mut targets, &config.target)?;
+    }
+    Ok(())
+}
+
+/// Every config that a service names exists, every config is named, and their texts are where they belong.
+fn configs(app: &App) -> Checked {
+    let spec = &app.spec;
+    ensure(spec.configs.len() <= MAX_CONFIGS, "spec.configs", || {
+        format!("at most {MAX_CONFIGS} configs are allowed")
+    })?;
+    for (name, service) in &spec.services {
+        for (index, mount) in service.configs.iter().enumerate() {
+            let path = format!("spec.services.{name}.configs[{index}]");
+            ensure(
+                mount.content.is_none(),
+                format_args!("{path}.content"),
+                || format!("belongs under spec.configs.{}", mount.source),
+            )?;
+            ensure(spec.configs.contains_key(&mount.source), &path, || {
+                format!(
+                    "there is no config {0}; write its text under spec.configs.{0}.content",
+                    mount.source
+                )
+            })?;
+        }
+    }
+    for (name, file) in &spec.configs {
+        let path = format!("spec.configs.{name}");
+        no_substitution(&format!("{path}.content"), &file.content)?;
+        let mut mounts = spec.services.values().flat_map(|service| &service.configs);
+        ensure(mounts.any(|mount| mount.source == *name), path, || {
+            format!("no service has it; add configs: [{name}] to one, or remove it")
+        })?;
+    }
+    Ok(())
+}
+
 /// Absolute and normal: no empty part, no `.` or `..`, no control characters.
 fn is_path(path: &str) -> bool {
     path.len() <= MAX_PATH_BYTES
@@ -753,13 +807,13 @@ fn size(app: &App) -> Checked {
     let release = Release {
         schema: 1,
         app: app.metadata.name.clone(),
-        services: app.spec.services.clone(),
+        services: app.spec.resolved(),
     };
     let size = release.to_canonical_json().len() + GROWTH * app.spec.services.len();
     ensure(size <= MAX_RELEASE_BYTES, "spec.services", || {
         format!(
-            "the release would have {size} bytes; at most {MAX_RELEASE_BYTES} are allowed; shorten commands and \
-             environment, or put files into the image"
+            "the release would have {size} bytes; at most {MAX_RELEASE_BYTES} are allowed; shorten commands, \
+             environment and configs, or put files into the image"
         )
     })
 }

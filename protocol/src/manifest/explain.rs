@@ -188,11 +188,13 @@ enum Scope {
     Http,
     Logging,
     Rollout,
+    ConfigMount,
+    ConfigFile,
 }
 
 impl Scope {
     fn of(expected: &[&str]) -> Option<Self> {
-        const MARKS: [(&str, Scope); 13] = [
+        const MARKS: [(&str, Scope); 15] = [
             ("apiVersion", Scope::App),
             ("image", Scope::Service),
             ("services", Scope::Spec),
@@ -205,6 +207,8 @@ impl Scope {
             ("path", Scope::Http),
             ("max_size", Scope::Logging),
             ("waves", Scope::Rollout),
+            ("source", Scope::ConfigMount),
+            ("content", Scope::ConfigFile),
             ("command", Scope::Command),
         ];
         MARKS
@@ -229,6 +233,8 @@ impl Scope {
             Self::Http => http_key(key),
             Self::Logging => logging_key(key),
             Self::Rollout => rollout_key(key),
+            Self::ConfigMount => config_mount_key(key),
+            Self::ConfigFile => config_file_key(key),
         }
     }
 }
@@ -241,7 +247,8 @@ fn app_key(key: &str) -> Option<&'static str> {
         "name" => "belongs under `metadata`",
         "version" => "is Compose's; write `apiVersion: foreshore/v1` and `kind: App`",
         "volumes" => "is not needed; a named volume exists once a service mounts it",
-        "networks" | "secrets" | "configs" | "include" => NOT_BUILT,
+        "configs" => "belongs under `spec`",
+        "networks" | "secrets" | "include" => NOT_BUILT,
         "status" => "is not for users to write; remove it",
         _ => return None,
     })
@@ -257,7 +264,7 @@ fn metadata_key(key: &str) -> Option<&'static str> {
 fn spec_key(key: &str) -> Option<&'static str> {
     Some(match key {
         "volumes" => "is not needed; a named volume exists once a service mounts it",
-        "networks" | "secrets" | "configs" => NOT_BUILT,
+        "networks" | "secrets" => NOT_BUILT,
         "priority" => "belongs to each service",
         "replicas" => "does not exist; every selected device runs each service once",
         "template" | "containers" => "does not exist; describe containers under `services`",
@@ -400,6 +407,23 @@ fn rollout_key(key: &str) -> Option<&'static str> {
         "window" => "is not built yet; apply the manifest when the change may happen",
         "maxSurge" => "does not exist; a device runs one release of an app at a time",
         "seed" | "groupBy" | "priority" => NOT_BUILT,
+        _ => return None,
+    })
+}
+
+fn config_mount_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "name" | "config" => "does not exist; use `source`",
+        "path" | "mountPath" => "does not exist; use `target`",
+        _ => return None,
+    })
+}
+
+fn config_file_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "file" | "environment" | "external" | "name" | "template_driver" => {
+            "is not built yet; write the text under `content`"
+        }
         _ => return None,
     })
 }

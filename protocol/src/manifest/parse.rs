@@ -8,9 +8,10 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::check::{self, Violation};
+use super::config::{self, ConfigMount};
 use super::explain::syntax;
 use super::{Amount, App, Condition, Dependencies, Dependency, Tmpfs, VolumeMount, VolumeSource};
-use crate::id::ServiceName;
+use crate::id::{ConfigName, ServiceName};
 use crate::quantity::Bytes;
 
 /// The largest manifest that is looked at: 256 KiB.
@@ -81,6 +82,12 @@ pub enum FieldError {
         "{0:?} is not a device; write /dev/NODE, /dev/NODE:/dev/NAME or /dev/NODE:/dev/NAME:rw"
     )]
     Device(String),
+    /// Not a file mode.
+    #[error("{0:?} is not a file mode; write an octal number of at most 0777, for example 0440")]
+    Mode(String),
+    /// Not a user or group number.
+    #[error("{0:?} is not a user or group number; write one from 0 to 65535")]
+    Owner(String),
 }
 
 /// Reads one App manifest from YAML or JSON.
@@ -199,6 +206,41 @@ pub(super) fn dependencies<'de, D: Deserializer<'de>>(
     }
 
     deserializer.deserialize_any(Visit)
+}
+
+/// `configs:` of a service: a list of names, or of maps.
+pub(super) fn configs<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<ConfigMount>, D::Error> {
+    struct Entry(ConfigMount);
+    struct Visit;
+
+    impl<'de> Visitor<'de> for Visit {
+        type Value = Entry;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("the name of a config, or a map such as {source: NAME, target: /path}")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Entry, E> {
+            let name = text.parse::<ConfigName>().map_err(de::Error::custom)?;
+            Ok(Entry(name.into()))
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Entry, A::Error> {
+            let long = config::Long::deserialize(de::value::MapAccessDeserializer::new(map))?;
+            Ok(Entry(long.into()))
+        }
+    }
+
+    impl<'de> Deserialize<'de> for Entry {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            deserializer.deserialize_any(Visit)
+        }
+    }
+
+    let entries = Vec::<Entry>::deserialize(deserializer)?;
+    Ok(entries.into_iter().map(|Entry(mount)| mount).collect())
 }
 
 /// One string or a list of them, as Compose allows for `tmpfs`.
