@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use foreshore_images::registry::{ClientConfig, Credentials, RegistryConfig, RegistryEntry};
+use foreshore_images::registry::{
+    ClientConfig, Credentials, DockerConfigError, RegistryConfig, RegistryEntry,
+};
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::id::Labels;
 use foreshore_protocol::quantity::{Bytes, Span};
 use serde::Deserialize;
 
 use crate::policy;
+use crate::pull::PullConfig;
 use crate::runtime::oci::UserNamespaces;
 
 /// Where the configuration is unless told otherwise.
@@ -56,6 +59,9 @@ pub struct Config {
     /// What apps may ask of this device.
     #[serde(default)]
     pub policy: PolicyFile,
+    /// When and how fast images are fetched.
+    #[serde(default)]
+    pub pull: PullConfig,
     /// How registries are reached, by `host` or `host:port`.
     #[serde(default)]
     pub registries: BTreeMap<String, RegistryEntry>,
@@ -217,6 +223,9 @@ pub enum ConfigError {
         /// Where and what, over several lines.
         message: String,
     },
+    /// The docker configuration that [`PullConfig`] names cannot be used.
+    #[error("pull.docker_config cannot be used")]
+    DockerConfig(#[from] DockerConfigError),
     /// A value is out of range or contradicts another.
     #[error("{}: {message}", path.display())]
     Value {
@@ -334,6 +343,7 @@ impl Config {
                 self.disk.ballast
             ));
         }
+        self.pull.check()?;
         for (host, entry) in &self.registries {
             entry
                 .check()
@@ -386,6 +396,7 @@ impl Config {
             let registry = entry.config(read_secret)?;
             client.registries.insert(host.clone(), registry);
         }
+        self.pull.apply(&mut client)?;
         Ok(client)
     }
 }

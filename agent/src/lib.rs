@@ -44,6 +44,7 @@ pub mod link;
 pub mod plan;
 pub mod policy;
 pub mod probe;
+pub mod pull;
 pub mod reconcile;
 pub mod removal;
 pub mod runtime;

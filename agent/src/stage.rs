@@ -268,6 +268,7 @@ const fn code(fault: Fault) -> ReasonCode {
         Fault::NoMatchingPlatform => ReasonCode::NoMatchingPlatform,
         Fault::BadImage => ReasonCode::BadImage,
         Fault::DiskFull => ReasonCode::DiskFull,
+        Fault::Deferred => ReasonCode::PullDeferred,
         Fault::Busy | Fault::Config | Fault::Internal => ReasonCode::Internal,
     }
 }

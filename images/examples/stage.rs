@@ -1,6 +1,7 @@
 //! Stages one image, as a device does, and prints the directories to mount: `stage ROOT HTTP_REGISTRY/NAME@DIGEST`.
 //!
-//! Speaks plain HTTP to the registry. The tests kill it at every moment.
+//! Speaks plain HTTP to the registry, at most `STAGE_RATE` bytes a second if that is set and not 0. The tests kill it at
+//! every moment.
 
 use std::path::Path;
 
@@ -19,8 +20,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ..RegistryConfig::default()
     };
     let registries = [(reference.host().to_owned(), registry)].into();
+    let rate = std::env::var("STAGE_RATE").unwrap_or_default();
     let client = Client::new(ClientConfig {
         registries,
+        rate_bytes: rate.parse().ok().filter(|rate| *rate > 0),
         ..ClientConfig::default()
     })?;
     let store = Store::open(Path::new(root))?;

@@ -17,6 +17,8 @@ pub enum Fault {
     BadImage,
     /// Not enough disk space.
     DiskFull,
+    /// The device does not fetch now, for example since its link costs money.
+    Deferred,
     /// Another process holds the store.
     Busy,
     /// The configuration is wrong (a host, a URL, a CA file).

@@ -37,6 +37,7 @@ mod compression;
 pub mod fault;
 pub mod layout;
 pub mod manifest;
+mod partial;
 pub mod platform;
 pub mod reference;
 pub mod registry;

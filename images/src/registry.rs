@@ -8,29 +8,34 @@
 mod ask;
 mod auth;
 mod config;
+mod docker;
 mod entry;
 mod error;
+mod source;
+mod transfer;
 mod url;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::Read;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use sha2::{Digest as _, Sha256};
 use ureq::http::{HeaderMap, Response, header};
 use ureq::{Agent, Body};
 
-use self::ask::{Ask, content_length, header_text, is_vague, is_web_page, media_type};
+use self::ask::{Ask, Question, content_length, header_text, is_vague, is_web_page, media_type};
 use self::auth::{Challenge, TOKEN_BYTES_MAX};
 pub use self::config::{ClientConfig, ConfigError, Credentials, RegistryConfig, Timeouts};
-use self::config::{Endpoint, agent, default_url};
+pub use self::docker::{DockerConfig, DockerConfigError};
 pub use self::entry::RegistryEntry;
 pub use self::error::FetchError;
 pub(crate) use self::error::is_disk_full;
+use self::source::{Agents, Endpoint};
+use self::transfer::Pace;
+pub use self::transfer::{Gate, Retry};
 use self::url::Origin;
-use crate::manifest::{ACCEPT, Descriptor, Document, MANIFEST_BYTES_MAX};
+use crate::manifest::{ACCEPT, Document, MANIFEST_BYTES_MAX};
 use crate::{Digest, Reference};
 
 /// Hops that are followed for one request.
@@ -53,11 +58,17 @@ pub struct RawManifest {
 pub struct Client {
     /// For what is not configured.
     agent: Agent,
-    registries: BTreeMap<String, Endpoint>,
+    /// Where what references call so is fetched from: mirrors, in order, and then the registry itself.
+    registries: BTreeMap<String, Vec<Endpoint>>,
     timeouts: Timeouts,
     blob_bytes_max: u64,
-    /// `Authorization` by host and repository. Only in memory; `Debug` does not show it.
+    retry: Retry,
+    pace: Option<Pace>,
+    gate: Option<Gate>,
+    /// `Authorization` by origin and repository. Only in memory; `Debug` does not show it.
     authorizations: Mutex<BTreeMap<(String, String), String>>,
+    /// Mirrors that did not answer, and until when nobody asks them.
+    resting: Mutex<BTreeMap<String, Instant>>,
 }
 
 impl Client {
@@ -67,20 +78,22 @@ impl Client {
     /// [`ConfigError`] for a bad host, URL or CA file.
     pub fn new(config: ClientConfig) -> Result<Self, ConfigError> {
         let timeouts = config.timeouts;
+        let agents = Agents::new(timeouts, &config)?;
         let registries = config
             .registries
-            .into_iter()
-            .map(|(host, registry)| {
-                let endpoint = Endpoint::new(&host, registry, &timeouts)?;
-                Ok((host, endpoint))
-            })
+            .iter()
+            .map(|(host, registry)| Ok((host.clone(), agents.sources(host, registry)?)))
             .collect::<Result<_, _>>()?;
         Ok(Self {
-            agent: agent(&timeouts, None, true),
+            agent: agents.outside(),
             registries,
             timeouts,
             blob_bytes_max: config.blob_bytes_max.unwrap_or(BLOB_BYTES_MAX),
+            retry: config.retry,
+            pace: config.rate_bytes.map(Pace::new),
+            gate: config.gate,
             authorizations: Mutex::new(BTreeMap::new()),
+            resting: Mutex::new(BTreeMap::new()),
         })
     }
 
@@ -93,11 +106,20 @@ impl Client {
         self.manifest(reference).map(|raw| raw.digest)
     }
 
-    /// Fetches the index or manifest that `reference` names, by its digest if it has one. At most 4 MiB.
+    /// Fetches the index or manifest that `reference` names, by its digest if it has one. At most 4 MiB. Asks the
+    /// mirrors first and tries again as [`ClientConfig::retry`] says.
     ///
     /// # Errors
     /// [`FetchError`].
     pub fn manifest(&self, reference: &Reference) -> Result<RawManifest, FetchError> {
+        self.retrying(|| self.ask_any(reference, |endpoint| self.manifest_at(endpoint, reference)))
+    }
+
+    fn manifest_at(
+        &self,
+        endpoint: &Endpoint,
+        reference: &Reference,
+    ) -> Result<RawManifest, FetchError> {
         let name = match (reference.digest(), reference.tag()) {
             (Some(digest), _) => digest.to_string(),
             (None, tag) => tag.unwrap_or("latest").to_owned(),
@@ -106,12 +128,8 @@ impl Client {
             Some(digest) => format!("manifest {}@{digest}", reference.repository()),
             None => format!("manifest {}:{name}", reference.repository()),
         };
-        let ask = self.ask(reference, &what, 0);
-        let response = self.get(
-            &ask,
-            &format!("/v2/{}/manifests/{name}", reference.repository()),
-            ACCEPT,
-        )?;
+        let ask = self.ask(endpoint, reference, &what, 0);
+        let response = self.get(&ask, endpoint, &format!("manifests/{name}"), ACCEPT, 0)?;
         let media_type = media_type(response.headers());
         let bytes = self.read_document(&ask, response)?;
         let digest = Digest::of(&bytes);
@@ -142,74 +160,14 @@ impl Client {
         })
     }
 
-    /// Streams a blob of `reference`'s repository into `sink` and checks its declared size and digest.
-    /// `progress` is called with the number of bytes of each piece. What was written before an error is garbage.
-    ///
-    /// # Errors
-    /// [`FetchError`].
-    pub fn blob(
+    /// What `endpoint` is asked for `reference`, with the time that so many bytes may take.
+    fn ask<'a>(
         &self,
-        reference: &Reference,
-        blob: &Descriptor,
-        sink: &mut dyn Write,
-        progress: &mut dyn FnMut(u64),
-    ) -> Result<(), FetchError> {
-        let what = format!("blob {}@{}", reference.repository(), blob.digest);
-        let ask = self.ask(reference, &what, blob.size);
-        if blob.size > self.blob_bytes_max {
-            return Err(ask.too_large(self.blob_bytes_max));
-        }
-        let path = format!("/v2/{}/blobs/{}", reference.repository(), blob.digest);
-        let response = self.get(&ask, &path, "*/*")?;
-        if let Some(media_type) = media_type(response.headers()).filter(|found| is_web_page(found))
-        {
-            return Err(ask.not_a_registry(media_type));
-        }
-        let mismatch = |found| ask.size_mismatch(blob.size, found);
-        if let Some(announced) =
-            content_length(response.headers()).filter(|length| *length != blob.size)
-        {
-            return Err(mismatch(announced));
-        }
-        // One byte more than declared is enough to know.
-        let mut body = response
-            .into_body()
-            .into_reader()
-            .take(blob.size.saturating_add(1));
-        let mut hasher = Sha256::new();
-        let mut received = 0;
-        let mut buffer = vec![0; 64 << 10];
-        loop {
-            let count = match body.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(ask.body(error)),
-            };
-            received += count as u64;
-            if received > blob.size {
-                return Err(mismatch(received));
-            }
-            hasher.update(&buffer[..count]);
-            sink.write_all(&buffer[..count])
-                .map_err(|source| FetchError::Sink {
-                    what: what.clone(),
-                    source,
-                })?;
-            progress(count as u64);
-        }
-        if received != blob.size {
-            return Err(mismatch(received));
-        }
-        let found = Digest::from_bytes(hasher.finalize().into());
-        if found == blob.digest {
-            Ok(())
-        } else {
-            Err(ask.digest_mismatch(found))
-        }
-    }
-
-    fn ask<'a>(&self, reference: &'a Reference, what: &'a str, bytes: u64) -> Ask<'a> {
+        endpoint: &'a Endpoint,
+        reference: &'a Reference,
+        what: &'a str,
+        bytes: u64,
+    ) -> Ask<'a> {
         // What declares more than is fetched at all gets no more time for it either.
         let seconds = bytes.min(self.blob_bytes_max) / self.timeouts.pace_bytes.max(1);
         let time = self
@@ -217,29 +175,45 @@ impl Client {
             .exchange
             .saturating_add(Duration::from_secs(seconds));
         Ask {
-            host: reference.host(),
+            host: endpoint.name(),
             repository: reference.repository(),
             what,
             until: Instant::now() + time,
         }
     }
 
-    /// The answer to a GET of `path`, 200 only; asks for a token or sends credentials when told to.
-    fn get(&self, ask: &Ask<'_>, path: &str, accept: &str) -> Result<Response<Body>, FetchError> {
-        let endpoint = self.endpoint(ask)?;
-        let key = (ask.host.to_owned(), ask.repository.to_owned());
+    /// The answer to a GET of what stands at `path` of the repository, from byte `offset` on: 200, or 206 to an offset.
+    /// Asks for a token or sends credentials when told to.
+    fn get(
+        &self,
+        ask: &Ask<'_>,
+        endpoint: &Endpoint,
+        path: &str,
+        accept: &str,
+        offset: u64,
+    ) -> Result<Response<Body>, FetchError> {
+        let question = Question {
+            path: &format!(
+                "/v2/{}{}/{path}",
+                endpoint.prefix,
+                ask.repository.trim_start_matches('/')
+            ),
+            accept,
+            offset,
+        };
+        let key = (endpoint.origin.base(), ask.repository.to_owned());
         let known = self.lock_authorizations().get(&key).cloned();
-        let response = self.follow(ask, &endpoint, path, accept, known.as_deref())?;
+        let response = self.follow(ask, endpoint, &question, known.as_deref())?;
         if response.status().as_u16() != 401 {
             return ask.checked(response);
         }
-        let Some(authorization) = self.authorize(ask, &endpoint, response.headers())? else {
+        let Some(authorization) = self.authorize(ask, endpoint, response.headers())? else {
             return ask.checked(response);
         };
         drop(response);
         self.lock_authorizations()
             .insert(key.clone(), authorization.clone());
-        let response = self.follow(ask, &endpoint, path, accept, Some(&authorization))?;
+        let response = self.follow(ask, endpoint, &question, Some(&authorization))?;
         if response.status().as_u16() == 401 {
             self.lock_authorizations().remove(&key);
         }
@@ -253,31 +227,16 @@ impl Client {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn endpoint(&self, ask: &Ask<'_>) -> Result<Endpoint, FetchError> {
-        if let Some(endpoint) = self.registries.get(ask.host) {
-            return Ok(endpoint.clone());
-        }
-        let origin = Origin::parse(&default_url(ask.host, false))
-            .ok_or_else(|| ask.unreachable("the host cannot be part of a URL".into()))?;
-        Ok(Endpoint {
-            origin,
-            agent: self.agent.clone(),
-            credentials: None,
-            token_hosts: Vec::new(),
-        })
-    }
-
-    /// GETs `path`, following redirects; `Authorization` goes to the registry's own origin only.
+    /// GETs it, following redirects; `Authorization` goes to the registry's own origin only.
     fn follow(
         &self,
         ask: &Ask<'_>,
         endpoint: &Endpoint,
-        path: &str,
-        accept: &str,
+        question: &Question<'_>,
         authorization: Option<&str>,
     ) -> Result<Response<Body>, FetchError> {
         let mut origin = endpoint.origin.clone();
-        let mut url = format!("{}{path}", origin.base());
+        let mut url = format!("{}{}", origin.base(), question.path);
         for _ in 0..=REDIRECTS_MAX {
             let at_home = origin == endpoint.origin;
             let agent = if at_home {
@@ -285,7 +244,7 @@ impl Client {
             } else {
                 self.agent_for(&origin)
             };
-            let response = ask.call(agent, &url, accept, authorization.filter(|_| at_home))?;
+            let response = ask.call(agent, &url, question, authorization.filter(|_| at_home))?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(response);
             }
@@ -310,6 +269,7 @@ impl Client {
     fn agent_for(&self, origin: &Origin) -> &Agent {
         self.registries
             .values()
+            .flatten()
             .find(|endpoint| endpoint.origin == *origin)
             .map_or(&self.agent, |found| &found.agent)
     }
@@ -321,6 +281,7 @@ impl Client {
             || self
                 .registries
                 .values()
+                .flatten()
                 .any(|endpoint| endpoint.origin == *target)
     }
 
@@ -393,7 +354,12 @@ impl Client {
             self.agent_for(&origin)
         };
         let url = auth::token_url(realm, service, ask.repository);
-        let response = ask.call(agent, &url, "application/json", basic.as_deref())?;
+        let question = Question {
+            path: "",
+            accept: "application/json",
+            offset: 0,
+        };
+        let response = ask.call(agent, &url, &question, basic.as_deref())?;
         let status = response.status().as_u16();
         match status {
             200 => {}

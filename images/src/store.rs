@@ -3,7 +3,9 @@
 //! ```text
 //! ROOT/                     mode 0700: setuid programs of images are nobody's to run
 //!   lock                    flock(2): one process at a time stages or removes
-//!   blobs/sha256/HEX        manifests and configs; a layer's blob only until it is unpacked
+//!   blobs/sha256/HEX        manifests and configs
+//!   partial/HEX             what has come of a layer's blob; gone when it is unpacked
+//!   pulling/HEX             the layers of an image that was begun: their blobs are kept
 //!   layers/HEX/             one unpacked layer, by diff id or chain id (see below)
 //!   layers/HEX.json         what came of unpacking it
 //!   layers/HEX.surveyed     it has outlived a power cycle whole
@@ -19,6 +21,8 @@
 //! "Layer ChainID").
 
 mod error;
+mod fetching;
+mod pull;
 mod record;
 mod select;
 mod staging;
@@ -42,6 +46,7 @@ use crate::blobs::{BlobDir, sync_dir};
 use crate::manifest::{
     CONFIG_BYTES_MAX, ConfigDocument, Document, ImageConfig, MANIFEST_BYTES_MAX, Manifest,
 };
+use crate::partial::PartialDir;
 use crate::registry::Client;
 use crate::{Digest, Platform, Reference, Room};
 
@@ -61,6 +66,7 @@ pub struct StoreConfig {
 pub struct Store {
     root: PathBuf,
     blobs: BlobDir,
+    partials: PartialDir,
     config: StoreConfig,
 }
 
@@ -141,14 +147,17 @@ impl Store {
         make(root)?;
         fs::set_permissions(root, fs::Permissions::from_mode(0o700))
             .map_err(|source| io_error("set the mode of", root, source))?;
-        for name in ["layers", "images", "pins", "quarantine"] {
+        for name in ["layers", "images", "pins", "pulling", "quarantine"] {
             make(&root.join(name))?;
         }
         let blobs =
             BlobDir::open(root).map_err(|source| io_error("open the store", root, source))?;
+        let partials =
+            PartialDir::open(root).map_err(|source| io_error("open the store", root, source))?;
         let store = Self {
             root: root.to_owned(),
             blobs,
+            partials,
             config,
         };
         // Whoever holds the lock is at work there, and what lies in tmp/ is theirs.
@@ -160,7 +169,7 @@ impl Store {
 
     /// Makes the image that `reference` pins (it must carry a digest) ready to be mounted: fetches what is
     /// missing, checks every byte, unpacks. Nothing to do, and no network, when it is already there. May be
-    /// killed at any point and called again: whole layers are kept.
+    /// killed at any point and called again: what came is kept.
     ///
     /// # Errors
     /// [`StageError`]; nothing of other images is touched.
@@ -317,6 +326,7 @@ impl Store {
             .blobs
             .retain(&blobs)
             .map_err(|source| io_error("remove blobs of", &self.root, source))?;
+        removed.bytes += self.collect_pulls(&keep)?;
         Ok(removed)
     }
 

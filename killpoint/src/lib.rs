@@ -99,6 +99,8 @@ pub const ALL: &[&str] = &[
     "blob.renamed",
     "blob.durable",
     "blob.removed",
+    "partial.appended",
+    "partial.removed",
     "layer.fetched",
     "layer.unpacked",
     "layer.flushed",

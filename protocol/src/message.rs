@@ -225,6 +225,8 @@ pub enum ReasonCode {
     PolicyDenied,
     /// A device node that a service needs is not there.
     DeviceMissing,
+    /// The device fetches nothing now: its link costs money.
+    PullDeferred,
 }
 
 /// One service in an [`AppStatus`].

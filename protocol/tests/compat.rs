@@ -167,6 +167,7 @@ fn reports_with_every_phase_and_reason() {
         R::Evicted,
         R::PolicyDenied,
         R::DeviceMissing,
+        R::PullDeferred,
     ];
     let states = [
         ServiceState::Waiting,

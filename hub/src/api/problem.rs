@@ -238,7 +238,8 @@ const fn image_fault(fault: Fault) -> (StatusCode, &'static str, &'static str) {
             "unknown-image",
             "there is no such image",
         ),
-        Fault::Unreachable => (
+        // A hub has no gate that could defer anything.
+        Fault::Unreachable | Fault::Deferred => (
             StatusCode::BAD_GATEWAY,
             "registry-unreachable",
             "a registry did not answer as one",

@@ -1,13 +1,22 @@
 //! One question to a registry: sent, timed, and turned into an answer or an error that names it.
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ureq::http::{HeaderMap, Response, header};
 use ureq::{Agent, Body};
 
 use super::FetchError;
 use crate::Digest;
+
+/// What a request says besides where it goes.
+pub(super) struct Question<'a> {
+    /// At the registry; not used for token servers.
+    pub(super) path: &'a str,
+    pub(super) accept: &'a str,
+    /// From which byte on (RFC 9110, section 14.2); 0 for all.
+    pub(super) offset: u64,
+}
 
 /// One thing that is asked for: what errors are about.
 #[derive(Clone, Copy)]
@@ -24,7 +33,7 @@ impl Ask<'_> {
         &self,
         agent: &Agent,
         url: &str,
-        accept: &str,
+        question: &Question<'_>,
         authorization: Option<&str>,
     ) -> Result<Response<Body>, FetchError> {
         let left = self.until.saturating_duration_since(Instant::now());
@@ -33,9 +42,12 @@ impl Ask<'_> {
         }
         let mut request = agent
             .get(url)
-            .header(header::ACCEPT, accept)
+            .header(header::ACCEPT, question.accept)
             // The digest is of the bytes as stored, so nobody may compress them on the way.
             .header(header::ACCEPT_ENCODING, "identity");
+        if question.offset > 0 {
+            request = request.header(header::RANGE, format!("bytes={}-", question.offset));
+        }
         if let Some(authorization) = authorization {
             request = request.header(header::AUTHORIZATION, authorization);
         }
@@ -55,7 +67,7 @@ impl Ask<'_> {
 
     pub(super) fn checked(&self, response: Response<Body>) -> Result<Response<Body>, FetchError> {
         match response.status().as_u16() {
-            200 => Ok(response),
+            200 | 206 => Ok(response),
             404 => Err(FetchError::NotFound {
                 host: self.host(),
                 what: self.what(),
@@ -65,6 +77,7 @@ impl Ask<'_> {
                 host: self.host(),
                 what: self.what(),
                 status,
+                retry_after: retry_after(response.headers()),
             }),
         }
     }
@@ -200,6 +213,25 @@ pub(super) fn header_text(headers: &HeaderMap, name: &header::HeaderName) -> Opt
         .get(name)
         .and_then(|value| value.to_str().ok())
         .map(str::to_owned)
+}
+
+/// Seconds of `Retry-After`; its other form, a date, would need a clock that is right.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = header_text(headers, &header::RETRY_AFTER)?;
+    seconds.trim().parse().ok().map(Duration::from_secs)
+}
+
+/// First byte and whole length of what a 206 brings (RFC 9110, section 14.4): `bytes 7-9/10` is `(7, 10)`.
+pub(super) fn content_range(headers: &HeaderMap) -> Option<(u64, u64)> {
+    let text = header_text(headers, &header::CONTENT_RANGE)?;
+    let (range, length) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last, length): (u64, u64, u64) = (
+        first.parse().ok()?,
+        last.parse().ok()?,
+        length.parse().ok()?,
+    );
+    (last.checked_add(1)? == length).then_some((first, length))
 }
 
 pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {

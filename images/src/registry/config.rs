@@ -2,16 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use ureq::Agent;
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
-
-use super::url::Origin;
-use crate::reference::DEFAULT_HOST;
+use super::{Gate, Retry};
 
 /// How to reach registries. `Default` is: everything over HTTPS, anonymously.
 #[derive(Debug, Clone, Default)]
@@ -23,6 +18,17 @@ pub struct ClientConfig {
     pub timeouts: Timeouts,
     /// The largest blob that is fetched, in bytes; `None` is 8 GiB.
     pub blob_bytes_max: Option<u64>,
+    /// What is tried again. Default: nothing.
+    pub retry: Retry,
+    /// The most bytes a second that blobs take in, all together; `None` is without limit.
+    pub rate_bytes: Option<u64>,
+    /// Asked before and while blobs are fetched; `None` is always open.
+    pub gate: Option<Gate>,
+    /// An HTTP proxy for whatever is reached by HTTPS, `http://[USER:PASSWORD@]HOST[:PORT]`; `None` is what the environment
+    /// says (`HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`).
+    pub proxy: Option<String>,
+    /// Hosts (`h.example.com`, `.example.com`) that are reached without [`proxy`](Self::proxy).
+    pub no_proxy: Vec<String>,
 }
 
 /// What is special about one registry.
@@ -37,6 +43,12 @@ pub struct RegistryConfig {
     pub credentials: Option<Credentials>,
     /// PEM file with the certificates to trust for this registry, instead of the built-in (Mozilla) ones.
     pub ca_file: Option<PathBuf>,
+    /// Where its images are asked for first, in order: `http[s]://HOST[:PORT][/PATH]`, asked at `/v2/PATH/REPOSITORY/…`.
+    /// A mirror has the credentials and certificates of the registry that is configured at its own address, or else
+    /// this one's certificates and no credentials.
+    pub mirrors: Vec<String>,
+    /// Fetch from it although [`ClientConfig::gate`] is closed.
+    pub ungated: bool,
     /// Hosts (`HOST` or `HOST:PORT`) of token servers that may be given the credentials, besides the registry's
     /// own host name, its parent and its child domains.
     pub token_hosts: Vec<String>,
@@ -74,6 +86,12 @@ pub enum ConfigError {
         /// As configured, or made from the host.
         url: String,
     },
+    /// The proxy is none that can be used.
+    #[error("proxy \"{url}\" is not http://[USER:PASSWORD@]HOST[:PORT]")]
+    Proxy {
+        /// As configured, without user name and password.
+        url: String,
+    },
     /// The CA file cannot be read.
     #[error("registry \"{host}\": cannot read the CA file {}", path.display())]
     CaFile {
@@ -93,15 +111,6 @@ pub enum ConfigError {
         /// As configured.
         path: PathBuf,
     },
-}
-
-/// One registry, ready to be asked.
-#[derive(Clone)]
-pub(super) struct Endpoint {
-    pub(super) origin: Origin,
-    pub(super) agent: Agent,
-    pub(super) credentials: Option<Credentials>,
-    pub(super) token_hosts: Vec<String>,
 }
 
 impl Credentials {
@@ -134,94 +143,6 @@ impl Default for Timeouts {
     }
 }
 
-impl Endpoint {
-    pub(super) fn new(
-        host: &str,
-        config: RegistryConfig,
-        timeouts: &Timeouts,
-    ) -> Result<Self, ConfigError> {
-        let url = config
-            .url
-            .unwrap_or_else(|| default_url(host, config.plain_http));
-        let bad_url = || ConfigError::Url {
-            host: host.to_owned(),
-            url: url.clone(),
-        };
-        let origin = Origin::parse(&url).ok_or_else(bad_url)?;
-        let after_host = url.splitn(4, '/').nth(3).unwrap_or_default();
-        if !after_host.is_empty() {
-            return Err(bad_url());
-        }
-        let roots = config
-            .ca_file
-            .map(|path| load_ca(host, &path))
-            .transpose()?;
-        let mut token_hosts = config.token_hosts;
-        if host == DEFAULT_HOST {
-            token_hosts.push("auth.docker.io".to_owned());
-        }
-        // A proxy is for what is outside; whoever configures plain HTTP means a machine nearby.
-        let agent = agent(timeouts, roots, origin.is_https());
-        Ok(Self {
-            origin,
-            agent,
-            credentials: config.credentials,
-            token_hosts,
-        })
-    }
-}
-
-/// Where the registry that references call `host` is.
-pub(super) fn default_url(host: &str, plain_http: bool) -> String {
-    match (host, plain_http) {
-        (DEFAULT_HOST, _) => "https://registry-1.docker.io".to_owned(),
-        (host, true) => format!("http://{host}"),
-        (host, false) => format!("https://{host}"),
-    }
-}
-
-pub(super) fn agent(timeouts: &Timeouts, roots: Option<RootCerts>, proxied: bool) -> Agent {
-    let config = Agent::config_builder()
-        .user_agent(concat!("foreshore/", env!("CARGO_PKG_VERSION")))
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .http_status_as_error(false)
-        .timeout_resolve(Some(timeouts.connect))
-        .timeout_connect(Some(timeouts.connect))
-        .timeout_send_request(Some(timeouts.stall))
-        .timeout_recv_response(Some(timeouts.stall))
-        .timeout_per_read(Some(timeouts.stall))
-        .timeout_per_write(Some(timeouts.stall))
-        .tls_config(
-            TlsConfig::builder()
-                .root_certs(roots.unwrap_or(RootCerts::WebPki))
-                .build(),
-        );
-    let config = if proxied { config } else { config.proxy(None) };
-    config.build().new_agent()
-}
-
-fn load_ca(host: &str, path: &Path) -> Result<RootCerts, ConfigError> {
-    let pem = fs::read(path).map_err(|source| ConfigError::CaFile {
-        host: host.to_owned(),
-        path: path.to_owned(),
-        source,
-    })?;
-    let certificates: Vec<Certificate<'static>> = ureq::tls::parse_pem(&pem)
-        .filter_map(|item| match item {
-            Ok(PemItem::Certificate(certificate)) => Some(certificate),
-            _ => None,
-        })
-        .collect();
-    if certificates.is_empty() {
-        return Err(ConfigError::CaContent {
-            host: host.to_owned(),
-            path: path.to_owned(),
-        });
-    }
-    Ok(RootCerts::new_with_certs(&certificates))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,6 +163,7 @@ mod tests {
             "http://",
             "http://u:p@h",
             "http://h/path",
+            "http://h/a/../b",
             "http://h/?q",
         ] {
             let registry = RegistryConfig {

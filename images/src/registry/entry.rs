@@ -12,6 +12,10 @@ use super::{Credentials, RegistryConfig};
 pub struct RegistryEntry {
     /// Whether it speaks HTTP without TLS. Default: false.
     pub plain_http: bool,
+    /// Where its images are asked for first, in order, `http[s]://HOST[:PORT][/PATH]`: mirrors and pull-through caches.
+    pub mirrors: Vec<String>,
+    /// Whether it is reached over a link that costs nothing, whatever the device's way out is. Default: false.
+    pub unmetered: bool,
     /// Certificates to trust for it instead of the built-in ones, in PEM.
     pub ca_file: Option<PathBuf>,
     /// User name, if it wants one.
@@ -51,6 +55,8 @@ impl RegistryEntry {
             plain_http: self.plain_http,
             credentials,
             ca_file: self.ca_file.clone(),
+            mirrors: self.mirrors.clone(),
+            ungated: self.unmetered,
             ..RegistryConfig::default()
         })
     }

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::io;
+use std::time::Duration;
 
 use crate::manifest::DocumentError;
 use crate::{Digest, Fault};
@@ -61,6 +62,8 @@ pub enum FetchError {
         what: String,
         /// The HTTP status.
         status: u16,
+        /// How long it wants to be left alone (`Retry-After`).
+        retry_after: Option<Duration>,
     },
     /// Something else answers, such as the login page of a network.
     #[error(
@@ -146,6 +149,14 @@ pub enum FetchError {
         #[source]
         source: DocumentError,
     },
+    /// Not now: [`super::ClientConfig::gate`] is closed.
+    #[error("{what} is not fetched now: {reason}")]
+    Deferred {
+        /// What was to be fetched.
+        what: String,
+        /// What the gate said.
+        reason: String,
+    },
     /// What was fetched could not be written.
     #[error("cannot write {what}")]
     Sink {
@@ -171,6 +182,7 @@ impl FetchError {
             | Self::Token { .. } => Fault::Unreachable,
             Self::DigestMismatch { .. } | Self::SizeMismatch { .. } => Fault::DigestMismatch,
             Self::TooLarge { .. } | Self::Document { .. } => Fault::BadImage,
+            Self::Deferred { .. } => Fault::Deferred,
             Self::Sink { source, .. } if is_disk_full(source) => Fault::DiskFull,
             Self::Sink { .. } => Fault::Internal,
         }
@@ -186,8 +198,29 @@ impl FetchError {
             Self::Redirect { .. } => false,
             _ => matches!(
                 self.fault(),
-                Fault::Unreachable | Fault::DigestMismatch | Fault::DiskFull
+                Fault::Unreachable | Fault::DigestMismatch | Fault::DiskFull | Fault::Deferred
             ),
+        }
+    }
+}
+
+impl FetchError {
+    /// Whether it is about this device rather than about a registry, so that asking another would not help.
+    pub(super) const fn is_ours(&self) -> bool {
+        matches!(self, Self::Sink { .. })
+    }
+
+    /// Whether trying again within seconds may help: [`is_transient`](Self::is_transient) without what takes somebody to
+    /// do something. Too few bytes may be a connection that ended, too many are none.
+    pub(super) fn may_pass_soon(&self) -> bool {
+        match self {
+            Self::NotARegistry { .. } | Self::DigestMismatch { .. } | Self::Deferred { .. } => {
+                false
+            }
+            Self::SizeMismatch {
+                declared, found, ..
+            } => found < declared,
+            other => other.is_transient() && !other.is_ours(),
         }
     }
 }

@@ -160,10 +160,7 @@ impl Search<'_> {
                 max: CONFIG_BYTES_MAX,
             });
         }
-        let mut bytes = Vec::new();
-        self.client
-            .blob(self.reference, config, &mut bytes, &mut |_| {})?;
-        Ok(bytes)
+        Ok(self.client.small_blob(self.reference, config)?)
     }
 }
 

@@ -1,11 +1,13 @@
 //! One image on its way into the store: layer by layer, fetched, unpacked, recorded.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use foreshore_killpoint as killpoint;
 
+use super::fetching::{AT_ONCE, Fetching};
 use super::record::{ImageRecord, LayerRecord, PlacedLayer};
 use super::select::Selected;
 use super::survey::Extent;
@@ -13,7 +15,7 @@ use super::{Progress, StageError, Store, chain_id, io_error, stream};
 use crate::manifest::Descriptor;
 use crate::registry::Client;
 use crate::room::Shortage;
-use crate::unpack::{Budget, UnpackError, unpack_layer};
+use crate::unpack::{Budget, UnpackError, Unpacked, unpack_layer};
 use crate::{Digest, Reference};
 
 /// The most entries one image may have: ten times what a full distribution with a desktop has.
@@ -23,9 +25,8 @@ const ENTRIES_MAX: u64 = 500_000;
 const INODE_BYTES: u64 = 16 << 10;
 /// Directories and links of a layer that is small.
 const INODES_MIN: u64 = 64;
-/// How much of a blob is written between two looks at the disk.
-const LOOK_BYTES: u64 = 1 << 20;
-
+/// The name of what is unpacked, in a directory of its own.
+const TREE: &str = "tree";
 /// What a layer unpacks to at most, usually: as long as its blob where it is not compressed, 4 times that with gzip
 /// (a Debian system has 2.8) and 5 times with anything else (zstd at its best has 3.7).
 fn unpacked_estimate(layer: &Descriptor) -> u64 {
@@ -38,31 +39,6 @@ fn unpacked_estimate(layer: &Descriptor) -> u64 {
         5
     };
     layer.size.saturating_mul(times)
-}
-
-/// Leaves the reserve alone: fails like a full disk once it would be touched.
-struct Sparing<'a, W> {
-    inner: &'a mut W,
-    store: &'a Store,
-    written: u64,
-}
-
-impl<W: Write> Write for Sparing<'_, W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let looked = self.written / LOOK_BYTES;
-        self.written += bytes.len() as u64;
-        if self.written / LOOK_BYTES > looked
-            && let Ok(room) = self.store.room()
-            && !room.is_enough()
-        {
-            return Err(rustix::io::Errno::NOSPC.into());
-        }
-        self.inner.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
 }
 
 /// One call of [`Store::stage`] that has work to do; the lock is held.
@@ -102,17 +78,41 @@ impl<'a> Staging<'a> {
     }
 
     pub(super) fn run(mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
+        let wanted = self.plan(progress)?;
         let layers = &self.selected.manifest.layers;
-        let diff_ids = &self.selected.config.rootfs.diff_ids;
-        self.plan(progress)?;
-        for (layer, diff_id) in layers.iter().zip(diff_ids) {
+        let fetching = Fetching::new(self.store, self.client, self.reference, layers, &wanted);
+        std::thread::scope(|scope| {
+            for _ in 0..AT_ONCE.min(layers.len()) {
+                scope.spawn(|| fetching.work());
+            }
+            let done = self.layers(&fetching, progress);
+            fetching.stop();
+            done
+        })?;
+        self.record()?;
+        self.store.forget_pull(&self.selected.root.digest);
+        Ok(())
+    }
+
+    /// Unpacks one layer after the other.
+    fn layers(
+        &mut self,
+        fetching: &Fetching<'_>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(), StageError> {
+        let selected = self.selected;
+        let pairs = selected
+            .manifest
+            .layers
+            .iter()
+            .zip(&selected.config.rootfs.diff_ids);
+        for (index, (layer, diff_id)) in pairs.enumerate() {
+            fetching.unpacking(index);
             let chain_id = chain_id(self.placed.last().map(|placed| placed.chain_id), diff_id);
             if self.reuse(diff_id, &chain_id)? {
                 continue;
             }
-            self.fetch(layer, progress)?;
-            killpoint::reached("layer", "fetched");
-            let key = self.unpack(layer, diff_id, &chain_id)?;
+            let key = self.unpack(fetching, index, layer, diff_id, &chain_id, progress)?;
             self.placed.push(PlacedLayer {
                 diff_id: *diff_id,
                 chain_id,
@@ -120,44 +120,69 @@ impl<'a> Staging<'a> {
             });
             progress(Progress::Unpacked { diff_id: *diff_id });
         }
-        self.record()
+        fetching.unpacking(selected.manifest.layers.len());
+        Ok(())
     }
 
-    /// Says what is ahead and refuses what does not fit beside the reserve before a layer is fetched.
+    /// Says what is ahead and refuses what does not fit beside the reserve before a layer is fetched. Returns which layers
+    /// are missing.
     ///
     /// Manifests tell compressed sizes only, so what layers unpack to is estimated to be on the safe side: see
-    /// [`unpacked_estimate`]. Blobs go as soon as they are unpacked, so only the largest counts besides.
-    fn plan(&self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
-        let missing = |digest: &Digest| self.store.layer(digest).is_none();
-        let layers = self
-            .selected
-            .manifest
-            .layers
+    /// [`unpacked_estimate`]. Blobs go as soon as they are unpacked, so only those that are fetched at once count besides.
+    fn plan(&self, progress: &mut dyn FnMut(Progress)) -> Result<Vec<bool>, StageError> {
+        let layers = &self.selected.manifest.layers;
+        let mut seen = BTreeSet::new();
+        let wanted: Vec<bool> = layers
             .iter()
-            .zip(&self.selected.config.rootfs.diff_ids);
+            .zip(&self.selected.config.rootfs.diff_ids)
+            // The second of two equal layers is there when its turn comes.
+            .map(|(layer, diff_id)| {
+                self.store.layer(diff_id).is_none() && seen.insert(layer.digest)
+            })
+            .collect();
         let ahead: Vec<&Descriptor> = layers
-            .filter(|(_, diff_id)| missing(diff_id))
+            .iter()
+            .zip(&wanted)
+            .filter(|(_, wanted)| **wanted)
             .map(|(layer, _)| layer)
             .collect();
-        let bytes = ahead
+        let mut missing: Vec<u64> = ahead
             .iter()
-            .fold(0_u64, |sum, layer| sum.saturating_add(layer.size));
-        let largest = ahead.iter().map(|layer| layer.size).max().unwrap_or(0);
+            .map(|layer| {
+                layer
+                    .size
+                    .saturating_sub(self.store.partials.size(&layer.digest))
+            })
+            .collect();
+        let sum = |sizes: &[u64]| {
+            sizes
+                .iter()
+                .fold(0_u64, |sum, size| sum.saturating_add(*size))
+        };
+        let bytes = sum(&missing);
+        missing.sort_unstable_by_key(|size| std::cmp::Reverse(*size));
+        missing.truncate(AT_ONCE);
         let unpacked = ahead.iter().fold(0_u64, |sum, layer| {
             sum.saturating_add(unpacked_estimate(layer))
         });
         let inodes = unpacked / INODE_BYTES + INODES_MIN * ahead.len() as u64;
-        let needed = unpacked.saturating_add(largest);
-        if !ahead.is_empty()
-            && let Some(shortage) = self.store.room()?.shortage(needed, inodes)
-        {
-            return Err(self.disk_full(shortage));
+        let needed = unpacked.saturating_add(sum(&missing));
+        if !ahead.is_empty() {
+            let layers: BTreeSet<Digest> = ahead.iter().map(|layer| layer.digest).collect();
+            if self.store.room()?.shortage(needed, inodes).is_some() {
+                // What was begun of other images makes room first: it can be had again.
+                self.store.drop_partials(|digest| layers.contains(digest))?;
+            }
+            if let Some(shortage) = self.store.room()?.shortage(needed, inodes) {
+                return Err(self.disk_full(shortage));
+            }
+            self.store.note_pull(&self.selected.root.digest, &layers);
         }
         progress(Progress::Planned {
             bytes,
             layers: ahead.len(),
         });
-        Ok(())
+        Ok(wanted)
     }
 
     /// Takes a layer that is already unpacked, if it would come out the same above these layers.
@@ -190,91 +215,56 @@ impl<'a> Staging<'a> {
             .collect()
     }
 
-    fn fetch(
-        &self,
-        layer: &Descriptor,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(), StageError> {
-        let blobs = &self.store.blobs;
-        let path = blobs.path(&layer.digest);
-        // Left by a stage that was interrupted between fetching and unpacking.
-        if blobs
-            .verify(&layer.digest, layer.size)
-            .map_err(|source| io_error("read", &path, source))?
-        {
-            progress(Progress::Fetched { bytes: layer.size });
-            return Ok(());
-        }
-        let mut writer = blobs
-            .writer()
-            .map_err(|source| io_error("create", &path, source))?;
-        let mut fetched = |bytes| progress(Progress::Fetched { bytes });
-        let mut sparing = Sparing {
-            inner: &mut writer,
-            store: self.store,
-            written: 0,
-        };
-        self.client
-            .blob(self.reference, layer, &mut sparing, &mut fetched)?;
-        writer
-            .flush()
-            .and_then(|()| writer.commit())
-            .map_err(|source| io_error("write", &path, source))?;
-        Ok(())
-    }
-
-    /// Unpacks a fetched layer and returns the key it stands under. On any error nothing of it is left.
+    /// Unpacks a layer as it comes and returns the key it stands under. On any error nothing of it is left but its blob.
     fn unpack(
         &mut self,
+        fetching: &Fetching<'_>,
+        index: usize,
         layer: &Descriptor,
         diff_id: &Digest,
         chain_id: &Digest,
+        progress: &mut dyn FnMut(Progress),
     ) -> Result<Digest, StageError> {
         let store = self.store;
-        let blob_path = store.blobs.path(&layer.digest);
-        let open = || File::open(&blob_path).map_err(|source| io_error("open", &blob_path, source));
-        let staging = tempfile::Builder::new()
-            .prefix("layer-")
-            .tempdir_in(store.blobs.tmp())
-            .map_err(|source| io_error("create a directory in", store.blobs.tmp(), source))?;
-        let tree = staging.path().join("tree");
-        fs::create_dir(&tree).map_err(|source| io_error("create", &tree, source))?;
-        let lowers = self.lowers();
-        let budget = self.budget;
-        // Headers and padding come on top of the content: two blocks an entry, and a few for long names.
-        let stream_bytes_max = budget.bytes.saturating_add(budget.entries * 4096);
-        let unpacked = stream::with_layer(
-            open()?,
-            stream_bytes_max,
-            &|| store.room().ok()?.shortage(0, 0),
-            |stream| unpack_layer(stream, &tree, &lowers, budget),
-            |source| match source.raw_os_error() {
-                Some(_) => UnpackError::Io {
-                    act: "read",
-                    path: blob_path.display().to_string(),
-                    source,
-                },
-                None => UnpackError::Archive(Box::new(source)),
-            },
-        );
+        let mut tell = |bytes| progress(Progress::Fetched { bytes });
         let remove_blob = || {
             store
-                .blobs
+                .partials
                 .remove(&layer.digest)
-                .map_err(|source| io_error("remove", &blob_path, source))
+                .map_err(|source| io_error("remove", &store.partials.path(&layer.digest), source))
         };
-        let (unpacked, found) = match unpacked {
-            Ok(unpacked) => unpacked,
-            // The blob is right, this disk is not well: it need not be fetched again.
-            Err(source @ UnpackError::Io { .. }) => return Err(self.layer_error(layer, source)),
-            Err(source) => {
-                let error = self.layer_error(layer, source);
-                if !matches!(error, StageError::DiskFull { .. }) {
-                    remove_blob()?;
-                }
-                return Err(error);
+        let (staging, unpacked, found) = loop {
+            let restarts = fetching.restarts(index);
+            let staging = tempfile::Builder::new()
+                .prefix("layer-")
+                .tempdir_in(store.blobs.tmp())
+                .map_err(|source| io_error("create a directory in", store.blobs.tmp(), source))?;
+            let source = match self.unpack_into(fetching, index, staging.path(), &mut tell)? {
+                Ok((unpacked, found)) => break (staging, unpacked, found),
+                Err(source) => source,
+            };
+            // This disk is not well: whatever else is to come does not matter.
+            if matches!(
+                source,
+                UnpackError::Io { .. } | UnpackError::DiskFull { .. }
+            ) {
+                return Err(self.layer_error(layer, source));
             }
+            if let Some(stream::Bomb::Room(_)) = bomb(&source) {
+                return Err(self.layer_error(layer, source));
+            }
+            // Whether it is the image that is bad, or what came of it, is known when all has come.
+            fetching.finished(index, &mut tell)?;
+            if fetching.restarts(index) != restarts {
+                continue;
+            }
+            let error = self.layer_error(layer, source);
+            if !matches!(error, StageError::DiskFull { .. }) {
+                remove_blob()?;
+            }
+            return Err(error);
         };
+        let tree = staging.path().join(TREE);
         if found != *diff_id {
             remove_blob()?;
             return Err(StageError::DiffId {
@@ -302,6 +292,41 @@ impl<'a> Staging<'a> {
         // Only now: after a power loss before this it need not be fetched again.
         remove_blob()?;
         Ok(key)
+    }
+
+    /// Unpacks what comes of a layer into `TREE` of a directory; returns what came of that and its diff id.
+    ///
+    /// # Errors
+    /// The outer ones are not about the layer.
+    fn unpack_into(
+        &self,
+        fetching: &Fetching<'_>,
+        index: usize,
+        dir: &Path,
+        tell: &mut dyn FnMut(u64),
+    ) -> Result<Result<(Unpacked, Digest), UnpackError>, StageError> {
+        let store = self.store;
+        let tree = dir.join(TREE);
+        fs::create_dir(&tree).map_err(|source| io_error("create", &tree, source))?;
+        let lowers = self.lowers();
+        let budget = self.budget;
+        // Headers and padding come on top of the content: two blocks an entry, and a few for long names.
+        let stream_bytes_max = budget.bytes.saturating_add(budget.entries * 4096);
+        let blob = fetching.reader(index, tell)?;
+        Ok(stream::with_layer(
+            blob,
+            stream_bytes_max,
+            &|| store.room().ok()?.shortage(0, 0),
+            |stream| unpack_layer(stream, &tree, &lowers, budget),
+            |source| match source.raw_os_error() {
+                Some(_) => UnpackError::Io {
+                    act: "read",
+                    path: self.selected.manifest.layers[index].digest.to_string(),
+                    source,
+                },
+                None => UnpackError::Archive(Box::new(source)),
+            },
+        ))
     }
 
     /// Flushes the tree and gives it its name, the record first: a record alone is swept.

@@ -1,7 +1,6 @@
 //! The way of a layer from its blob to the unpacker: counted, inflated, hashed, and stopped when it is a bomb.
 
 use std::cell::Cell;
-use std::fs::File;
 use std::io::{self, BufReader, Read};
 
 use sha2::{Digest as _, Sha256};
@@ -38,7 +37,7 @@ const LOOK_BYTES: u64 = 64 << 10;
 /// `unpack`'s own, or through `bad` an I/O error: with an OS error code if the disk failed, without if the
 /// stream is bad.
 pub(super) fn with_layer<T, E>(
-    blob: File,
+    blob: impl Read,
     stream_bytes_max: u64,
     shortage: &dyn Fn() -> Option<Shortage>,
     unpack: impl FnOnce(&mut dyn Read) -> Result<T, E>,
@@ -66,12 +65,12 @@ pub(super) fn with_layer<T, E>(
 }
 
 /// Counts what is taken from the blob.
-struct Counted<'c> {
-    inner: File,
+struct Counted<'c, R> {
+    inner: R,
     consumed: &'c Cell<u64>,
 }
 
-impl Read for Counted<'_> {
+impl<R: Read> Read for Counted<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         self.consumed.set(self.consumed.get() + count as u64);

@@ -47,7 +47,7 @@ fn a_password_goes_to_the_registry_only() {
     let client = Client::new(ClientConfig {
         registries: registries.into(),
         timeouts: TIMEOUTS,
-        blob_bytes_max: None,
+        ..ClientConfig::default()
     })
     .unwrap();
     let root = tempfile::tempdir().unwrap();

@@ -504,7 +504,7 @@ fn a_registry_with_a_certificate_of_our_own() {
         Client::new(ClientConfig {
             registries,
             timeouts: TIMEOUTS,
-            blob_bytes_max: None,
+            ..ClientConfig::default()
         })
         .unwrap()
     };

@@ -13,6 +13,8 @@ pub(crate) struct Request {
     /// With the query.
     pub(crate) path: String,
     pub(crate) authorization: Option<String>,
+    /// The first byte that is asked for.
+    pub(crate) from: Option<usize>,
 }
 
 /// What is answered.
@@ -22,6 +24,8 @@ pub(crate) enum Reply {
     Full(u16, Vec<(String, String)>, Vec<u8>),
     /// A header that announces more than comes; then the connection ends.
     Truncated(Vec<u8>, usize),
+    /// Status, further headers, and less of a body than the length that is announced; then the connection ends.
+    Cut(u16, Vec<(String, String)>, Vec<u8>, usize),
     /// A 200 whose body goes on and on.
     Endless,
     /// A 200 of so many bytes that come one by one.
@@ -120,6 +124,29 @@ pub(crate) fn with_header(status: u16, name: &str, value: &str) -> Reply {
     )
 }
 
+/// What a server that knows ranges says: 206 when it is asked for the rest, and at most `most` bytes before the connection
+/// ends.
+pub(crate) fn ranged(bytes: &[u8], request: &Request, most: usize) -> Reply {
+    let from = request.from.unwrap_or(0).min(bytes.len());
+    let rest = &bytes[from..];
+    let (status, headers) = match request.from {
+        Some(_) => (
+            206,
+            vec![(
+                "Content-Range".to_owned(),
+                format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len()),
+            )],
+        ),
+        None => (200, Vec::new()),
+    };
+    Reply::Cut(
+        status,
+        headers,
+        rest[..rest.len().min(most)].to_vec(),
+        rest.len(),
+    )
+}
+
 fn answer(stream: &TcpStream, handler: &Handler, log: &Mutex<Vec<Request>>, stop: &AtomicBool) {
     let mut lines = BufReader::new(stream).lines();
     let Some(Ok(first)) = lines.next() else {
@@ -127,6 +154,7 @@ fn answer(stream: &TcpStream, handler: &Handler, log: &Mutex<Vec<Request>>, stop
     };
     let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
     let mut authorization = None;
+    let mut from = None;
     for line in lines {
         let Ok(line) = line else { return };
         if line.is_empty() {
@@ -137,10 +165,14 @@ fn answer(stream: &TcpStream, handler: &Handler, log: &Mutex<Vec<Request>>, stop
         {
             authorization = Some(value.to_owned());
         }
+        if let Some(range) = line.to_ascii_lowercase().strip_prefix("range: bytes=") {
+            from = range.trim_end_matches('-').parse().ok();
+        }
     }
     let request = Request {
         path,
         authorization,
+        from,
     };
     log.lock().unwrap().push(request.clone());
     // The client may hang up at any point; that is its right.
@@ -159,6 +191,17 @@ fn write_reply(mut stream: &TcpStream, reply: Reply, stop: &AtomicBool) -> std::
                 stream,
                 "HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Length: {}\r\n",
                 body.len()
+            )?;
+            for (name, value) in headers {
+                write!(stream, "{name}: {value}\r\n")?;
+            }
+            stream.write_all(b"\r\n")?;
+            stream.write_all(&body)
+        }
+        Reply::Cut(status, headers, body, announced) => {
+            write!(
+                stream,
+                "HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Length: {announced}\r\n"
             )?;
             for (name, value) in headers {
                 write!(stream, "{name}: {value}\r\n")?;

@@ -224,6 +224,7 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::Evicted,
         ReasonCode::PolicyDenied,
         ReasonCode::DeviceMissing,
+        ReasonCode::PullDeferred,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))

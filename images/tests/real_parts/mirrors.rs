@@ -1,0 +1,174 @@
+//! Mirrors and proxies: asked in order, believed as little as registries, given nothing that is not theirs.
+
+use std::net::TcpListener;
+
+use foreshore_images::registry::{Client, ClientConfig, Credentials, RegistryConfig};
+use foreshore_images::store::Store;
+use foreshore_images::{Digest, Fault, Platform, Reference};
+
+use crate::bed::TIMEOUTS;
+use crate::hostile::{chain, honest, simple};
+use crate::server::{Reply, Request, Server, ok, status, with_header};
+
+/// `upstream` as `registry.example`, which no name server knows, behind mirrors.
+fn client(upstream: &Server, mirrors: Vec<String>, more: &[(String, RegistryConfig)]) -> Client {
+    let registry = RegistryConfig {
+        url: Some(format!("http://{}", upstream.host)),
+        credentials: Some(Credentials::new("me", "upstream-password")),
+        mirrors,
+        ..RegistryConfig::default()
+    };
+    let mut registries: std::collections::BTreeMap<_, _> = more.iter().cloned().collect();
+    registries.insert("registry.example".to_owned(), registry);
+    Client::new(ClientConfig {
+        registries,
+        timeouts: TIMEOUTS,
+        ..ClientConfig::default()
+    })
+    .unwrap()
+}
+
+fn stage(client: &Client, image: Digest) -> Result<(), foreshore_images::store::StageError> {
+    let root = tempfile::tempdir().unwrap();
+    let reference: Reference = format!("registry.example/acme/app@{image}")
+        .parse()
+        .unwrap();
+    let platform = Platform::linux("amd64", "");
+    let store = Store::open(root.path()).unwrap();
+    store
+        .stage(client, &reference, &platform, &mut |_| {})
+        .map(drop)
+}
+
+#[test]
+fn mirrors_are_asked_in_order_and_the_registry_last() {
+    let (blobs, image, layer) = simple();
+    let nobody = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap()
+    };
+    let served = blobs.clone();
+    let upstream = Server::start("127.0.0.1", move |request| honest(&served, request));
+    let empty = Server::start("127.0.0.1", |_| status(404));
+    // Has the manifests under a path of its own, and a wrong layer.
+    let (served, hex) = (blobs.clone(), layer.hex());
+    let wrong = Server::start("127.0.0.1", move |request| {
+        assert!(
+            request.path.starts_with("/v2/cache/x/acme/app/"),
+            "{}",
+            request.path
+        );
+        if request.path.contains(&hex) {
+            let length = match honest(&served, request) {
+                Reply::Full(_, _, body) => body.len(),
+                _ => 0,
+            };
+            return ok("application/octet-stream", vec![b'x'; length]);
+        }
+        honest(&served, request)
+    });
+    let mirrors = vec![
+        format!("http://{nobody}"),
+        format!("http://{}", empty.host),
+        format!("http://{}/cache/x/", wrong.host),
+    ];
+    let behind = client(&upstream, mirrors, &[]);
+    stage(&behind, image).unwrap();
+    assert!(empty.count("/manifests/") == 1 && wrong.count("/manifests/") == 1);
+    assert_eq!(upstream.count("/manifests/"), 0, "a mirror had it");
+    assert_eq!(upstream.count(&layer.hex()), 1, "the mirror's was wrong");
+
+    // A mirror that has all spares the registry.
+    let before = upstream.requests().len();
+    let served = blobs.clone();
+    let good = Server::start("127.0.0.1", move |request| honest(&served, request));
+    stage(
+        &client(&upstream, vec![format!("http://{}", good.host)], &[]),
+        image,
+    )
+    .unwrap();
+    assert_eq!(upstream.requests().len(), before);
+
+    // When nobody has it, the registry's own word counts.
+    let gone = Server::start("127.0.0.1", |_| status(404));
+    let error = stage(&client(&gone, vec![format!("http://{nobody}")], &[]), image).unwrap_err();
+    assert_eq!(error.fault(), Fault::NotFound, "{}", chain(&error));
+    assert!(chain(&error).contains("registry.example"));
+}
+
+#[test]
+fn a_mirror_gets_its_own_credentials_and_nobody_else_s() {
+    let (blobs, image, _) = simple();
+    let challenge = |blobs: crate::compose::Blobs| {
+        move |request: &Request| {
+            if request.authorization.is_none() {
+                return with_header(401, "WWW-Authenticate", "Basic realm=\"x\"");
+            }
+            honest(&blobs, request)
+        }
+    };
+    let upstream = Server::start("127.0.0.1", challenge(blobs.clone()));
+    let mirror = Server::start("127.0.0.1", challenge(blobs));
+    let url = format!("http://{}", mirror.host);
+    // Without any the mirror is passed over.
+    stage(&client(&upstream, vec![url.clone()], &[]), image).unwrap();
+    let said = |server: &Server| -> Vec<String> {
+        let requests = server.requests();
+        let mut said: Vec<String> = requests
+            .into_iter()
+            .filter_map(|request| request.authorization)
+            .collect();
+        said.dedup();
+        said
+    };
+    assert_eq!(said(&mirror), Vec::<String>::new());
+    assert_eq!(said(&upstream).len(), 1);
+    let own = RegistryConfig {
+        plain_http: true,
+        credentials: Some(Credentials::new("me", "mirror-password")),
+        ..RegistryConfig::default()
+    };
+    let before = upstream.requests().len();
+    stage(
+        &client(&upstream, vec![url], &[(mirror.host.clone(), own)]),
+        image,
+    )
+    .unwrap();
+    assert_eq!(upstream.requests().len(), before);
+    assert_eq!(said(&mirror).len(), 1);
+    assert_ne!(said(&mirror), said(&upstream));
+}
+
+#[test]
+fn https_goes_through_the_proxy_unless_its_host_is_excepted() {
+    let (_, image, _) = simple();
+    let proxy = Server::start("127.0.0.1", |_| status(403));
+    let try_it = |no_proxy: &[&str]| {
+        let client = Client::new(ClientConfig {
+            timeouts: TIMEOUTS,
+            proxy: Some(format!("http://me:secret-password@{}", proxy.host)),
+            no_proxy: no_proxy.iter().map(|host| (*host).to_owned()).collect(),
+            ..ClientConfig::default()
+        })
+        .unwrap();
+        let reference: Reference = format!("registry.invalid/app@{image}").parse().unwrap();
+        client.resolve(&reference).unwrap_err()
+    };
+    let error = try_it(&[]);
+    assert_eq!(error.fault(), Fault::Unreachable);
+    assert!(
+        !chain(&error).contains("secret-password"),
+        "{}",
+        chain(&error)
+    );
+    assert_eq!(proxy.count("registry.invalid:443"), 1);
+    try_it(&[".invalid"]);
+    assert_eq!(proxy.count("registry.invalid"), 1);
+    for bad in ["ftp://x", "http://", "socks5://h:1"] {
+        let config = ClientConfig {
+            proxy: Some(bad.to_owned()),
+            ..ClientConfig::default()
+        };
+        assert!(Client::new(config).is_err(), "{bad}");
+    }
+}
