@@ -30,6 +30,7 @@ use crate::config::BrokerKind;
 use crate::controller::Controller;
 use crate::images::Images;
 use crate::link::LinkCounters;
+use crate::registry::uploads::Uploads;
 use crate::secrets::Secrets;
 
 pub mod apps;
@@ -58,6 +59,8 @@ pub struct Api {
     pub controller: Controller,
     /// For resolving and importing.
     pub images: Images,
+    /// For pushing.
+    pub uploads: Uploads,
     /// Who may call.
     pub secrets: Secrets,
     /// What the link counts.

@@ -25,6 +25,9 @@ pub struct Config {
     /// Where the MQTT broker is.
     #[serde(default)]
     pub broker: BrokerConfig,
+    /// The hub's own registry.
+    #[serde(default)]
+    pub registry: OwnRegistry,
     /// How registries are reached to resolve image tags, by `host` or `host:port`.
     #[serde(default)]
     pub registries: BTreeMap<String, RegistryEntry>,
@@ -45,6 +48,28 @@ impl Default for ApiConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 8480)),
             max_image_bytes: 4 << 30,
+        }
+    }
+}
+
+/// `[registry]`: the hub's own, at `/v2/`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OwnRegistry {
+    /// Uploads under way at once. Default: 256.
+    pub max_uploads: u64,
+    /// An upload for which nothing came for so long is given up, in seconds. Default: a day.
+    pub upload_expires_s: u64,
+    /// A blob or manifest that was pushed and that no tag reaches yet stays for so long, in seconds. Default: an hour.
+    pub unused_expires_s: u64,
+}
+
+impl Default for OwnRegistry {
+    fn default() -> Self {
+        Self {
+            max_uploads: 256,
+            upload_expires_s: 24 * 3600,
+            unused_expires_s: 3600,
         }
     }
 }
@@ -146,6 +171,7 @@ impl Config {
             data,
             api: ApiConfig::default(),
             broker: BrokerConfig::default(),
+            registry: OwnRegistry::default(),
             registries: BTreeMap::new(),
         }
     }

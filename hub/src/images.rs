@@ -1,7 +1,7 @@
 //! Images: tags to digests for a release, and archives into the image directory.
 //!
 //! Network and disk work blocks, so it runs on threads of its own, a few at a time. [`sweep`] removes what is not
-//! needed any more.
+//! needed any more; [`survey`](mod@survey) says what an image is made of.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use foreshore_images::blobs::BlobDir;
 use foreshore_images::layout::{self, ImportError, ImportLimits, ImportedImage};
+use foreshore_images::manifest::MANIFEST_BYTES_MAX;
 use foreshore_images::reference::ParseReferenceError;
 use foreshore_images::registry::{Client, ClientConfig, FetchError};
 use foreshore_images::{Digest, Fault, Reference};
@@ -22,9 +23,13 @@ use tokio::sync::Semaphore;
 use crate::controller::apps::Resolved;
 use crate::rollout::UnixMs;
 use crate::store::image::Image;
+use crate::store::registry::Manifest;
 use crate::store::{self, Store, StoreError};
 
+pub mod survey;
 pub mod sweep;
+
+use self::survey::Demand;
 
 /// The host of images that were imported into the hub.
 pub const HUB_HOST: &str = "hub.internal";
@@ -153,6 +158,7 @@ struct Inner {
     asks: Arc<Semaphore>,
     imports: Arc<Semaphore>,
     broom: sweep::Broom,
+    leases_ms: u64,
 }
 
 impl std::fmt::Debug for Images {
@@ -181,7 +187,8 @@ pub enum OpenError {
 }
 
 impl Images {
-    /// Opens `directory`, making it when missing and removing what an interrupted import left. Blocks.
+    /// Opens `directory`, making it when missing and removing what an interrupted import left. A blob that a push
+    /// counts on stays for `leases_ms` after it last did. Blocks.
     ///
     /// # Errors
     ///
@@ -190,6 +197,7 @@ impl Images {
         directory: &Path,
         registries: ClientConfig,
         store: Store,
+        leases_ms: u64,
     ) -> Result<Self, OpenError> {
         let uploads = directory.join("uploads");
         let prepare = || {
@@ -214,6 +222,7 @@ impl Images {
                 asks: Arc::new(Semaphore::new(ASKED_AT_ONCE)),
                 imports: Arc::new(Semaphore::new(IMPORTED_AT_ONCE)),
                 broom: sweep::Broom::new(),
+                leases_ms,
             }),
         })
     }
@@ -222,6 +231,12 @@ impl Images {
     #[must_use]
     pub fn blobs(&self) -> &BlobDir {
         &self.inner.blobs
+    }
+
+    /// How long a blob stays that a push counts on, in milliseconds.
+    #[must_use]
+    pub fn leases_ms(&self) -> u64 {
+        self.inner.leases_ms
     }
 
     /// Where an upload may be spooled; emptied when the hub starts.
@@ -306,11 +321,12 @@ impl Images {
             image: reference.to_string(),
         };
         if let Some(digest) = reference.digest() {
-            let blobs = self.inner.blobs.clone();
-            let there = tokio::task::spawn_blocking(move || blobs.size(&digest).is_some())
-                .await
-                .map_err(|_| StoreError::Stopped)?;
-            return if there {
+            let name = reference.repository().to_owned();
+            let there = self.inner.store.read(move |connection| {
+                let row = store::registry::manifest(connection, &name, &digest)?;
+                Ok::<_, StoreError>(row.is_some())
+            });
+            return if there.await? {
                 Ok(digest)
             } else {
                 Err(not_imported())
@@ -360,6 +376,7 @@ impl Images {
         .map_err(|_| TakeError::GaveUp)?;
         let found = found?;
         let (reference, image) = choose(wanted, found)?;
+        let rows = self.rows(reference.repository(), image.digest).await?;
         let view = ImageView {
             reference: reference.to_string(),
             digest: image.digest,
@@ -373,9 +390,66 @@ impl Images {
         };
         self.inner
             .store
-            .write(move |connection| Ok::<_, StoreError>(store::image::put(connection, &row)?))
+            .write(move |connection| {
+                for manifest in &rows {
+                    store::registry::put_manifest(connection, manifest)?;
+                }
+                Ok::<_, StoreError>(store::image::put(connection, &row)?)
+            })
             .await?;
         Ok(view)
+    }
+
+    /// The rows of an image in `repository`: its index or manifest, and what of its variants is there.
+    async fn rows(&self, repository: &str, digest: Digest) -> Result<Vec<Manifest>, StoreError> {
+        let (blobs, repository) = (self.inner.blobs.clone(), repository.to_owned());
+        tokio::task::spawn_blocking(move || {
+            let bytes = blobs.read(&digest, MANIFEST_BYTES_MAX).ok().flatten();
+            let found = bytes
+                .map(|bytes| survey::survey(&blobs, &repository, &bytes, None, 0, Demand::Found));
+            match found {
+                Some(Ok(found)) => found.manifests,
+                Some(Err(error)) => {
+                    tracing::warn!(%digest, error = &error as &dyn std::error::Error, "failed to survey an image");
+                    Vec::new()
+                }
+                None => Vec::new(),
+            }
+        })
+        .await
+        .map_err(|_| StoreError::Stopped)
+    }
+
+    /// Writes the rows of images that an older hub imported without.
+    ///
+    /// # Errors
+    ///
+    /// When the store fails.
+    pub async fn adopt(&self) -> Result<(), StoreError> {
+        let without = self.inner.store.read(|connection| {
+            let mut without = Vec::new();
+            for image in store::image::list(connection)? {
+                let Ok(reference) = Reference::parse(&image.view.reference) else {
+                    continue;
+                };
+                let (name, digest) = (reference.repository(), image.view.digest);
+                if store::registry::manifest(connection, name, &digest)?.is_none() {
+                    without.push((name.to_owned(), digest));
+                }
+            }
+            Ok::<_, StoreError>(without)
+        });
+        for (repository, digest) in without.await? {
+            let rows = self.rows(&repository, digest).await?;
+            let write = move |connection: &rusqlite::Connection| {
+                for row in &rows {
+                    store::registry::put_manifest(connection, row)?;
+                }
+                Ok::<_, StoreError>(())
+            };
+            self.inner.store.write(write).await?;
+        }
+        Ok(())
     }
 }
 

@@ -19,7 +19,8 @@ use crate::controller::{ControlError, Controller};
 use crate::http;
 use crate::images::{Images, OpenError};
 use crate::link::{self, LinkConfig, LinkCounters};
-use crate::registry::BLOBS_AT_ONCE;
+use crate::registry::uploads::{self, UploadError, Uploads};
+use crate::registry::{self, BLOBS_AT_ONCE};
 use crate::secrets::{SecretError, Secrets};
 use crate::store::{self, Store, StoreError, Writer};
 
@@ -59,6 +60,9 @@ pub enum StartError {
     /// The images cannot be used.
     #[error(transparent)]
     Images(#[from] OpenError),
+    /// The uploads cannot be used.
+    #[error("failed to open the uploads of the registry")]
+    Uploads(#[from] UploadError),
     /// The address cannot be listened on.
     #[error("failed to listen on {address}; is another program using the port?")]
     Listen {
@@ -138,7 +142,15 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
         &config.data.join("images"),
         config.registry_client()?,
         store.clone(),
+        config.registry.unused_expires_s.saturating_mul(1000),
     )?;
+    images.adopt().await?;
+    let limits = uploads::Limits {
+        open: config.registry.max_uploads,
+        blob_bytes: config.api.max_image_bytes,
+        expires_ms: config.registry.upload_expires_s.saturating_mul(1000),
+    };
+    let uploads = Uploads::open(config.data.join("pushes"), store.clone(), limits).await?;
     let listener = TcpListener::bind(config.api.listen)
         .await
         .map_err(|source| StartError::Listen {
@@ -168,10 +180,12 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
         port,
         secret: secrets.hub.clone(),
     };
-    let tidy = images.clone();
+    let (tidy, now) = (images.clone(), controller.clone());
+    let given_up = registry::keep_tidy(uploads.clone(), images.clone(), controller.clone());
     let router = api::router(Api {
         controller: controller.clone(),
         images,
+        uploads,
         secrets,
         counters: Arc::clone(&counters),
         broker: if embedded.is_some() {
@@ -189,10 +203,10 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
         stopping.clone(),
         link::run(link, controller.clone(), Arc::clone(&counters)),
     ));
-    tasks.spawn(until(
-        stopping.clone(),
-        async move { tidy.keep_tidy().await },
-    ));
+    tasks.spawn(until(stopping.clone(), async move {
+        tidy.keep_tidy(move || now.now()).await
+    }));
+    tasks.spawn(until(stopping.clone(), given_up));
     tasks.spawn(until(stopping, {
         let controller = controller.clone();
         async move { controller.run().await }

@@ -17,7 +17,8 @@
 //! | [`rollout`] | rollouts, waves, assignments and the facts they are decided on |
 //! | [`release`] | which releases are still needed |
 //! | [`event`] | what happened |
-//! | [`image`] | images imported into the hub |
+//! | [`image`] | tags of the hub's own images |
+//! | [`registry`] | its manifests, uploads, and blobs that pushes count on |
 //! | [`column`](mod@column) | between SQL and Rust types |
 
 use std::path::{Path, PathBuf};
@@ -33,6 +34,7 @@ pub mod desired;
 pub mod device;
 pub mod event;
 pub mod image;
+pub mod registry;
 pub mod release;
 pub mod rollout;
 pub mod schema;

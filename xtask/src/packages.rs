@@ -32,6 +32,21 @@ pub(crate) const FOR_TESTS: &[Package] = &[
         why: "builds the images, and unpacks them for comparison",
     },
     Package {
+        name: "podman",
+        file: "/usr/bin/podman",
+        why: "pushes to the hub's registry",
+    },
+    Package {
+        name: "buildah",
+        file: "/usr/bin/buildah",
+        why: "pushes to the hub's registry",
+    },
+    Package {
+        name: "runc",
+        file: "/usr/sbin/runc",
+        why: "what podman wants to see before it does anything",
+    },
+    Package {
         name: "mosquitto",
         file: "/usr/sbin/mosquitto",
         why: "the second broker of the contract suite",

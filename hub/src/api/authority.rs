@@ -1,4 +1,4 @@
-//! Who may call: operators by bearer token, devices by basic authentication where they fetch images.
+//! Who may call: operators by bearer token; at the registry also by basic authentication, as devices do there.
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};
@@ -32,29 +32,34 @@ fn scheme<'a>(headers: &'a HeaderMap, wanted: &str) -> Option<&'a str> {
     scheme.eq_ignore_ascii_case(wanted).then(|| rest.trim())
 }
 
-/// Whether a caller may fetch images: an operator by bearer token, or as the password of any user; a device by its
-/// id and the join token.
+/// Who asks the registry endpoint for something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caller {
+    /// Somebody with the API token.
+    Operator,
+    /// A device with the join token.
+    Device,
+}
+
+/// Who fetches images: an operator by bearer token, or with it as the password of any user (`docker login` knows no
+/// other way); a device by its id and the join token. `None` is nobody who may.
 #[must_use]
-pub fn may_pull(secrets: &Secrets, headers: &HeaderMap) -> bool {
+pub fn puller(secrets: &Secrets, headers: &HeaderMap) -> Option<Caller> {
+    let operator = |token: &str| secrets.api.matches(token).then_some(Caller::Operator);
     if let Some(token) = bearer(headers) {
-        return secrets.api.matches(token);
+        return operator(token);
     }
-    let Some(encoded) = scheme(headers, "basic").filter(|text| text.len() <= 8192) else {
-        return false;
-    };
-    let Ok(decoded) = base64::engine::general_purpose::STANDARD.decode(encoded) else {
-        return false;
-    };
-    let Ok(text) = String::from_utf8(decoded) else {
-        return false;
-    };
-    let Some((user, password)) = text.split_once(':') else {
-        return false;
-    };
-    // The hub's own name is no device's, wherever it is used.
-    let device = user.parse::<DeviceId>().is_ok() && user != HUB_NAME;
-    let device = device && secrets.join.matches(password);
-    device || secrets.api.matches(password)
+    let encoded = scheme(headers, "basic").filter(|text| text.len() <= 8192)?;
+    let decoded = base64::engine::general_purpose::STANDARD
+        .decode(encoded)
+        .ok()?;
+    let text = String::from_utf8(decoded).ok()?;
+    let (user, password) = text.split_once(':')?;
+    operator(password).or_else(|| {
+        // The hub's own name is no device's, wherever it is used.
+        let device = user.parse::<DeviceId>().is_ok() && user != HUB_NAME;
+        (device && secrets.join.matches(password)).then_some(Caller::Device)
+    })
 }
 
 #[cfg(test)]
@@ -71,10 +76,10 @@ mod tests {
         }
     }
 
-    fn pulls(value: &str) -> bool {
+    fn pulls(value: &str) -> Option<Caller> {
         let mut headers = HeaderMap::new();
         headers.insert(header::AUTHORIZATION, value.parse().unwrap());
-        may_pull(&secrets(), &headers)
+        puller(&secrets(), &headers)
     }
 
     #[test]
@@ -85,8 +90,15 @@ mod tests {
                 base64::engine::general_purpose::STANDARD.encode(text)
             )
         };
-        assert!(pulls(&basic("gateway-1:join")) && pulls(&basic("anybody:operator")));
-        assert!(pulls("Bearer operator") && pulls("bearer operator"));
+        assert_eq!(pulls(&basic("gateway-1:join")), Some(Caller::Device));
+        for operator in [
+            basic("anybody:operator"),
+            basic(":operator"),
+            "Bearer operator".to_owned(),
+            "bearer operator".to_owned(),
+        ] {
+            assert_eq!(pulls(&operator), Some(Caller::Operator), "{operator}");
+        }
         for bad in [
             basic("gateway-1:hub"),
             basic("foreshore-hub:join"),
@@ -98,8 +110,8 @@ mod tests {
             "Basic".to_owned(),
             "operator".to_owned(),
         ] {
-            assert!(!pulls(&bad), "{bad}");
+            assert_eq!(pulls(&bad), None, "{bad}");
         }
-        assert!(!may_pull(&secrets(), &HeaderMap::new()));
+        assert_eq!(puller(&secrets(), &HeaderMap::new()), None);
     }
 }

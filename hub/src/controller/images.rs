@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use foreshore_images::Reference;
-use foreshore_protocol::AppName;
+use foreshore_protocol::{AppName, Digest};
 
 use super::{Change, ControlError};
+use crate::images::HUB_HOST;
 use crate::images::sweep::imported;
 use crate::store;
 
@@ -38,6 +39,50 @@ pub fn remove(change: &mut Change<'_>, reference: &Reference) -> Result<(), Cont
     }
     store::image::delete(change.connection, &name)?;
     Ok(change.event("image-removed").record(name)?)
+}
+
+/// Forgets a manifest of a repository and every tag of it.
+///
+/// # Errors
+///
+/// As [`remove`].
+pub fn remove_manifest(
+    change: &mut Change<'_>,
+    repository: &str,
+    digest: &Digest,
+) -> Result<(), ControlError> {
+    let full = format!("{HUB_HOST}/{repository}@{digest}");
+    let mut apps = BTreeSet::new();
+    for release in store::release::needed(change.connection)? {
+        if release.images.contains(&full) {
+            apps.insert(release.app);
+        }
+    }
+    let prefix = format!("{HUB_HOST}/{repository}:");
+    let tags: Vec<String> = store::image::list(change.connection)?
+        .into_iter()
+        .filter(|image| image.view.digest == *digest && image.view.reference.starts_with(&prefix))
+        .map(|image| image.view.reference)
+        .collect();
+    for tag in &tags {
+        if let Ok(reference) = Reference::parse(tag) {
+            apps.extend(applied_with(change, &reference)?);
+        }
+    }
+    if !apps.is_empty() {
+        return Err(ControlError::ImageInUse {
+            reference: full,
+            apps,
+        });
+    }
+    if !store::registry::delete_manifest(change.connection, repository, digest)? {
+        return Err(ControlError::UnknownImage(full));
+    }
+    for tag in tags {
+        store::image::delete(change.connection, &tag)?;
+        change.event("image-removed").record(tag)?;
+    }
+    Ok(())
 }
 
 /// The apps whose manifest names the image: applying it again would fail without.

@@ -2,7 +2,8 @@
 //! off, of tags that were moved or removed, and of releases that nobody asks for any more.
 //!
 //! A blob of an image that is only coming in is reached by nothing yet. So whoever brings one in, or is about to
-//! make a release of one, holds a [`Hold`], and nothing is swept meanwhile.
+//! make a release of one, holds a [`Hold`], and nothing is swept meanwhile. A push takes many calls and may take
+//! hours: it holds nothing in between, but has a lease on each of its blobs.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -12,9 +13,11 @@ use std::time::Duration;
 use foreshore_images::blobs::BlobDir;
 use foreshore_images::manifest::{Document, MANIFEST_BYTES_MAX};
 use foreshore_images::{Digest, Reference};
-use tokio::sync::{Notify, OwnedRwLockReadGuard, RwLock};
+use tokio::sync::{Notify, OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use super::{HUB_HOST, Images};
+use crate::rollout::UnixMs;
+use crate::store::registry::Manifest;
 use crate::store::{self, StoreError};
 
 /// The directory is swept so often even without news: releases are forgotten meanwhile.
@@ -79,7 +82,7 @@ impl Drop for Hold {
 
 impl Images {
     /// Removes blobs that nothing reaches, whenever some may have become so, until the future is dropped.
-    pub async fn keep_tidy(&self) {
+    pub async fn keep_tidy(&self, now: impl Fn() -> UnixMs) {
         let broom = &self.inner.broom;
         loop {
             _ = tokio::time::timeout(EVERY, broom.wanted.notified()).await;
@@ -91,7 +94,7 @@ impl Images {
                     Err(_) => tokio::time::sleep(BUSY).await,
                 }
             };
-            match self.sweep().await {
+            match self.sweep(now()).await {
                 Ok(0) => {}
                 Ok(bytes) => tracing::info!(bytes, "removed blobs that no image or release needs"),
                 Err(error) => tracing::warn!(
@@ -113,32 +116,103 @@ impl Images {
         self.inner.broom.want();
     }
 
-    async fn sweep(&self) -> Result<u64, SweepError> {
+    /// The directory for who needs it as it is, without anybody who brings something in; `None` when somebody still
+    /// does so after `within`.
+    pub(crate) async fn alone(&self, within: Duration) -> Option<OwnedRwLockWriteGuard<()>> {
+        let end = tokio::time::Instant::now() + within;
+        loop {
+            if let Ok(alone) = Arc::clone(&self.inner.broom.holders).try_write_owned() {
+                return Some(alone);
+            }
+            if tokio::time::Instant::now() >= end {
+                return None;
+            }
+            tokio::time::sleep(BUSY / 20).await;
+        }
+    }
+
+    /// All that is needed now, and by whom; the caller sees to it that nothing comes in meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When the store or the disk fails.
+    pub(crate) async fn needed(&self, now: UnixMs) -> Result<Needed, SweepError> {
         // Asked of the writer, not of a snapshot: whatever was queued before by a holder that is gone is in.
-        let roots = self.inner.store.write(|connection| {
+        let read = self.inner.store.write(move |connection| {
             let tags = store::image::list(connection)?;
             let mut roots: BTreeSet<Digest> =
                 tags.into_iter().map(|image| image.view.digest).collect();
             for release in store::release::needed(connection)? {
                 roots.extend(release.images.iter().filter_map(|image| imported(image)));
             }
-            Ok::<_, StoreError>(roots)
+            let manifests = store::registry::manifests(connection, None)?;
+            let waiting = manifests.iter().filter(|row| row.keep_until_ms > now.0);
+            roots.extend(waiting.map(|row| row.digest));
+            Ok::<_, StoreError>((roots, manifests, store::registry::leased(connection)?))
         });
-        let (roots, blobs) = (roots.await?, self.inner.blobs.clone());
+        let ((roots, manifests, leased), blobs) = (read.await?, self.inner.blobs.clone());
         tokio::task::spawn_blocking(move || {
-            let keep = reached(&blobs, roots)?;
-            Ok(blobs.retain(&keep)?)
+            Ok(Needed {
+                reached: reached(&blobs, roots, &manifests)?,
+                leased,
+                manifests,
+            })
         })
         .await
         .map_err(|_| StoreError::Stopped)?
     }
+
+    async fn sweep(&self, now: UnixMs) -> Result<u64, SweepError> {
+        let before = now.0.saturating_sub(self.inner.leases_ms);
+        let expire = move |connection: &rusqlite::Connection| {
+            Ok::<_, StoreError>(store::registry::expire_leases(connection, before)?)
+        };
+        self.inner.store.write(expire).await?;
+        let Needed {
+            mut reached,
+            leased,
+            manifests,
+        } = self.needed(now).await?;
+        let gone: Vec<Manifest> = manifests
+            .into_iter()
+            .filter(|row| !reached.contains(&row.digest))
+            .collect();
+        if !gone.is_empty() {
+            // The rows first: a row without its blob would promise what is not there.
+            let forget = move |connection: &rusqlite::Connection| {
+                for row in &gone {
+                    store::registry::delete_manifest(connection, &row.repository, &row.digest)?;
+                }
+                Ok::<_, StoreError>(())
+            };
+            self.inner.store.write(forget).await?;
+        }
+        reached.extend(leased);
+        let blobs = self.inner.blobs.clone();
+        tokio::task::spawn_blocking(move || Ok(blobs.retain(&reached)?))
+            .await
+            .map_err(|_| StoreError::Stopped)?
+    }
+}
+
+/// What must stay in the image directory.
+#[derive(Debug)]
+pub(crate) struct Needed {
+    /// Blobs of tags, releases and manifests that wait for their tag.
+    pub(crate) reached: BTreeSet<Digest>,
+    /// Blobs that pushes count on.
+    leased: BTreeSet<Digest>,
+    /// Every manifest row.
+    manifests: Vec<Manifest>,
 }
 
 /// Why the directory was not swept, or not to its end. Nothing that is needed is gone.
 #[derive(Debug, thiserror::Error)]
-enum SweepError {
+pub(crate) enum SweepError {
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The disk failed.
     #[error("failed to read or remove a blob")]
     Disk(#[from] io::Error),
 }
@@ -151,10 +225,33 @@ pub fn imported(image: &str) -> Option<Digest> {
         .flatten()
 }
 
-/// `roots` and all that they refer to. An error rather than a guess when something that is there cannot be read.
-fn reached(blobs: &BlobDir, roots: BTreeSet<Digest>) -> io::Result<BTreeSet<Digest>> {
+/// `roots`, all that they refer to, and the manifests about any of it, such as signatures, with what those refer to.
+fn reached(
+    blobs: &BlobDir,
+    roots: BTreeSet<Digest>,
+    manifests: &[Manifest],
+) -> io::Result<BTreeSet<Digest>> {
     let mut waiting: Vec<Digest> = roots.into_iter().collect();
     let mut keep = BTreeSet::new();
+    while !waiting.is_empty() {
+        follow(blobs, waiting, &mut keep)?;
+        let about = |row: &&Manifest| row.subject.is_some_and(|subject| keep.contains(&subject));
+        waiting = manifests
+            .iter()
+            .filter(about)
+            .map(|row| row.digest)
+            .filter(|digest| !keep.contains(digest))
+            .collect();
+    }
+    Ok(keep)
+}
+
+/// Adds `waiting` and all that it refers to. An error rather than a guess when something that is there cannot be read.
+fn follow(
+    blobs: &BlobDir,
+    mut waiting: Vec<Digest>,
+    keep: &mut BTreeSet<Digest>,
+) -> io::Result<()> {
     while let Some(digest) = waiting.pop() {
         if !keep.insert(digest) {
             continue;
@@ -173,7 +270,7 @@ fn reached(blobs: &BlobDir, roots: BTreeSet<Digest>) -> io::Result<BTreeSet<Dige
             Err(_) => {}
         }
     }
-    Ok(keep)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -199,10 +296,27 @@ mod tests {
         let index = serde_json::json!({"schemaVersion": 2, "manifests": [image("kept")]});
         let kept = blobs.put(index.to_string().as_bytes()).unwrap();
         let before = blobs.list().unwrap();
-        image("gone");
+        let about = |subject| {
+            let gone = image("gone");
+            Manifest {
+                repository: "a".to_owned(),
+                digest: gone["digest"].as_str().unwrap().parse().unwrap(),
+                media_type: String::new(),
+                size_bytes: 0,
+                subject: Some(subject),
+                artifact_type: None,
+                annotations: std::collections::BTreeMap::new(),
+                keep_until_ms: 0,
+            }
+        };
         blobs.put(b"half an import").unwrap();
-
-        let keep = reached(&blobs, BTreeSet::from([kept])).unwrap();
+        // What is about something that is kept is kept, and what is about that; it is not about itself.
+        let signature = about(kept);
+        let roots = || BTreeSet::from([kept]);
+        let keep = reached(&blobs, roots(), std::slice::from_ref(&signature)).unwrap();
+        assert!(keep.contains(&signature.digest));
+        let circle = about(signature.digest);
+        let keep = reached(&blobs, roots(), &[circle]).unwrap();
         assert!(blobs.retain(&keep).unwrap() > 0);
         assert_eq!(blobs.list().unwrap(), before);
     }

@@ -7,6 +7,7 @@ use foreshore_protocol::api::ImageView;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::column;
+use crate::images::HUB_HOST;
 
 /// An imported image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +63,32 @@ pub fn by_reference(connection: &Connection, reference: &str) -> rusqlite::Resul
         .prepare_cached(&format!("SELECT {COLUMNS} FROM image WHERE reference = ?1"))?
         .query_row([reference], read)
         .optional()
+}
+
+/// The tags of a repository after `after` in byte order, at most `limit`.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn tags(
+    connection: &Connection,
+    repository: &str,
+    after: &str,
+    limit: u64,
+) -> rusqlite::Result<Vec<String>> {
+    let prefix = format!("{HUB_HOST}/{repository}:");
+    // The character after the colon: a tag holds none, so this is behind all of them.
+    let end = format!("{HUB_HOST}/{repository};");
+    connection
+        .prepare_cached(
+            "SELECT substr(reference, ?1) FROM image WHERE reference > ?2 AND reference < ?3
+             ORDER BY reference LIMIT ?4",
+        )?
+        .query_map(
+            params![prefix.len() + 1, format!("{prefix}{after}"), end, limit],
+            |row| row.get(0),
+        )?
+        .collect()
 }
 
 /// Forgets an image; false when there is none of that name.

@@ -5,7 +5,38 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::StoreError;
 
 /// One step per version; never edited after a release, only added to.
-const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE];
+const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE, REGISTRY];
+
+/// What the registry endpoint knows beside tags, which are rows of `image`.
+const REGISTRY: &str = "
+-- Manifests and indexes that can be pulled from a repository. One that nothing reaches goes after keep_until_ms.
+CREATE TABLE manifest (
+    repository TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    media_type TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    subject TEXT,
+    artifact_type TEXT,
+    annotations TEXT NOT NULL,
+    keep_until_ms INTEGER NOT NULL,
+    PRIMARY KEY (repository, digest)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX manifest_subject ON manifest (repository, subject, digest) WHERE subject IS NOT NULL;
+
+-- Blobs that a push counts on although no manifest names them yet.
+CREATE TABLE blob_lease (
+    repository TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    used_ms INTEGER NOT NULL,
+    PRIMARY KEY (repository, digest)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE upload (
+    id TEXT PRIMARY KEY,
+    repository TEXT NOT NULL,
+    touched_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+";
 
 /// The release of an app that devices switch to although the app holds its update lock.
 const UNLOCKED_RELEASE: &str = "ALTER TABLE app ADD COLUMN unlocked_release TEXT;";

@@ -107,6 +107,8 @@ pub(crate) struct Bed {
     mosquitto: Option<Process>,
     kind: Kind,
     extra: String,
+    /// Where the hub kills itself: a kill point of its own.
+    pub(crate) kill_at: Option<String>,
     pub(crate) api: String,
     pub(crate) broker: String,
     dir: TempDir,
@@ -133,6 +135,7 @@ impl Bed {
             mosquitto: None,
             kind,
             extra: extra.to_owned(),
+            kill_at: None,
             api: "127.0.0.1:0".to_owned(),
             broker: "127.0.0.1:0".to_owned(),
             dir,
@@ -217,6 +220,9 @@ impl Bed {
             .arg("--config")
             .arg(self.path("hub.toml"))
             .env("RUST_LOG", "foreshore_hub=debug,info");
+        if let Some(point) = &self.kill_at {
+            command.env("FORESHORE_KILL_AT", format!("{point}#1"));
+        }
         let mut hub = Process::start(
             &mut command,
             &self.path("hub.log"),
@@ -244,6 +250,12 @@ impl Bed {
     /// SIGKILL; the ports stay for the next [`Self::start_hub`].
     pub(crate) fn kill_hub(&mut self) {
         self.hub.take().expect("the hub runs").kill();
+    }
+
+    /// Waits until the hub is gone by itself; the ports stay for the next [`Self::start_hub`].
+    pub(crate) fn await_death(&mut self) {
+        let mut hub = self.hub.take().expect("the hub ran");
+        wait_until("the hub to kill itself", || !hub.runs());
     }
 
     /// SIGTERM, and how long the end took.
@@ -313,6 +325,51 @@ impl Bed {
         )
     }
 
+    /// A call of the registry by an operator: what came, or nothing when the hub died over it.
+    pub(crate) fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Option<Answer> {
+        let agent: ureq::Agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_global(Some(LONG))
+            .build()
+            .into();
+        let mut request = ureq::http::Request::builder()
+            .method(method)
+            .uri(format!("http://{}{path}", self.api))
+            .header("authorization", format!("Bearer {}", self.token()));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let mut response = agent.run(request.body(body).unwrap()).ok()?;
+        Some(Answer {
+            status: response.status().as_u16(),
+            headers: response.headers().clone(),
+            bytes: response
+                .body_mut()
+                .with_config()
+                .limit(1 << 30)
+                .read_to_vec()
+                .ok()?,
+        })
+    }
+
+    /// The same of a hub that lives on.
+    pub(crate) fn answer(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Answer {
+        self.ask(method, path, headers, body)
+            .unwrap_or_else(|| panic!("{method} {path}: no answer"))
+    }
+
     pub(crate) fn get(&self, path: &str) -> Value {
         let (status, body) = self.call("GET", path, b"");
         assert_eq!(status, 200, "GET {path}: {body}");
@@ -373,6 +430,33 @@ impl Bed {
         let (status, body) = self.call("POST", &format!("/images?name=demo:{tag}"), &archive);
         assert_eq!(status, 201, "{body}");
         body["reference"].as_str().unwrap().to_owned()
+    }
+}
+
+/// What the registry answered.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    headers: ureq::http::HeaderMap,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Answer {
+    /// A header, empty when it is not there.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers
+            .get(name)
+            .map_or("", |value| value.to_str().unwrap())
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_slice(&self.bytes).unwrap_or(Value::Null)
+    }
+
+    /// The code of an error, empty when it is none.
+    pub(crate) fn code(&self) -> String {
+        let code = self.json()["errors"][0]["code"].as_str().map(str::to_owned);
+        code.unwrap_or_default()
     }
 }
 

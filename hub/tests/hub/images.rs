@@ -3,11 +3,12 @@
 use std::path::Path;
 use std::process::Command;
 
+use base64::Engine as _;
 use serde_json::Value;
 
 use crate::bed::{Bed, Kind, manifest, wait_for};
 
-fn run(program: &str, arguments: &[&str]) -> String {
+pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program)
         .args(arguments)
         .output()
@@ -36,7 +37,7 @@ pub(crate) fn oci_archive(dir: &Path, tag: &str) -> Vec<u8> {
     std::fs::read(archive).unwrap()
 }
 
-fn layout(dir: &Path, tag: &str) -> String {
+pub(crate) fn layout(dir: &Path, tag: &str) -> String {
     let layout = dir.join(format!("layout-{tag}")).display().to_string();
     let image = format!("{layout}:{tag}");
     if !Path::new(&layout).exists() {
@@ -61,6 +62,14 @@ fn layout(dir: &Path, tag: &str) -> String {
         );
     }
     layout
+}
+
+fn device_login(bed: &Bed) -> String {
+    let text = format!("device-0:{}", bed.join_token());
+    format!(
+        "Basic {}",
+        base64::engine::general_purpose::STANDARD.encode(text)
+    )
 }
 
 #[test]
@@ -132,7 +141,18 @@ fn an_image_goes_in_as_an_archive_and_out_through_skopeo() {
         );
     }
     let (status, _) = bed.request("PUT", "/v2/demo/manifests/v1", Some(&operator), b"{}");
-    assert_eq!(status, 405);
+    assert_eq!(status, 400, "an empty object is no manifest");
+    let (status, body) = bed.request(
+        "PUT",
+        "/v2/demo/manifests/v1",
+        Some(&device_login(&bed)),
+        b"{}",
+    );
+    assert_eq!(
+        (status, &body["errors"][0]["code"]),
+        (403, &Value::from("DENIED")),
+        "devices only pull"
+    );
 }
 
 #[test]
@@ -227,7 +247,7 @@ fn bad_archives_are_refused_by_what_is_wrong_and_leave_nothing() {
     );
 }
 
-fn blobs(bed: &Bed) -> Vec<String> {
+pub(crate) fn blobs(bed: &Bed) -> Vec<String> {
     let entries = std::fs::read_dir(bed.data().join("images/blobs/sha256")).unwrap();
     let mut names: Vec<String> = entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -236,7 +256,7 @@ fn blobs(bed: &Bed) -> Vec<String> {
     names
 }
 
-fn await_blobs(bed: &Bed, expected: &[String]) {
+pub(crate) fn await_blobs(bed: &Bed, expected: &[String]) {
     wait_for("the image directory to be swept", || {
         let found = blobs(bed);
         if found == expected {

@@ -6,5 +6,7 @@ mod api;
 mod bed;
 mod device;
 mod images;
+mod peers;
+mod push;
 mod repair;
 mod rollout;
