@@ -33,6 +33,7 @@ pub mod disk;
 pub mod doctor;
 pub mod exec;
 pub mod execute;
+pub mod images;
 pub mod inventory;
 pub mod link;
 #[deny(

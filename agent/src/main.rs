@@ -20,8 +20,11 @@ use foreshore_agent::state::{Loaded, OpenError, State};
 use foreshore_agent::status::{ContainerLine, Published};
 use foreshore_agent::volumes::{self, VolumeId};
 use foreshore_agent::watchdog::{Environment, Watchdog};
-use foreshore_agent::{clock, disk, doctor, exec, link, plan, removal, shim, stage, state, status};
-use foreshore_images::store::Store;
+use foreshore_agent::{
+    clock, disk, doctor, exec, images, link, plan, removal, shim, stage, state, status,
+};
+use foreshore_images::Digest;
+use foreshore_images::store::{Progress, Store};
 use foreshore_protocol::message::{AppStatus, ServiceState};
 
 /// Runs containers on this device as the hub wants them, and keeps them running without it.
@@ -88,12 +91,47 @@ enum Command {
     /// The named volumes of this device: they outlive releases and apps, and go only with `volume remove`.
     #[command(subcommand)]
     Volume(Volumes),
+    /// The images of this device. Those loaded from a file need no registry and stay until they are removed.
+    #[command(subcommand)]
+    Image(Images),
     /// Pull and unpack images. The agent starts this by itself.
     #[command(hide = true)]
     Stage {
         #[command(flatten)]
         at: At,
         images: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Images {
+    /// Load every image of an OCI layout, OCI archive or docker-archive that runs on this device, for example what
+    /// `docker save` or `skopeo copy … oci-archive:FILE` wrote. A release that names it by the digest shown needs no
+    /// registry then. The agent may be running.
+    Load {
+        #[command(flatten)]
+        at: At,
+        /// File or directory; `-` is standard input.
+        archive: PathBuf,
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Show every image that is wholly here; needs no hub and no running agent.
+    List {
+        #[command(flatten)]
+        at: At,
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Let a loaded image go. It is deleted when the agent next collects garbage and no release on this device names it.
+    /// Exit status 1 when it was not loaded.
+    Remove {
+        #[command(flatten)]
+        at: At,
+        /// Which, as `image list` shows it.
+        digest: Digest,
     },
 }
 
@@ -163,6 +201,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status { at, output } => {
             show_status(&at.config, output).map(|()| ExitCode::SUCCESS)
         }
+        Command::Image(command) => images_command(command).map(|()| ExitCode::SUCCESS),
         Command::Volume(command) => volumes_command(command).map(|()| ExitCode::SUCCESS),
         Command::StopAll(at) => stop_all(&at.config).map(|()| ExitCode::SUCCESS),
         Command::RemoveAll { at, purge } => {
@@ -337,6 +376,47 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
             _ = interrupt.recv() => {}
         }
     })
+}
+
+fn images_command(command: Images) -> anyhow::Result<()> {
+    need_root()?;
+    let open = |at: &At| anyhow::Ok(images::open(&Config::load(&at.config)?)?);
+    let (found, output) = match command {
+        Images::Load {
+            at,
+            archive,
+            output,
+        } => {
+            let store = open(&at)?;
+            let mut unpacked = |progress| {
+                if let Progress::Unpacked { diff_id } = progress {
+                    eprintln!("unpacked {diff_id}");
+                }
+            };
+            let loaded = images::load(&store, &archive, &mut std::io::stdin(), &mut unpacked)
+                .with_context(|| format!("failed to load {}", archive.display()))?;
+            (loaded, output)
+        }
+        Images::List { at, output } => (images::list(&open(&at)?)?, output),
+        Images::Remove { at, digest } => {
+            if !open(&at)?.unpin(&digest)? {
+                bail!("{digest} was not loaded from a file; `image list` shows what was (PINNED)");
+            }
+            println!(
+                "{digest} is no longer pinned; it goes when no release on this device names it"
+            );
+            return Ok(());
+        }
+    };
+    let mut out = std::io::stdout().lock();
+    match output {
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut out, &found)?;
+            writeln!(out)?;
+        }
+        Output::Text => out.write_all(images::table(&found).as_bytes())?,
+    }
+    Ok(())
 }
 
 fn volumes_command(command: Volumes) -> anyhow::Result<()> {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 
 use foreshore_images::registry::Client;
-use foreshore_images::store::{Progress, Store, StoreConfig};
+use foreshore_images::store::{Progress, Store};
 use foreshore_images::{Fault, Platform, Reference};
 use foreshore_protocol::message::{Reason, ReasonCode};
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 
 use crate::config::Config;
+use crate::images;
 use crate::plan::BootId;
 
 /// A child that prints more than this in one line is not ours.
@@ -194,19 +195,14 @@ fn nobody_listens() -> bool {
             .is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
-fn stage(config: &Config, images: &[String]) -> Result<(), (Fault, String)> {
+fn stage(config: &Config, references: &[String]) -> Result<(), (Fault, String)> {
     let client = config
         .registry_client()
         .map_err(|error| (Fault::Config, chain(&error)))?;
     let client = Client::new(client).map_err(|error| (Fault::Config, chain(&error)))?;
-    let limits = StoreConfig {
-        reserve_bytes: config.disk.reserve.map(|reserve| reserve.0),
-        ..StoreConfig::default()
-    };
-    let store = Store::open_with(&store_path(config), limits)
-        .map_err(|error| (error.fault(), chain(&error)))?;
+    let store = images::open(config).map_err(|error| (error.fault(), chain(&error)))?;
     let (mut fetched, mut total, mut told) = (0, 0, 0);
-    let unique: BTreeSet<&String> = images.iter().collect();
+    let unique: BTreeSet<&String> = references.iter().collect();
     for image in unique {
         let reference = Reference::parse(image)
             .map_err(|error| (Fault::BadImage, format!("{image}: {}", chain(&error))))?;

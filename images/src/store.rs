@@ -22,6 +22,8 @@
 
 mod error;
 mod fetching;
+mod load;
+mod origin;
 mod pull;
 mod record;
 mod select;
@@ -39,6 +41,8 @@ use foreshore_killpoint as killpoint;
 use rustix::fs::FlockOperation;
 
 pub use self::error::StageError;
+pub use self::load::{Archive, LoadError, LoadedImage};
+use self::origin::Origin;
 use self::record::{ImageRecord, LayerRecord, PlacedLayer};
 use self::select::select;
 use self::staging::Staging;
@@ -195,8 +199,9 @@ impl Store {
         }
         self.sweep()?;
         self.quarantine_image(&digest)?;
-        let selected = select(client, reference, platform)?;
-        Staging::new(self, client, reference, &selected)?.run(progress)?;
+        let origin = Origin::Registry(client);
+        let selected = select(origin, reference, platform)?;
+        Staging::new(self, origin, reference, &selected)?.run(progress)?;
         let missing = || io::Error::other("the image is not there after it was staged");
         self.staged(&digest)
             .ok_or_else(|| io_error("read back", &self.image_path(&digest), missing()))

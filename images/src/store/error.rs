@@ -18,6 +18,12 @@ pub enum StageError {
         /// The reference.
         image: String,
     },
+    /// An archive that does not hold the image that it names.
+    #[error("the archive does not hold {image}")]
+    Missing {
+        /// The image, as the archive names it.
+        image: String,
+    },
     /// Something did not come from the registry.
     #[error(transparent)]
     Fetch(#[from] FetchError),
@@ -130,6 +136,7 @@ impl StageError {
     pub fn fault(&self) -> Fault {
         match self {
             Self::NotPinned { .. } => Fault::Config,
+            Self::Missing { .. } => Fault::NotFound,
             Self::Fetch(error) => error.fault(),
             Self::NoPlatform { .. } => Fault::NoMatchingPlatform,
             Self::SizeLie { .. } | Self::DiffId { .. } => Fault::DigestMismatch,

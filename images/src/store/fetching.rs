@@ -8,15 +8,16 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use foreshore_killpoint as killpoint;
 
+use super::origin::Origin;
 use super::{StageError, Store, io_error};
-use crate::Reference;
 use crate::manifest::Descriptor;
-use crate::registry::Client;
+use crate::{Digest, Reference};
 
 /// Layers that are fetched at once; also how far fetching may be ahead of unpacking.
 pub(super) const AT_ONCE: usize = 3;
@@ -28,7 +29,7 @@ const TELL_EVERY: Duration = Duration::from_millis(200);
 /// The layers of one image.
 pub(super) struct Fetching<'a> {
     store: &'a Store,
-    client: &'a Client,
+    origin: Origin<'a>,
     reference: &'a Reference,
     layers: &'a [Descriptor],
     state: Mutex<State>,
@@ -76,7 +77,7 @@ impl<'a> Fetching<'a> {
     /// `wanted` says which layers are certainly needed; one that turns out to be is fetched when it is read.
     pub(super) fn new(
         store: &'a Store,
-        client: &'a Client,
+        origin: Origin<'a>,
         reference: &'a Reference,
         layers: &'a [Descriptor],
         wanted: &[bool],
@@ -87,7 +88,7 @@ impl<'a> Fetching<'a> {
         });
         Self {
             store,
-            client,
+            origin,
             reference,
             layers,
             state: Mutex::new(State {
@@ -151,7 +152,7 @@ impl<'a> Fetching<'a> {
         }
         let restarts = state.layers[index].restarts;
         drop(state);
-        let path = self.store.partials.path(&self.layers[index].digest);
+        let path = self.path(&self.layers[index].digest);
         let file = File::open(&path).map_err(|source| io_error("open", &path, source))?;
         Ok(Arriving {
             fetching: self,
@@ -210,8 +211,25 @@ impl<'a> Fetching<'a> {
         }
     }
 
+    /// Where the bytes of a layer are.
+    fn path(&self, digest: &Digest) -> PathBuf {
+        match self.origin {
+            Origin::Registry(_) => self.store.partials.path(digest),
+            Origin::Files(blobs) => blobs.path(digest),
+        }
+    }
+
     fn fetch(&self, index: usize) -> Result<(), StageError> {
         let layer = &self.layers[index];
+        let client = match self.origin {
+            Origin::Registry(client) => client,
+            Origin::Files(_) => {
+                let mut state = self.lock();
+                state.layers[index].opened = true;
+                state.layers[index].written = layer.size;
+                return Ok(());
+            }
+        };
         let path = self.store.partials.path(&layer.digest);
         let disk = |source| io_error("write", &path, source);
         let mut partial = self
@@ -247,9 +265,7 @@ impl<'a> Fetching<'a> {
             }
             Ok(())
         };
-        Ok(self
-            .client
-            .resume(self.reference, layer, &mut partial, &mut watch)?)
+        Ok(client.resume(self.reference, layer, &mut partial, &mut watch)?)
     }
 
     fn wait<'s>(

@@ -1,10 +1,11 @@
 //! From a reference to the one manifest that runs on a platform, through image indexes.
 
 use crate::manifest::{CONFIG_BYTES_MAX, ConfigDocument, Descriptor, Document, Index, Manifest};
-use crate::registry::{Client, RawManifest};
+use crate::registry::RawManifest;
 use crate::{Digest, Platform, Reference};
 
 use super::StageError;
+use super::origin::Origin;
 
 /// How deep indexes may nest. One level is usual, two happen.
 const DEPTH_MAX: usize = 4;
@@ -27,13 +28,16 @@ pub(super) struct Selected {
 /// Entries of an index are tried best first (see [`Platform::rank`]), those that do not say their platform
 /// last; these, and images without an index, are asked in their config.
 pub(super) fn select(
-    client: &Client,
+    origin: Origin<'_>,
     reference: &Reference,
     platform: &Platform,
 ) -> Result<Selected, StageError> {
-    let root = client.manifest(reference)?;
+    let root = origin.manifest(reference)?.ok_or_else(|| {
+        let image = reference.to_string();
+        StageError::Missing { image }
+    })?;
     let mut search = Search {
-        client,
+        origin,
         reference,
         platform,
         fetched: 1,
@@ -67,7 +71,7 @@ pub(super) fn select(
 }
 
 struct Search<'a> {
-    client: &'a Client,
+    origin: Origin<'a>,
     reference: &'a Reference,
     platform: &'a Platform,
     fetched: usize,
@@ -101,9 +105,10 @@ impl Search<'_> {
                             digest: raw.digest,
                         });
                     }
-                    let child = self
-                        .client
-                        .manifest(&self.reference.with_digest(descriptor.digest))?;
+                    let child = self.reference.with_digest(descriptor.digest);
+                    let Some(child) = self.origin.manifest(&child)? else {
+                        continue;
+                    };
                     if child.bytes.len() as u64 != descriptor.size {
                         return Err(StageError::SizeLie {
                             image: self.reference.to_string(),
@@ -160,7 +165,7 @@ impl Search<'_> {
                 max: CONFIG_BYTES_MAX,
             });
         }
-        Ok(self.client.small_blob(self.reference, config)?)
+        self.origin.config(self.reference, config)
     }
 }
 

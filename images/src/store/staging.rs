@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use foreshore_killpoint as killpoint;
 
 use super::fetching::{AT_ONCE, Fetching};
+use super::origin::Origin;
 use super::record::{ImageRecord, LayerRecord, PlacedLayer};
 use super::select::Selected;
 use super::survey::Extent;
 use super::{Progress, StageError, Store, chain_id, io_error, stream};
 use crate::manifest::Descriptor;
-use crate::registry::Client;
 use crate::room::Shortage;
 use crate::unpack::{Budget, UnpackError, Unpacked, unpack_layer};
 use crate::{Digest, Reference};
@@ -44,7 +44,7 @@ fn unpacked_estimate(layer: &Descriptor) -> u64 {
 /// One call of [`Store::stage`] that has work to do; the lock is held.
 pub(super) struct Staging<'a> {
     store: &'a Store,
-    client: &'a Client,
+    origin: Origin<'a>,
     reference: &'a Reference,
     selected: &'a Selected,
     budget: Budget,
@@ -56,7 +56,7 @@ pub(super) struct Staging<'a> {
 impl<'a> Staging<'a> {
     pub(super) fn new(
         store: &'a Store,
-        client: &'a Client,
+        origin: Origin<'a>,
         reference: &'a Reference,
         selected: &'a Selected,
     ) -> Result<Self, StageError> {
@@ -68,7 +68,7 @@ impl<'a> Staging<'a> {
         };
         Ok(Self {
             store,
-            client,
+            origin,
             reference,
             selected,
             budget,
@@ -80,7 +80,7 @@ impl<'a> Staging<'a> {
     pub(super) fn run(mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
         let wanted = self.plan(progress)?;
         let layers = &self.selected.manifest.layers;
-        let fetching = Fetching::new(self.store, self.client, self.reference, layers, &wanted);
+        let fetching = Fetching::new(self.store, self.origin, self.reference, layers, &wanted);
         std::thread::scope(|scope| {
             for _ in 0..AT_ONCE.min(layers.len()) {
                 scope.spawn(|| fetching.work());
@@ -148,10 +148,11 @@ impl<'a> Staging<'a> {
             .collect();
         let mut missing: Vec<u64> = ahead
             .iter()
-            .map(|layer| {
-                layer
+            .map(|layer| match self.origin {
+                Origin::Registry(_) => layer
                     .size
-                    .saturating_sub(self.store.partials.size(&layer.digest))
+                    .saturating_sub(self.store.partials.size(&layer.digest)),
+                Origin::Files(_) => 0,
             })
             .collect();
         let sum = |sizes: &[u64]| {

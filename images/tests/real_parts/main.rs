@@ -8,6 +8,7 @@ mod compose;
 mod credentials;
 mod hostile;
 mod import;
+mod load;
 mod mirrors;
 mod pull;
 mod resume;
