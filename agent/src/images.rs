@@ -2,16 +2,17 @@
 
 use std::fmt::Write as _;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use foreshore_images::store::{
-    Archive, LoadError, Progress, StageError, StagedImage, Store, StoreConfig,
+    Archive, LoadError, Progress, StageError, StagedImage, Store, StoreConfig, Unpacker,
 };
 use foreshore_images::{Digest, Platform};
 use serde::Serialize;
 
 use crate::config::Config;
 use crate::stage::store_path;
+use crate::unpack;
 
 /// One image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -53,6 +54,11 @@ impl Image {
 pub fn open(config: &Config) -> Result<Store, StageError> {
     let limits = StoreConfig {
         reserve_bytes: config.disk.reserve.map(|reserve| reserve.0),
+        keep_privileges: config.pull.keep_privileges,
+        unpacker: Some(Unpacker {
+            program: PathBuf::from("/proc/self/exe"),
+            arguments: vec![unpack::SUBCOMMAND.into()],
+        }),
         ..StoreConfig::default()
     };
     Store::open_with(&store_path(config), limits)

@@ -53,6 +53,7 @@ pub mod shim;
 pub mod stage;
 pub mod state;
 pub mod status;
+pub mod unpack;
 pub mod update_lock;
 pub mod volumes;
 pub mod watchdog;

@@ -21,7 +21,7 @@ use foreshore_agent::status::{ContainerLine, Published};
 use foreshore_agent::volumes::{self, VolumeId};
 use foreshore_agent::watchdog::{Environment, Watchdog};
 use foreshore_agent::{
-    clock, disk, doctor, exec, images, link, plan, removal, shim, stage, state, status,
+    clock, disk, doctor, exec, images, link, plan, removal, shim, stage, state, status, unpack,
 };
 use foreshore_images::Digest;
 use foreshore_images::store::{Progress, Store};
@@ -179,6 +179,7 @@ fn main() -> ExitCode {
     match arguments.next().as_deref().and_then(|first| first.to_str()) {
         Some("shim") => return shim::run(arguments),
         Some("exec") => return exec::run(arguments),
+        Some(unpack::SUBCOMMAND) => return unpack::run(arguments),
         Some(doctor::attempt::SUBCOMMAND) => return doctor::attempt::run(arguments),
         _ => {}
     }

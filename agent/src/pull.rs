@@ -24,6 +24,9 @@ pub struct PullConfig {
     pub proxy: Option<String>,
     /// Hosts that are reached without `proxy`: `h.example.com`, or `.example.com` for all below.
     pub no_proxy: Vec<String>,
+    /// Keep the setuid and setgid bits of programs and their file capabilities when images are unpacked. Containers cannot
+    /// gain rights by them in any case (`no_new_privs`). Counts for layers that are unpacked from then on. Default: false.
+    pub keep_privileges: bool,
     /// A docker `config.json` with logins for registries that have no `username` here.
     pub docker_config: Option<PathBuf>,
 }

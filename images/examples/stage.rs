@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use foreshore_images::registry::{Client, ClientConfig, RegistryConfig};
-use foreshore_images::store::Store;
+use foreshore_images::store::{Store, StoreConfig};
 use foreshore_images::{Platform, Reference};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -26,7 +26,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         rate_bytes: rate.parse().ok().filter(|rate| *rate > 0),
         ..ClientConfig::default()
     })?;
-    let store = Store::open(Path::new(root))?;
+    let config = StoreConfig {
+        keep_privileges: true,
+        ..StoreConfig::default()
+    };
+    let store = Store::open_with(Path::new(root), config)?;
     let staged = store.stage(&client, &reference, &Platform::host(), &mut |progress| {
         eprintln!("{progress:?}")
     })?;

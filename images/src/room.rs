@@ -7,6 +7,8 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 /// The reserve is this part of the file system, unless told otherwise.
 const RESERVE_PART: u64 = 20;
 /// And at most this many bytes: 256 MiB.
@@ -15,7 +17,7 @@ const RESERVE_BYTES_MAX: u64 = 256 << 20;
 const RESERVE_INODES_MAX: u64 = 4096;
 
 /// What a file system has left.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Room {
     /// Bytes that an unprivileged process could still write; root's own are not counted.
     pub free_bytes: u64,
@@ -28,7 +30,7 @@ pub struct Room {
 }
 
 /// Something does not fit; says so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shortage {
     inodes: bool,
     /// At least so many, more than there are.

@@ -28,8 +28,8 @@ mod pull;
 mod record;
 mod select;
 mod staging;
-mod stream;
 mod survey;
+mod unpacker;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -46,6 +46,7 @@ use self::origin::Origin;
 use self::record::{ImageRecord, LayerRecord, PlacedLayer};
 use self::select::select;
 use self::staging::Staging;
+pub use self::unpacker::Unpacker;
 use crate::blobs::{BlobDir, sync_dir};
 use crate::manifest::{
     CONFIG_BYTES_MAX, ConfigDocument, Document, ImageConfig, MANIFEST_BYTES_MAX, Manifest,
@@ -55,7 +56,7 @@ use crate::registry::Client;
 use crate::{Digest, Platform, Reference, Room};
 
 /// Limits of a [`Store`]. `Default` suits a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreConfig {
     /// The most bytes one image may unpack to. Default 16 GiB; besides, never more than is free beside the reserve.
     pub unpacked_bytes_max: u64,
@@ -63,6 +64,10 @@ pub struct StoreConfig {
     pub reserve_bytes: Option<u64>,
     /// How long [`Store::stage`] waits for another process that holds the store. Default 10 minutes.
     pub lock_wait: Duration,
+    /// Keep setuid and setgid bits of files, and file capabilities. Default: no.
+    pub keep_privileges: bool,
+    /// A program that unpacks layers in this one's stead; `None` is this process itself.
+    pub unpacker: Option<Unpacker>,
 }
 
 /// Images under one directory. Cheap to open; several processes may have it open.
@@ -610,6 +615,8 @@ impl Default for StoreConfig {
             unpacked_bytes_max: 16 << 30,
             reserve_bytes: None,
             lock_wait: Duration::from_mins(10),
+            keep_privileges: false,
+            unpacker: None,
         }
     }
 }

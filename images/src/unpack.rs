@@ -9,9 +9,12 @@
 //! and mode it has there, a symbolic link on the way is followed, a hard link's target is copied up. Then what
 //! is unpacked depends on the layers below, and [`Unpacked::leans`] says how.
 
+pub mod job;
 mod lower;
+mod stream;
 mod tree;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
@@ -22,8 +25,11 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use job::{Job, Paths};
+use lower::Below;
 use lower::Lowers;
 pub use lower::{Attributes, Leaning};
+pub use stream::Bomb;
 use tree::{Place, Tree};
 
 use crate::tar_stream::{Entry, Kind, Mtime, TarError, TarStream};
@@ -39,7 +45,7 @@ const PATH_BYTES_TOTAL_MAX: usize = 64 << 20;
 const NOTES_MAX: usize = 16;
 
 /// What one layer may take at most.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Budget {
     /// Bytes of file content, holes included.
     pub bytes: u64,
@@ -58,6 +64,9 @@ pub struct Unpacked {
     pub leans: Leaning,
     /// What was left out, for people.
     pub notes: Vec<String>,
+    /// Directories that show nothing of the layers below; `None` when that was not noted down.
+    #[serde(default)]
+    pub opaque: Option<Paths>,
 }
 
 /// Why a layer could not be unpacked. `path` is as the archive writes it.
@@ -66,13 +75,16 @@ pub enum UnpackError {
     /// The archive cannot be read: damaged, or not an archive.
     #[error("the layer cannot be read as a tar archive")]
     Archive(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// More than anything but a bomb has, or than the disk has room for.
+    #[error(transparent)]
+    Bomb(Bomb),
     /// A path that leaves the directory, or cannot be a path.
     #[error("entry \"{path}\" {problem}")]
     Entry {
         /// As written, cut to 256 characters.
         path: String,
         /// What is wrong with it; ends the sentence.
-        problem: &'static str,
+        problem: Cow<'static, str>,
     },
     /// More content than the budget has.
     #[error("the layer unpacks to more than the {0} bytes that are left for this image")]
@@ -90,7 +102,7 @@ pub enum UnpackError {
     #[error("cannot {act} \"{path}\"")]
     Io {
         /// What was tried.
-        act: &'static str,
+        act: Cow<'static, str>,
         /// As written, cut to 256 characters.
         path: String,
         /// What the system said.
@@ -124,21 +136,21 @@ pub fn unpack_layer(
     let root = open(target)?;
     let lowers = lowers
         .iter()
-        .map(|path| open(path))
-        .collect::<Result<_, _>>()?;
-    let mut unpacking = Unpacking {
-        tree: Tree::new(root, Lowers::new(lowers)),
+        .map(|path| {
+            let root = open(path)?;
+            Ok(Below { root, opaque: None })
+        })
+        .collect::<Result<_, UnpackError>>()?;
+    let job = Job {
+        target: target.to_owned(),
+        lowers: Vec::new(),
         budget,
-        done: Unpacked::default(),
-        directory_times: BTreeMap::new(),
-        path_bytes: 0,
-        notes_left_out: 0,
+        stream_bytes_max: u64::MAX,
+        reserve_bytes: None,
+        keep_privileges: true,
+        opaque_later: false,
     };
-    let mut stream = TarStream::new(layer);
-    while let Some(entry) = stream.next().map_err(archive_error)? {
-        unpacking.entry(&entry, &mut stream)?;
-    }
-    unpacking.finish()
+    Unpacking::new(root, lowers, &job).run(layer)
 }
 
 struct Unpacking {
@@ -149,9 +161,30 @@ struct Unpacking {
     directory_times: BTreeMap<Vec<u8>, Mtime>,
     path_bytes: usize,
     notes_left_out: usize,
+    keep_privileges: bool,
 }
 
 impl Unpacking {
+    fn new(target: OwnedFd, lowers: Vec<Below>, job: &Job) -> Self {
+        Self {
+            tree: Tree::new(target, Lowers::new(lowers), job.opaque_later),
+            budget: job.budget,
+            done: Unpacked::default(),
+            directory_times: BTreeMap::new(),
+            path_bytes: 0,
+            notes_left_out: 0,
+            keep_privileges: job.keep_privileges,
+        }
+    }
+
+    fn run(mut self, layer: &mut dyn Read) -> Result<Unpacked, UnpackError> {
+        let mut stream = TarStream::new(layer);
+        while let Some(entry) = stream.next().map_err(archive_error)? {
+            self.entry(&entry, &mut stream)?;
+        }
+        self.finish()
+    }
+
     fn entry(
         &mut self,
         entry: &Entry,
@@ -388,12 +421,27 @@ impl Unpacking {
         let (uid, gid) = owner(entry.uid, entry.gid);
         rustix::fs::fchown(file, Some(uid), Some(gid))
             .map_err(|errno| disk_error("set the owner of", &entry.path, errno))?;
-        rustix::fs::fchmod(file, Mode::from_raw_mode(entry.mode))
+        let mode = self.mode(entry);
+        rustix::fs::fchmod(file, Mode::from_raw_mode(mode))
             .map_err(|errno| disk_error("set the mode of", &entry.path, errno))?;
         for (name, value) in &entry.xattrs {
             self.xattr(entry, file, name, value)?;
         }
         Ok(())
+    }
+
+    /// Without the bits that lend a program somebody else's rights, unless they are wanted. On a directory, setgid says
+    /// whose group new files get, and nothing more.
+    fn mode(&mut self, entry: &Entry) -> u32 {
+        const LENDING: u32 = 0o6000;
+        if self.keep_privileges || entry.kind == Kind::Directory || entry.mode & LENDING == 0 {
+            return entry.mode;
+        }
+        self.note(format!(
+            "the setuid or setgid bit of \"{}\" was left out",
+            shown(&entry.path)
+        ));
+        entry.mode & !LENDING
     }
 
     /// `trusted.*` would let a layer speak to overlayfs, `security.*` but for capabilities to the host's
@@ -408,6 +456,13 @@ impl Unpacking {
         let capability = name == b"security.capability";
         let of_user = name.starts_with(b"user.") && !name.starts_with(b"user.overlay.");
         if !capability && !of_user {
+            return Ok(());
+        }
+        if capability && !self.keep_privileges {
+            self.note(format!(
+                "the capabilities of \"{}\" were left out",
+                shown(&entry.path)
+            ));
             return Ok(());
         }
         match rustix::fs::fsetxattr(file, name, value, XattrFlags::empty()) {
@@ -474,7 +529,9 @@ impl Unpacking {
                 .notes
                 .push(format!("{} more were left out", self.notes_left_out));
         }
-        self.done.leans = self.tree.into_leaning();
+        let (leans, opaque) = self.tree.into_parts();
+        self.done.leans = leans;
+        self.done.opaque = Some(Paths(opaque));
         Ok(self.done)
     }
 }
@@ -572,13 +629,13 @@ fn shown(path: &[u8]) -> String {
 fn entry_error(path: &[u8], problem: &'static str) -> UnpackError {
     UnpackError::Entry {
         path: shown(path),
-        problem,
+        problem: Cow::Borrowed(problem),
     }
 }
 
 fn io_error(act: &'static str, path: &[u8], source: io::Error) -> UnpackError {
     UnpackError::Io {
-        act,
+        act: Cow::Borrowed(act),
         path: shown(path),
         source,
     }

@@ -54,6 +54,16 @@ impl Filter {
         Self(assemble(&verdicts()))
     }
 
+    /// A filter that allows these and nothing else.
+    pub(crate) fn only(numbers: &[c_long]) -> Self {
+        let numbers = numbers
+            .iter()
+            .filter_map(|number| u32::try_from(*number).ok());
+        Self(assemble(
+            &numbers.map(|number| (number, Verdict::Allow)).collect(),
+        ))
+    }
+
     /// Puts the calling thread under the filter, for good.
     ///
     /// # Errors

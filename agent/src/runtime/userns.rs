@@ -29,17 +29,26 @@ pub(crate) struct UserNamespace {
 impl UserNamespace {
     /// Makes a namespace whose ids 0 to 65,535 are `base` and the ones after it. Only for a process with one thread.
     pub(crate) fn create(base: u32) -> io::Result<Self> {
+        Self::with_map(base, &format!("0 {base} {IDS}\n"))
+    }
+
+    fn with_map(base: u32, map: &str) -> io::Result<Self> {
         let child = hold()?;
         let open = || {
-            let map = format!("0 {base} {IDS}\n");
-            fs::write(format!("/proc/{child}/uid_map"), &map)?;
-            fs::write(format!("/proc/{child}/gid_map"), &map)?;
+            fs::write(format!("/proc/{child}/uid_map"), map)?;
+            fs::write(format!("/proc/{child}/gid_map"), map)?;
             File::open(format!("/proc/{child}/ns/user"))
         };
         let file = open();
         let _ = kill(child, Signal::SIGKILL);
         let _ = waitpid(child, None);
         Ok(Self { base, file: file? })
+    }
+
+    /// Makes a namespace in which every id is itself, and nobody has rights over anything outside of it. Only for a process
+    /// with one thread.
+    pub(crate) fn identity() -> io::Result<Self> {
+        Self::with_map(0, "0 0 4294967295\n")
     }
 
     /// What id 0 inside is outside.

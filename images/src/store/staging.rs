@@ -12,10 +12,11 @@ use super::origin::Origin;
 use super::record::{ImageRecord, LayerRecord, PlacedLayer};
 use super::select::Selected;
 use super::survey::Extent;
-use super::{Progress, StageError, Store, chain_id, io_error, stream};
+use super::{Progress, StageError, Store, chain_id, io_error};
 use crate::manifest::Descriptor;
 use crate::room::Shortage;
-use crate::unpack::{Budget, UnpackError, Unpacked, unpack_layer};
+use crate::unpack::job::{Job, LowerLayer, perform};
+use crate::unpack::{Bomb, Budget, UnpackError, Unpacked};
 use crate::{Digest, Reference};
 
 /// The most entries one image may have: ten times what a full distribution with a desktop has.
@@ -247,11 +248,10 @@ impl<'a> Staging<'a> {
             // This disk is not well: whatever else is to come does not matter.
             if matches!(
                 source,
-                UnpackError::Io { .. } | UnpackError::DiskFull { .. }
+                UnpackError::Io { .. }
+                    | UnpackError::DiskFull { .. }
+                    | UnpackError::Bomb(Bomb::Room(_))
             ) {
-                return Err(self.layer_error(layer, source));
-            }
-            if let Some(stream::Bomb::Room(_)) = bomb(&source) {
                 return Err(self.layer_error(layer, source));
             }
             // Whether it is the image that is bad, or what came of it, is known when all has come.
@@ -309,25 +309,39 @@ impl<'a> Staging<'a> {
         let store = self.store;
         let tree = dir.join(TREE);
         fs::create_dir(&tree).map_err(|source| io_error("create", &tree, source))?;
-        let lowers = self.lowers();
-        let budget = self.budget;
-        // Headers and padding come on top of the content: two blocks an entry, and a few for long names.
-        let stream_bytes_max = budget.bytes.saturating_add(budget.entries * 4096);
+        let job = Job {
+            target: tree,
+            lowers: self.lower_layers(),
+            budget: self.budget,
+            // Headers and padding come on top of the content: two blocks an entry, and a few for long names.
+            stream_bytes_max: self.budget.bytes.saturating_add(self.budget.entries * 4096),
+            reserve_bytes: store.config.reserve_bytes,
+            keep_privileges: store.config.keep_privileges,
+            opaque_later: false,
+        };
         let blob = fetching.reader(index, tell)?;
-        Ok(stream::with_layer(
-            blob,
-            stream_bytes_max,
-            &|| store.room().ok()?.shortage(0, 0),
-            |stream| unpack_layer(stream, &tree, &lowers, budget),
-            |source| match source.raw_os_error() {
-                Some(_) => UnpackError::Io {
-                    act: "read",
-                    path: self.selected.manifest.layers[index].digest.to_string(),
-                    source,
-                },
-                None => UnpackError::Archive(Box::new(source)),
-            },
-        ))
+        Ok(match &store.config.unpacker {
+            Some(unpacker) if job.lowers.iter().all(|lower| lower.opaque.is_some()) => {
+                unpacker.perform(&store.root, job, blob)
+            }
+            // Who cannot look at attributes could not tell what is opaque below.
+            _ => perform(&job, blob),
+        })
+    }
+
+    /// The layers below the next one with what a process without privileges cannot see, topmost first.
+    fn lower_layers(&self) -> Vec<LowerLayer> {
+        self.placed
+            .iter()
+            .rev()
+            .map(|placed| LowerLayer {
+                path: self.store.layer_path(&placed.key),
+                opaque: self
+                    .store
+                    .layer(&placed.key)
+                    .and_then(|record| record.unpacked.opaque),
+            })
+            .collect()
     }
 
     /// Flushes the tree and gives it its name, the record first: a record alone is swept.
@@ -376,15 +390,13 @@ impl<'a> Staging<'a> {
     }
 
     fn layer_error(&self, layer: &Descriptor, source: UnpackError) -> StageError {
-        let bomb = match &source {
-            UnpackError::Archive(source) => bomb(source.as_ref()),
-            _ => None,
-        };
-        let over_budget = matches!(bomb, Some(stream::Bomb::Length(_)))
-            || matches!(source, UnpackError::TooLarge(_));
+        let over_budget = matches!(
+            source,
+            UnpackError::Bomb(Bomb::Length(_)) | UnpackError::TooLarge(_)
+        );
         let budget = self.budget.bytes;
-        match (bomb, self.store.room()) {
-            (Some(stream::Bomb::Room(shortage)), _) => return self.disk_full(*shortage),
+        match (&source, self.store.room()) {
+            (UnpackError::Bomb(Bomb::Room(shortage)), _) => return self.disk_full(*shortage),
             (_, Ok(room)) if over_budget && self.bound_by_disk => {
                 return self.disk_full(room.exceeded(budget.saturating_add(1)));
             }
@@ -404,22 +416,4 @@ impl<'a> Staging<'a> {
             shortage,
         }
     }
-}
-
-/// Finds what stopped a stream, however it was wrapped on its way up.
-fn bomb<'e>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e stream::Bomb> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(bomb) = error.downcast_ref::<stream::Bomb>() {
-            return Some(bomb);
-        }
-        let inside = error
-            .downcast_ref::<io::Error>()
-            .and_then(io::Error::get_ref);
-        next = match inside {
-            Some(inside) => Some(inside as &(dyn std::error::Error + 'static)),
-            None => error.source(),
-        };
-    }
-    None
 }

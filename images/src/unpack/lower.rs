@@ -1,6 +1,6 @@
 //! The layers below the one that is unpacked: read, never written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
@@ -63,6 +63,7 @@ impl Leaning {
                     OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
                     Mode::empty(),
                 )
+                .map(|root| Below { root, opaque: None })
                 .map_err(std::io::Error::from)
             })
             .collect::<Result<_, _>>()?;
@@ -91,8 +92,25 @@ impl Leaning {
     }
 }
 
-/// The directories of the layers below, topmost first.
-pub(super) struct Lowers(Vec<OwnedFd>);
+/// A layer below.
+pub(super) struct Below {
+    pub(super) root: OwnedFd,
+    /// Its opaque directories, if they are known; else their attribute is read, which takes `CAP_SYS_ADMIN`.
+    pub(super) opaque: Option<BTreeSet<Vec<u8>>>,
+}
+
+impl Below {
+    /// Whether the directory at a path shows nothing of the layers further below.
+    fn is_opaque(&self, dir: &OwnedFd, path: &[&[u8]]) -> bool {
+        match &self.opaque {
+            Some(known) => !known.is_empty() && known.contains(&path.join(&b'/')),
+            None => is_opaque(dir),
+        }
+    }
+}
+
+/// The layers below, topmost first.
+pub(super) struct Lowers(Vec<Below>);
 
 /// What the layers below show at a path.
 pub(super) enum Found {
@@ -103,7 +121,7 @@ pub(super) enum Found {
 }
 
 impl Lowers {
-    pub(super) const fn new(topmost_first: Vec<OwnedFd>) -> Self {
+    pub(super) const fn new(topmost_first: Vec<Below>) -> Self {
         Self(topmost_first)
     }
 
@@ -133,8 +151,8 @@ impl Lowers {
 
     /// The topmost entry at a path, unless a layer hides it: the directory it is in, its name and attributes.
     fn locate<'p>(&self, path: &[&'p [u8]]) -> Option<(OwnedFd, &'p [u8], Stat)> {
-        for root in &self.0 {
-            match locate_in(root, path) {
+        for below in &self.0 {
+            match locate_in(below, path) {
                 Located::Here(parent, name, stat) => return Some((parent, name, stat)),
                 Located::Hidden => return None,
                 Located::NotHere => {}
@@ -151,8 +169,8 @@ enum Located<'p> {
     NotHere,
 }
 
-fn locate_in<'p>(root: &OwnedFd, path: &[&'p [u8]]) -> Located<'p> {
-    let Ok(mut dir) = root.try_clone() else {
+fn locate_in<'p>(below: &Below, path: &[&'p [u8]]) -> Located<'p> {
+    let Ok(mut dir) = below.root.try_clone() else {
         return Located::Hidden;
     };
     let Some((last, parents)) = path.split_last() else {
@@ -161,7 +179,7 @@ fn locate_in<'p>(root: &OwnedFd, path: &[&'p [u8]]) -> Located<'p> {
             Err(_) => Located::Hidden,
         };
     };
-    let mut opaque = is_opaque(&dir);
+    let mut opaque = below.is_opaque(&dir, &[]);
     let absent = |opaque: bool| {
         if opaque {
             Located::Hidden
@@ -169,11 +187,11 @@ fn locate_in<'p>(root: &OwnedFd, path: &[&'p [u8]]) -> Located<'p> {
             Located::NotHere
         }
     };
-    for parent in parents {
+    for (depth, parent) in (1..).zip(parents) {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match rustix::fs::openat(&dir, *parent, flags, Mode::empty()) {
             Ok(next) => {
-                opaque |= is_opaque(&next);
+                opaque |= below.is_opaque(&next, &path[..depth]);
                 dir = next;
             }
             Err(Errno::NOENT) => return absent(opaque),

@@ -33,6 +33,10 @@ pub(super) struct Tree {
     root_is_explicit: bool,
     /// Real paths of directories whose content in the layers below is hidden.
     opaque: BTreeSet<Vec<Vec<u8>>>,
+    /// Paths of the directories that are opaque.
+    made_opaque: BTreeSet<Vec<u8>>,
+    /// Their attribute is set by somebody else.
+    opaque_later: bool,
     /// Real paths that are hidden in the layers below.
     hidden: BTreeSet<Vec<Vec<u8>>>,
     /// The directory of the last place: archives list a directory's entries one after the other. Forgotten
@@ -106,7 +110,7 @@ impl Place {
 }
 
 impl Tree {
-    pub(super) const fn new(root: OwnedFd, lowers: Lowers) -> Self {
+    pub(super) const fn new(root: OwnedFd, lowers: Lowers, opaque_later: bool) -> Self {
         Self {
             root,
             lowers,
@@ -117,6 +121,8 @@ impl Tree {
             inherited_times: BTreeMap::new(),
             root_is_explicit: false,
             opaque: BTreeSet::new(),
+            made_opaque: BTreeSet::new(),
+            opaque_later,
             hidden: BTreeSet::new(),
             last: None,
         }
@@ -365,7 +371,9 @@ impl Tree {
         for path in by_depth(&self.opaque) {
             let path: Vec<&[u8]> = path.iter().map(Vec::as_slice).collect();
             match self.walk(&path) {
-                Ok((directory, _)) => set_opaque(&directory)?,
+                Ok((directory, resolved)) => {
+                    self.set_opaque(&directory, joined(&resolved, None))?;
+                }
                 Err(PlaceFault::NotADirectory) => {}
                 Err(fault) => return Err(fault),
             }
@@ -373,7 +381,16 @@ impl Tree {
         Ok(())
     }
 
-    fn white_out(&self, place: &Place) -> Result<(), Errno> {
+    /// Makes it so, or leaves it to whoever may, and remembers which it was.
+    fn set_opaque(&mut self, directory: &OwnedFd, path: Vec<u8>) -> Result<(), Errno> {
+        if !self.opaque_later {
+            rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())?;
+        }
+        self.made_opaque.insert(path);
+        Ok(())
+    }
+
+    fn white_out(&mut self, place: &Place) -> Result<(), Errno> {
         match self.file_type(place) {
             Err(Errno::NOENT) => rustix::fs::mknodat(
                 place.dir(),
@@ -383,12 +400,11 @@ impl Tree {
                 0,
             ),
             // A directory of this layer is merged with those below, unless it says otherwise.
-            Ok(FileType::Directory) => set_opaque(&rustix::fs::openat(
-                place.dir(),
-                place.name(),
-                DIRECTORY,
-                Mode::empty(),
-            )?),
+            Ok(FileType::Directory) => {
+                let directory =
+                    rustix::fs::openat(place.dir(), place.name(), DIRECTORY, Mode::empty())?;
+                self.set_opaque(&directory, place.path())
+            }
             Ok(_) => Ok(()),
             Err(errno) => Err(errno),
         }
@@ -445,8 +461,8 @@ impl Tree {
         std::mem::take(&mut self.inherited_times)
     }
 
-    pub(super) fn into_leaning(self) -> Leaning {
-        self.leaning
+    pub(super) fn into_parts(self) -> (Leaning, BTreeSet<Vec<u8>>) {
+        (self.leaning, self.made_opaque)
     }
 }
 
@@ -503,10 +519,6 @@ fn link_target(dir: &OwnedFd, name: &[u8]) -> Result<Option<Vec<u8>>, Errno> {
         Err(Errno::INVAL) => Ok(None),
         Err(errno) => Err(errno),
     }
-}
-
-fn set_opaque(directory: &OwnedFd) -> Result<(), Errno> {
-    rustix::fs::fsetxattr(directory, OPAQUE, b"y", XattrFlags::empty())
 }
 
 fn joined(parents: &[Vec<u8>], name: Option<&Vec<u8>>) -> Vec<u8> {

@@ -63,6 +63,7 @@ fn stage(server: &Server, digest: Digest) -> Result<StagedImage, StageError> {
             reserve_bytes: None,
             unpacked_bytes_max: 1 << 30,
             lock_wait: Duration::from_secs(1),
+            ..StoreConfig::default()
         },
     )
     .unwrap();
@@ -554,7 +555,7 @@ fn the_reserve_is_kept_before_and_during_the_fetch() {
         reserve_bytes: Some(reserve),
         ..StoreConfig::default()
     };
-    let store = Store::open_with(&mount.0, config).unwrap();
+    let store = Store::open_with(&mount.0, config.clone()).unwrap();
     let noise: Vec<u8> = (0..6_000_000_u32)
         .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0] | 1)
         .collect();

@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
 use foreshore_images::registry::{Client, ClientConfig, Credentials, RegistryConfig};
-use foreshore_images::store::Store;
+use foreshore_images::store::{Store, StoreConfig, Unpacker};
 use foreshore_images::{Digest, Fault, Platform, Reference};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -170,16 +170,33 @@ fn rich() -> Umoci {
     umoci
 }
 
-/// Stages an image of the registry and mounts it.
+/// Stages an image of the registry, unpacked by this process and by another, which makes the same tree, and mounts it.
 fn mounted(registry: &Registry, name: &str, dir: &Path) -> Mount {
     let client = client(&registry.host, None);
     let tagged: Reference = format!("{}/{name}", registry.host).parse().unwrap();
     let pinned = tagged.with_digest(client.resolve(&tagged).unwrap());
-    let store = Store::open(&dir.join("store")).unwrap();
-    let staged = store
-        .stage(&client, &pinned, &Platform::host(), &mut |_| {})
-        .unwrap();
-    Mount::overlay(&staged.layers, &dir.join("merged"))
+    let stage = |name: &str, unpacker| {
+        let config = StoreConfig {
+            keep_privileges: true,
+            unpacker,
+            ..StoreConfig::default()
+        };
+        let store = Store::open_with(&dir.join(name), config).unwrap();
+        let staged = store
+            .stage(&client, &pinned, &Platform::host(), &mut |_| {})
+            .unwrap();
+        Mount::overlay(&staged.layers, &dir.join(format!("{name}-merged")))
+    };
+    // Next to the test's own program: cargo builds the examples with the tests.
+    let program = std::env::current_exe().unwrap();
+    let other = Unpacker {
+        program: program.ancestors().nth(2).unwrap().join("examples/unpack"),
+        arguments: Vec::new(),
+    };
+    let here = stage("here", None);
+    let there = stage("there", Some(other));
+    assert_same(&there.0, &here.0);
+    here
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::io::{self, BufReader, Read};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::Digest;
@@ -15,14 +16,18 @@ const FREE_BYTES: u64 = 256 << 20;
 const RATIO_MAX: u64 = 200;
 
 /// Why a stream was stopped.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Bomb {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Bomb {
+    /// Its compression is too good to be true.
     #[error(
         "it inflates more than {RATIO_MAX}-fold beyond {FREE_BYTES} bytes, as only a decompression bomb does"
     )]
     Ratio,
+    /// More bytes than these were left for it.
     #[error("its uncompressed stream is longer than the {0} bytes that are left for this image")]
     Length(u64),
+    /// The disk has no room for more.
     #[error("the disk has no room for more of it: {0}")]
     Room(Shortage),
 }
@@ -109,4 +114,22 @@ impl<R: Read> Read for Guarded<'_, R> {
         self.hasher.update(&buffer[..count]);
         Ok(count)
     }
+}
+
+/// Finds what stopped a stream, however it was wrapped on its way up.
+pub(super) fn bomb<'e>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e Bomb> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(bomb) = error.downcast_ref::<Bomb>() {
+            return Some(bomb);
+        }
+        let inside = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref);
+        next = match inside {
+            Some(inside) => Some(inside as &(dyn std::error::Error + 'static)),
+            None => error.source(),
+        };
+    }
+    None
 }

@@ -1,0 +1,253 @@
+//! What `foreshore-agent unpack` may and may not do, seen from outside while it works.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use foreshore_images::unpack::Budget;
+use foreshore_images::unpack::job::{Job, LowerLayer, Paths};
+use serde_json::Value;
+
+/// A store with a layer below and an empty target.
+struct Bed {
+    dir: tempfile::TempDir,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["store/layers/below/etc", "store/tmp/tree"] {
+            fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        fs::write(dir.path().join("secret"), "of the device").unwrap();
+        Self { dir }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn target(&self) -> PathBuf {
+        self.root().join("tmp/tree")
+    }
+
+    /// Starts it with a job; the blob is for the caller to write.
+    fn start(&self) -> Child {
+        let job = Job {
+            target: self.target(),
+            lowers: vec![LowerLayer {
+                path: self.root().join("layers/below"),
+                opaque: Some(Paths::default()),
+            }],
+            budget: Budget {
+                bytes: 10 << 20,
+                entries: 1000,
+            },
+            stream_bytes_max: 20 << 20,
+            reserve_bytes: Some(0),
+            keep_privileges: false,
+            opaque_later: true,
+        };
+        let mut child = Command::new(env!("CARGO_BIN_EXE_foreshore-agent"))
+            .arg("unpack")
+            .arg(self.root())
+            .arg(self.target())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let text = serde_json::to_vec(&job).unwrap();
+        let input = child.stdin.as_mut().unwrap();
+        input.write_all(&(text.len() as u64).to_le_bytes()).unwrap();
+        input.write_all(&text).unwrap();
+        child
+    }
+
+    /// What it answers to a whole blob.
+    fn answer(&self, blob: &[u8]) -> Value {
+        let mut child = self.start();
+        let _it_may_have_had_enough = child.stdin.take().unwrap().write_all(blob);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+fn entry(kind: tar::EntryType, path: &str, link: &str, mode: u32, body: &[u8]) -> Vec<u8> {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_uid(70_000);
+    header.set_gid(7);
+    header.set_size(body.len() as u64);
+    // As it is, not as a library thinks it should be.
+    let name = &mut header.as_gnu_mut().unwrap().name;
+    name[..path.len()].copy_from_slice(path.as_bytes());
+    header.set_link_name_literal(link).unwrap();
+    header.set_device_major(1).unwrap();
+    header.set_device_minor(3).unwrap();
+    header.set_cksum();
+    let mut bytes = header.as_bytes().to_vec();
+    bytes.extend(body);
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes
+}
+
+fn archive(entries: &[Vec<u8>]) -> Vec<u8> {
+    let mut bytes = entries.concat();
+    bytes.extend([0; 1024]);
+    bytes
+}
+
+#[test]
+fn while_it_works_it_sees_the_store_and_has_next_to_no_rights() {
+    let bed = Bed::new();
+    let mut child = bed.start();
+    // A first file arrives, so it is past the preparations; the rest keeps it waiting.
+    let first = entry(tar::EntryType::Regular, "first", "", 0o644, b"x");
+    child.stdin.as_mut().unwrap().write_all(&first).unwrap();
+    child.stdin.as_mut().unwrap().write_all(&[1]).unwrap();
+    let until = Instant::now() + Duration::from_secs(20);
+    while !bed.target().join("first").exists() {
+        assert!(Instant::now() < until, "the first file never came");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let proc = |name: &str| PathBuf::from(format!("/proc/{}/{name}", child.id()));
+    let status = fs::read_to_string(proc("status")).unwrap();
+    let value = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_ascii_whitespace().nth(1).unwrap().to_owned()
+    };
+    assert_eq!(value("Seccomp:"), "2");
+    assert_eq!(value("NoNewPrivs:"), "1");
+    assert_eq!(value("Threads:"), "1");
+    // chown, dac_override, fowner, fsetid, setfcap; and over nothing outside of its user namespace.
+    let rights = u64::from_str_radix(&value("CapEff:"), 16).unwrap();
+    assert_eq!(rights, 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 31);
+    for kind in ["user", "mnt", "net", "ipc", "uts"] {
+        let its = fs::read_link(proc("ns").join(kind)).unwrap();
+        let ours = fs::read_link(Path::new("/proc/self/ns").join(kind)).unwrap();
+        assert_ne!(its, ours, "{kind}");
+    }
+    let mounts = fs::read_to_string(proc("mountinfo")).unwrap();
+    let mounts: BTreeSet<(&str, bool)> = mounts
+        .lines()
+        .map(|line| {
+            let fields: Vec<&str> = line.split(' ').collect();
+            for flag in ["nosuid", "nodev", "noexec"] {
+                assert!(fields[5].split(',').any(|found| found == flag), "{line}");
+            }
+            (fields[4], fields[5].split(',').any(|flag| flag == "ro"))
+        })
+        .collect();
+    assert_eq!(mounts, [("/", true), ("/tmp/tree", false)].into());
+    let limits = fs::read_to_string(proc("limits")).unwrap();
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        line[name.len()..]
+            .split_ascii_whitespace()
+            .next()
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(limit("Max address space"), (768_u64 << 20).to_string());
+    assert_eq!(limit("Max file size"), (10_u64 << 20).to_string());
+    assert_eq!(limit("Max core file size"), "0");
+    let descriptors = fs::read_dir(proc("fd")).unwrap().count();
+    assert!(descriptors <= 8, "{descriptors} descriptors");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn owners_modes_and_whiteouts_come_out_right_and_privileges_do_not() {
+    use tar::EntryType as Kind;
+    let bed = Bed::new();
+    fs::create_dir(bed.root().join("layers/below/gone")).unwrap();
+    let answer = bed.answer(&archive(&[
+        entry(Kind::Regular, "su", "", 0o4755, b"program"),
+        entry(Kind::Directory, "shared", "", 0o2775, b""),
+        entry(Kind::Regular, "shared/f", "", 0o640, b"content"),
+        entry(Kind::Link, "hard", "shared/f", 0o640, b""),
+        entry(Kind::Symlink, "soft", "/etc/shadow", 0o777, b""),
+        entry(Kind::Fifo, "pipe", "", 0o600, b""),
+        entry(Kind::Char, "null", "", 0o666, b""),
+        entry(Kind::Regular, ".wh.gone", "", 0o644, b""),
+        entry(Kind::Regular, "shared/.wh..wh..opq", "", 0o644, b""),
+    ]));
+    let done = &answer["Done"];
+    assert!(done.is_array(), "{answer}");
+    assert_eq!(done[0]["opaque"], serde_json::json!(["736861726564"]));
+    let notes = done[0]["notes"].to_string();
+    assert!(
+        notes.contains("setuid") && notes.contains("\\\"su\\\""),
+        "{notes}"
+    );
+    assert!(notes.contains("device node"), "{notes}");
+    let meta = |name: &str| fs::symlink_metadata(bed.target().join(name)).unwrap();
+    assert_eq!(meta("su").permissions().mode() & 0o7777, 0o755);
+    assert_eq!(meta("shared").permissions().mode() & 0o7777, 0o2775);
+    assert_eq!((meta("hard").uid(), meta("hard").gid()), (70_000, 7));
+    assert_eq!(meta("hard").ino(), meta("shared/f").ino());
+    assert!(meta("pipe").file_type().is_fifo());
+    assert!(meta("gone").file_type().is_char_device() && meta("gone").rdev() == 0);
+    assert!(fs::symlink_metadata(bed.target().join("null")).is_err());
+    let mut content = String::new();
+    let mut file = fs::File::open(bed.target().join("hard")).unwrap();
+    file.read_to_string(&mut content).unwrap();
+    assert_eq!(content, "content");
+}
+
+#[test]
+fn bad_layers_are_answered_and_touch_nothing_else() {
+    use tar::EntryType as Kind;
+    let bed = Bed::new();
+    let before = fs::metadata(bed.dir.path().join("secret")).unwrap();
+    let cases: [(&str, Vec<u8>, &str); 5] = [
+        (
+            "up and out",
+            archive(&[entry(Kind::Regular, "../../../secret", "", 0o644, b"mine")]),
+            "Entry",
+        ),
+        (
+            "through a link",
+            archive(&[
+                entry(Kind::Symlink, "link", "/../..", 0o777, b""),
+                entry(Kind::Regular, "link/layers/below/new", "", 0o644, b"mine"),
+            ]),
+            "Done",
+        ),
+        ("no archive", b"hello, world".to_vec(), "Failed"),
+        (
+            "half an archive",
+            entry(Kind::Regular, "f", "", 0o644, &[1; 5000])[..3000].to_vec(),
+            "Archive",
+        ),
+        (
+            "more than its budget",
+            archive(&[entry(Kind::Regular, "f", "", 0o644, &vec![1; 11 << 20])]),
+            "TooLarge",
+        ),
+    ];
+    for (name, blob, expected) in cases {
+        fs::remove_dir_all(bed.target()).unwrap();
+        fs::create_dir(bed.target()).unwrap();
+        let answer = bed.answer(&blob).to_string();
+        assert!(answer.contains(expected), "{name}: {answer}");
+        let after = fs::metadata(bed.dir.path().join("secret")).unwrap();
+        assert_eq!(
+            (after.len(), after.ctime_nsec()),
+            (before.len(), before.ctime_nsec()),
+            "{name}"
+        );
+        let below = bed.root().join("layers/below");
+        assert_eq!(fs::read_dir(below).unwrap().count(), 1, "{name}");
+    }
+}

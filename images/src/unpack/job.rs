@@ -1,0 +1,321 @@
+//! One layer to unpack as a piece of work that another process can do: [`Job`], [`perform`], and how the two processes
+//! speak ([`serve`], [`Answer`]).
+//!
+//! What asks writes the job and then the blob into the other's standard input, and reads one [`Answer`] from its standard
+//! output. The other process may be confined so far that it sees nothing but the store and may write nothing but the
+//! target; see `foreshore-agent unpack`.
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags, XattrFlags};
+use serde::{Deserialize, Serialize};
+
+use super::lower::{Below, OPAQUE};
+use super::stream::{self, Bomb};
+use super::{Budget, UnpackError, Unpacked, Unpacking, io_error};
+use crate::{Digest, Room};
+
+/// The longest job: as many paths as an image may have.
+const JOB_BYTES_MAX: u64 = 256 << 20;
+/// The longest answer that is read: what [`super::PATH_BYTES_TOTAL_MAX`] is in hexadecimal digits, and the rest.
+pub(crate) const ANSWER_BYTES_MAX: u64 = 160 << 20;
+
+/// Paths inside a layer; they need not be UTF-8. In JSON each is a string of hexadecimal digits.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Paths(pub BTreeSet<Vec<u8>>);
+
+/// A layer below.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LowerLayer {
+    /// Its tree.
+    pub path: PathBuf,
+    /// Its opaque directories; `None` when only their attribute says so.
+    pub opaque: Option<Paths>,
+}
+
+/// A layer to unpack.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Job {
+    /// The empty directory to fill.
+    pub target: PathBuf,
+    /// The layers below, topmost first.
+    pub lowers: Vec<LowerLayer>,
+    /// What it may take.
+    pub budget: Budget,
+    /// The longest uncompressed stream, in bytes.
+    pub stream_bytes_max: u64,
+    /// Bytes of the file system to leave free; see [`Room::of`].
+    pub reserve_bytes: Option<u64>,
+    /// Keep setuid and setgid bits of files, and file capabilities.
+    pub keep_privileges: bool,
+    /// Only say which directories are opaque: whoever does this may not set the attribute. [`set_opaque`] does it then.
+    pub opaque_later: bool,
+}
+
+/// Something failed and no system call said how.
+const EIO: i32 = rustix::io::Errno::IO.raw_os_error();
+
+/// What comes of a [`Job`].
+pub type Outcome = Result<(Unpacked, Digest), UnpackError>;
+
+/// Unpacks `blob`, compressed or not, and returns what came of it and its diff id. On an error the target holds garbage.
+///
+/// # Errors
+/// [`UnpackError`].
+pub fn perform(job: &Job, blob: impl Read) -> Outcome {
+    let open = |path: &PathBuf| {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|errno| io_error("open", path.as_os_str().as_encoded_bytes(), errno.into()))
+    };
+    let target = open(&job.target)?;
+    let lowers = job
+        .lowers
+        .iter()
+        .map(|lower| {
+            Ok(Below {
+                root: open(&lower.path)?,
+                opaque: lower.opaque.clone().map(|paths| paths.0),
+            })
+        })
+        .collect::<Result<_, UnpackError>>()?;
+    let unpacking = Unpacking::new(target, lowers, job);
+    let shortage = || {
+        let room = Room::of(&job.target, job.reserve_bytes).ok()?;
+        room.shortage(0, 0)
+    };
+    let unpacked = stream::with_layer(
+        blob,
+        job.stream_bytes_max,
+        &shortage,
+        |stream| unpacking.run(stream),
+        |source| match source.raw_os_error() {
+            Some(_) => io_error("read", b"the layer's blob", source),
+            None => UnpackError::Archive(Box::new(source)),
+        },
+    );
+    unpacked.map_err(|error| match error {
+        UnpackError::Archive(source) => match stream::bomb(source.as_ref()) {
+            Some(bomb) => UnpackError::Bomb(*bomb),
+            None => UnpackError::Archive(source),
+        },
+        error => error,
+    })
+}
+
+/// Makes directories of an unpacked layer opaque for overlayfs. The paths come from a process that is not trusted: they
+/// lead nowhere but into `target`, over no link.
+///
+/// # Errors
+/// Any error of finding or marking one.
+pub fn set_opaque(target: &std::path::Path, paths: &Paths) -> io::Result<()> {
+    let root: OwnedFd = File::open(target)?.into();
+    let inside = ResolveFlags::IN_ROOT
+        | ResolveFlags::NO_SYMLINKS
+        | ResolveFlags::NO_MAGICLINKS
+        | ResolveFlags::NO_XDEV;
+    for path in &paths.0 {
+        let path: &[u8] = if path.is_empty() { b"." } else { path };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat2(&root, path, flags, Mode::empty(), inside)?;
+        rustix::fs::fsetxattr(&directory, OPAQUE, b"y", XattrFlags::empty())?;
+    }
+    Ok(())
+}
+
+/// What [`serve`] writes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    Done(Box<Unpacked>, Digest),
+    Failed(Failure),
+}
+
+/// An [`UnpackError`] on its way.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Failure {
+    Archive(String),
+    Bomb(Bomb),
+    Entry {
+        path: String,
+        problem: String,
+    },
+    TooLarge(u64),
+    TooManyEntries(u64),
+    DiskFull {
+        path: String,
+    },
+    Io {
+        act: String,
+        path: String,
+        errno: i32,
+    },
+}
+
+/// Writes a job; the blob comes behind it.
+pub(crate) fn write_job(job: &Job, out: &mut dyn Write) -> io::Result<()> {
+    let text = serde_json::to_vec(job)?;
+    out.write_all(&(text.len() as u64).to_le_bytes())?;
+    out.write_all(&text)
+}
+
+/// Reads a job as a parent writes it. The blob comes behind it.
+///
+/// # Errors
+/// When that is not what comes.
+pub fn read_job(input: &mut dyn Read) -> io::Result<Job> {
+    let mut length = [0; 8];
+    input.read_exact(&mut length)?;
+    let length = u64::from_le_bytes(length);
+    if length > JOB_BYTES_MAX {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut text = Vec::new();
+    input.take(length).read_to_end(&mut text)?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// Does a job with the blob that follows it in `input`, and answers on `output`.
+///
+/// # Errors
+/// When the answer cannot be written; nobody needs it then.
+pub fn serve(job: &Job, input: impl Read, output: &mut dyn Write) -> io::Result<()> {
+    let answer = match perform(job, input) {
+        Ok((unpacked, diff_id)) => Answer::Done(Box::new(unpacked), diff_id),
+        Err(error) => Answer::Failed(error.into()),
+    };
+    serde_json::to_writer(&mut *output, &answer)?;
+    output.flush()
+}
+
+impl From<UnpackError> for Failure {
+    fn from(error: UnpackError) -> Self {
+        match error {
+            UnpackError::Archive(source) => Self::Archive(chain(source.as_ref())),
+            UnpackError::Bomb(bomb) => Self::Bomb(bomb),
+            UnpackError::Entry { path, problem } => Self::Entry {
+                path,
+                problem: problem.into_owned(),
+            },
+            UnpackError::TooLarge(max) => Self::TooLarge(max),
+            UnpackError::TooManyEntries(max) => Self::TooManyEntries(max),
+            UnpackError::DiskFull { path } => Self::DiskFull { path },
+            UnpackError::Io { act, path, source } => Self::Io {
+                act: act.into_owned(),
+                path,
+                errno: source.raw_os_error().unwrap_or(EIO),
+            },
+        }
+    }
+}
+
+impl From<Failure> for UnpackError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Archive(message) => Self::Archive(message.into()),
+            Failure::Bomb(bomb) => Self::Bomb(bomb),
+            Failure::Entry { path, problem } => Self::Entry {
+                path,
+                problem: Cow::Owned(problem),
+            },
+            Failure::TooLarge(max) => Self::TooLarge(max),
+            Failure::TooManyEntries(max) => Self::TooManyEntries(max),
+            Failure::DiskFull { path } => Self::DiskFull { path },
+            Failure::Io { act, path, errno } => Self::Io {
+                act: Cow::Owned(act),
+                path,
+                source: io::Error::from_raw_os_error(errno),
+            },
+        }
+    }
+}
+
+/// An error and its causes, as text.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        next = error.source();
+    }
+    text
+}
+
+impl Serialize for Paths {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let hex = |path: &Vec<u8>| {
+            path.iter()
+                .flat_map(|byte| [byte >> 4, byte & 15])
+                .map(|digit| char::from_digit(digit.into(), 16).unwrap_or('0'))
+                .collect::<String>()
+        };
+        serializer.collect_seq(self.0.iter().map(hex))
+    }
+}
+
+impl<'de> Deserialize<'de> for Paths {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let texts = Vec::<Cow<'_, str>>::deserialize(deserializer)?;
+        let bytes = |text: &str| -> Option<Vec<u8>> {
+            let digits: Vec<u8> = text
+                .chars()
+                .map(|digit| digit.to_digit(16).and_then(|digit| digit.try_into().ok()))
+                .collect::<Option<_>>()?;
+            let pairs = digits.chunks_exact(2);
+            pairs.remainder().is_empty().then(|| {
+                digits
+                    .chunks_exact(2)
+                    .map(|pair| pair[0] << 4 | pair[1])
+                    .collect()
+            })
+        };
+        texts
+            .iter()
+            .map(|text| bytes(text))
+            .collect::<Option<_>>()
+            .map(Self)
+            .ok_or_else(|| serde::de::Error::custom("a path is not in hexadecimal digits"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_any_bytes_survive_json() {
+        let paths = Paths([vec![], b"etc".to_vec(), vec![0xff, 0, b'/']].into());
+        let text = serde_json::to_string(&paths).unwrap();
+        assert_eq!(text, r#"["","657463","ff002f"]"#);
+        assert_eq!(serde_json::from_str::<Paths>(&text).unwrap(), paths);
+        for bad in [r#"["6"]"#, r#"["zz"]"#, r#"[1]"#] {
+            assert!(serde_json::from_str::<Paths>(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn opaque_paths_lead_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (inside, outside) = (dir.path().join("in"), dir.path().join("out"));
+        std::fs::create_dir_all(inside.join("a/b")).unwrap();
+        std::fs::create_dir(&outside).unwrap();
+        std::os::unix::fs::symlink(&outside, inside.join("link")).unwrap();
+        let one = |path: &[u8]| Paths([path.to_vec()].into());
+        for good in [&b"a/b"[..], b"", b"/a"] {
+            set_opaque(&inside, &one(good)).unwrap();
+        }
+        for bad in [&b"link"[..], b"../out/x", b"nothing"] {
+            assert!(set_opaque(&inside, &one(bad)).is_err(), "{bad:?}");
+        }
+        // ".." from the root is the root, as in a chroot.
+        set_opaque(&inside, &one(b"..")).unwrap();
+        let mut value = [0; 1];
+        let found = rustix::fs::getxattr(&outside, OPAQUE, &mut value[..]);
+        assert!(found.is_err(), "outside was touched");
+    }
+}
