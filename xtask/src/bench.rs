@@ -10,6 +10,7 @@ use crate::{packages, step};
 mod conmon;
 mod crowd;
 mod footprint;
+mod pull;
 
 /// Options of `bench`.
 #[derive(Debug, Args)]
@@ -20,6 +21,9 @@ pub(crate) struct Options {
     /// How long to watch an idle agent for wake-ups, in seconds
     #[arg(long, default_value_t = 60)]
     idle_secs: u64,
+    /// Rounds of pulling an image; peers are interleaved within each
+    #[arg(long, default_value_t = 5)]
+    pulls: u32,
     /// Take agent, hub and command line from this directory instead of building them
     #[arg(long)]
     programs: Option<std::path::PathBuf>,
@@ -37,6 +41,8 @@ enum Part {
     Footprint,
     /// Idle wake-ups and bytes written with 1, 10 and 50 containers, an update, re-adoption, a probe's command
     Crowd,
+    /// Pulling and unpacking an image beside podman, skopeo and umoci
+    Pull,
     /// Simulated devices converged per second on one hub
     Fleet,
 }
@@ -61,6 +67,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     }
     if wanted(Part::Crowd) {
         crowd::run(options.programs.as_deref(), options.idle_secs)?;
+    }
+    if wanted(Part::Pull) {
+        pull::run(options.programs.as_deref(), options.pulls)?;
     }
     if wanted(Part::Fleet) {
         fleet()?;
