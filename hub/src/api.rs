@@ -69,6 +69,8 @@ pub struct Api {
     pub broker: BrokerKind,
     /// How many blobs may be sent at once.
     pub blob_turns: Arc<Semaphore>,
+    /// How many clients may read blobs that are on their way in.
+    pub readers: Arc<Semaphore>,
     /// The largest image archive, in bytes.
     pub max_image_bytes: u64,
     /// True once the hub is stopping: streams end.

@@ -4,8 +4,13 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use foreshore_images::Reference;
 use foreshore_images::registry::{ClientConfig, RegistryEntry};
 use serde::Deserialize;
+
+use crate::images::HUB_HOST;
+use crate::images::through::Upstreams;
+use crate::registry;
 
 /// The largest configuration file that is read: 256 KiB.
 const MAX_CONFIG_BYTES: u64 = 256 * 1024;
@@ -62,6 +67,21 @@ pub struct OwnRegistry {
     pub upload_expires_s: u64,
     /// A blob or manifest that was pushed and that no tag reaches yet stays for so long, in seconds. Default: an hour.
     pub unused_expires_s: u64,
+    /// Other registries that are pulled from through this one, by the name that their repositories have here:
+    /// `docker.io` for `HUB/docker.io/library/busybox`. `[registries]` says how each is reached.
+    pub upstreams: BTreeMap<String, Upstream>,
+    /// How long a tag of another registry is believed before that is asked again, in seconds. Default: five minutes.
+    pub upstream_tag_s: u64,
+    /// How much of other registries is kept, in bytes; what was used last stays. Default: 10 GiB.
+    pub upstream_bytes: u64,
+}
+
+/// `[registry.upstreams.NAME]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Upstream {
+    /// The registry's host, with a port if it has one, as image references have it. Default: the name itself.
+    pub host: Option<String>,
 }
 
 impl Default for OwnRegistry {
@@ -70,6 +90,9 @@ impl Default for OwnRegistry {
             max_uploads: 256,
             upload_expires_s: 24 * 3600,
             unused_expires_s: 3600,
+            upstreams: BTreeMap::new(),
+            upstream_tag_s: 300,
+            upstream_bytes: 10 << 30,
         }
     }
 }
@@ -138,6 +161,14 @@ pub enum ConfigError {
     /// `[broker]` contradicts itself.
     #[error("[broker] {0}")]
     Broker(String),
+    /// An upstream is not one.
+    #[error("[registry.upstreams.\"{name}\"] {message}")]
+    Upstream {
+        /// Which.
+        name: String,
+        /// What is wrong.
+        message: String,
+    },
     /// A registry entry contradicts itself.
     #[error("[registries.\"{host}\"] {message}")]
     Registry {
@@ -174,6 +205,35 @@ impl Config {
             registry: OwnRegistry::default(),
             registries: BTreeMap::new(),
         }
+    }
+
+    /// What is pulled through the hub.
+    ///
+    /// # Errors
+    ///
+    /// When a name cannot be part of a repository's name, or a host is none.
+    pub fn upstreams(&self) -> Result<Upstreams, ConfigError> {
+        let mut hosts = BTreeMap::new();
+        for (name, upstream) in &self.registry.upstreams {
+            let host = upstream.host.as_ref().unwrap_or(name);
+            let wrong = |message: &str| ConfigError::Upstream {
+                name: name.clone(),
+                message: message.to_owned(),
+            };
+            if !registry::is_prefix(name) {
+                return Err(wrong("is no part of a repository's name"));
+            }
+            let parsed = Reference::parse(&format!("{host}/x"));
+            if !parsed.is_ok_and(|reference| reference.host() == *host && host != HUB_HOST) {
+                return Err(wrong("names no registry; say host = \"HOST[:PORT]\""));
+            }
+            hosts.insert(name.clone(), host.clone());
+        }
+        Ok(Upstreams {
+            hosts,
+            tag_ttl_ms: self.registry.upstream_tag_s.saturating_mul(1000),
+            bytes: self.registry.upstream_bytes,
+        })
     }
 
     /// What the registry client is built from; reads the password files.
@@ -331,6 +391,31 @@ mod tests {
                 expected,
                 "{text}"
             );
+        }
+    }
+
+    #[test]
+    fn upstreams_are_names_and_hosts() {
+        let hosts = |text: &str| {
+            let config = load(&format!("data = \"/x\"\n[registry.upstreams]\n{text}\n")).unwrap();
+            config.upstreams().map(|upstreams| upstreams.hosts)
+        };
+        let found = hosts("\"docker.io\" = {}\nlan = {host = \"r.lan:5000\"}\n\"r.lan:5000\" = {}")
+            .unwrap();
+        assert_eq!(found["lan"], "r.lan:5000");
+        assert_eq!((found.len(), &*found["docker.io"]), (3, "docker.io"));
+        for bad in [
+            "\"../x\" = {host = \"r.lan\"}",
+            "\"Upper\" = {host = \"r.lan\"}",
+            "\"\" = {host = \"r.lan\"}",
+            "plain = {}",
+            "a = {host = \"http://r.lan\"}",
+            "a = {host = \"r.lan/x\"}",
+            "a = {host = \"hub.internal\"}",
+            "a = {host = \"\"}",
+        ] {
+            let error = hosts(bad).unwrap_err().to_string();
+            assert!(error.contains("registry.upstreams"), "{bad}: {error}");
         }
     }
 

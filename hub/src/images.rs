@@ -2,6 +2,7 @@
 //!
 //! Network and disk work blocks, so it runs on threads of its own, a few at a time. [`sweep`] removes what is not
 //! needed any more; [`survey`](mod@survey) says what an image is made of.
+//! [`through`] is what the site has of other registries.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -28,8 +29,10 @@ use crate::store::{self, Store, StoreError};
 
 pub mod survey;
 pub mod sweep;
+pub mod through;
 
 use self::survey::Demand;
+use self::through::{Through, ThroughError, Upstreams};
 
 /// The host of images that were imported into the hub.
 pub const HUB_HOST: &str = "hub.internal";
@@ -74,6 +77,15 @@ pub enum ResolveError {
         #[source]
         source: Box<FetchError>,
     },
+    /// It comes through the hub, and did not.
+    #[error("image {image} cannot be resolved")]
+    Through {
+        /// Which image.
+        image: String,
+        /// Why.
+        #[source]
+        source: ThroughError,
+    },
     /// All took too long together.
     #[error("image {image}: registry {host} did not answer within {} s; check that it runs and can be reached", RESOLVE_WITHIN.as_secs())]
     Timeout {
@@ -106,6 +118,7 @@ impl ResolveError {
             Self::Reference { .. } | Self::Release { .. } => Fault::Config,
             Self::NotImported { .. } => Fault::NotFound,
             Self::Fetch { source, .. } => source.fault(),
+            Self::Through { source, .. } => source.fault(),
             Self::Timeout { .. } => Fault::Unreachable,
             Self::Store(_) => Fault::Internal,
         }
@@ -159,6 +172,7 @@ struct Inner {
     imports: Arc<Semaphore>,
     broom: sweep::Broom,
     leases_ms: u64,
+    through: Through,
 }
 
 impl std::fmt::Debug for Images {
@@ -198,6 +212,7 @@ impl Images {
         registries: ClientConfig,
         store: Store,
         leases_ms: u64,
+        upstreams: Upstreams,
     ) -> Result<Self, OpenError> {
         let uploads = directory.join("uploads");
         let prepare = || {
@@ -213,8 +228,10 @@ impl Images {
             path: directory.to_owned(),
             source,
         })?;
+        let through = Through::open(directory, registries.clone(), upstreams)?;
         Ok(Self {
             inner: Arc::new(Inner {
+                through,
                 client: Arc::new(Client::new(registries)?),
                 blobs,
                 uploads,
@@ -250,7 +267,7 @@ impl Images {
     /// # Errors
     ///
     /// See [`ResolveError`]. Bounded in time.
-    pub async fn resolve(&self, app: App) -> Result<Resolved, ResolveError> {
+    pub async fn resolve(&self, app: App, now: UnixMs) -> Result<Resolved, ResolveError> {
         let mut pinned: BTreeMap<String, String> = BTreeMap::new();
         let deadline = tokio::time::Instant::now() + RESOLVE_WITHIN;
         for (name, service) in &app.spec.services {
@@ -263,7 +280,7 @@ impl Images {
                     image: service.image.clone(),
                     source,
                 })?;
-            let digest = tokio::time::timeout_at(deadline, self.digest(&reference))
+            let digest = tokio::time::timeout_at(deadline, self.digest(&reference, now))
                 .await
                 .map_err(|_| ResolveError::Timeout {
                     image: service.image.clone(),
@@ -293,9 +310,19 @@ impl Images {
         })
     }
 
-    async fn digest(&self, reference: &Reference) -> Result<Digest, ResolveError> {
+    async fn digest(&self, reference: &Reference, now: UnixMs) -> Result<Digest, ResolveError> {
         if reference.host() == HUB_HOST {
             return self.imported(reference).await;
+        }
+        if self.is_upstream(reference.host()) {
+            // Whoever applies means the tag as it is now, where that can be known.
+            let passed = self.through_manifest(reference, now, Some(0)).await;
+            return passed
+                .map(|passed| passed.digest)
+                .map_err(|source| ResolveError::Through {
+                    image: reference.to_string(),
+                    source,
+                });
         }
         let permit = Arc::clone(&self.inner.asks)
             .acquire_owned()

@@ -100,6 +100,9 @@ struct Data {
     data: PathBuf,
 }
 
+/// How long threads that still write may take once the hub has stopped.
+const LINGER: std::time::Duration = std::time::Duration::from_secs(1);
+
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(run) => run_hub(run),
@@ -130,11 +133,14 @@ fn run_hub(run: Run) -> anyhow::Result<()> {
         config.api.listen = listen;
     }
     start_logging();
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .context("failed to start the runtime")?
-        .block_on(serve(config))
+        .context("failed to start the runtime")?;
+    let result = runtime.block_on(serve(config));
+    // A thread that waits for a registry is not waited for; what it wrote is gone on with.
+    runtime.shutdown_timeout(LINGER);
+    result
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {

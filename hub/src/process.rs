@@ -20,7 +20,7 @@ use crate::http;
 use crate::images::{Images, OpenError};
 use crate::link::{self, LinkConfig, LinkCounters};
 use crate::registry::uploads::{self, UploadError, Uploads};
-use crate::registry::{self, BLOBS_AT_ONCE};
+use crate::registry::{self, BLOBS_AT_ONCE, READERS_AT_ONCE};
 use crate::secrets::{SecretError, Secrets};
 use crate::store::{self, Store, StoreError, Writer};
 
@@ -143,6 +143,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
         config.registry_client()?,
         store.clone(),
         config.registry.unused_expires_s.saturating_mul(1000),
+        config.upstreams()?,
     )?;
     images.adopt().await?;
     let limits = uploads::Limits {
@@ -194,6 +195,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
             BrokerKind::External
         },
         blob_turns: Arc::new(Semaphore::new(BLOBS_AT_ONCE)),
+        readers: Arc::new(Semaphore::new(READERS_AT_ONCE)),
         max_image_bytes: config.api.max_image_bytes,
         stopping: stopping.clone(),
     });

@@ -14,6 +14,7 @@
 //! | [`uploads`] | blobs on their way in |
 //! | `push` | uploads over HTTP, mounts, manifests |
 //! | `remove` | tags, manifests, blobs |
+//! | `through` | other registries, seen through this one |
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -39,9 +40,12 @@ mod push;
 mod refusal;
 mod remove;
 mod target;
+mod through;
 pub mod uploads;
 
 pub use self::pull::BLOBS_AT_ONCE;
+pub use self::target::is_prefix;
+pub use self::through::READERS_AT_ONCE;
 
 /// How often uploads are looked at that may have been given up.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
@@ -136,6 +140,24 @@ async fn route(
     let (parts, body) = request.into_parts();
     let (headers, method) = (&parts.headers, &parts.method);
     let reads = matches!(*method, Method::GET | Method::HEAD);
+    let namespace = keys.get("ns").map(String::as_str);
+    let upstream = |name| api.images.upstream(name, namespace);
+    if let Some(upstream) = target.repository().and_then(upstream) {
+        if reads {
+            return through::pull(api, upstream, target, headers, method).await;
+        }
+        let message = format!(
+            "this is {} seen through the hub; push there",
+            upstream.name()
+        );
+        return Err(Refusal::new(StatusCode::FORBIDDEN, "DENIED", message));
+    }
+    if let Some((host, _)) = target.repository().and_then(|name| name.split_once('/'))
+        && host.contains(':')
+    {
+        let message = format!("{host} is not among [registry.upstreams] in hub.toml");
+        return Err(Refusal::not_found("NAME_UNKNOWN", message));
+    }
     match target {
         Target::Catalog if reads => list::catalog(api, &keys).await,
         Target::Tags(name) if reads => list::tags(api, name, &keys).await,

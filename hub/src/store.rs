@@ -18,6 +18,7 @@
 //! | [`release`] | which releases are still needed |
 //! | [`event`] | what happened |
 //! | [`image`] | tags of the hub's own images |
+//! | [`cache`] | what was fetched from other registries |
 //! | [`registry`] | its manifests, uploads, and blobs that pushes count on |
 //! | [`column`](mod@column) | between SQL and Rust types |
 
@@ -29,6 +30,7 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use tokio::sync::{Semaphore, oneshot};
 
 pub mod app;
+pub mod cache;
 pub mod column;
 pub mod desired;
 pub mod device;

@@ -15,6 +15,7 @@
 //! | [`unpack`] | one layer's tar stream into one directory that it can never leave |
 //! | [`layout`] | import of OCI layouts and docker-archives into a blob directory |
 //! | [`blobs`] | a directory of blobs named by their digest |
+//! | [`partial`] | blobs on their way in, which go on where they stopped |
 //! | [`fault`] | [`Fault`], the few classes that every error here falls into |
 //!
 //! ```no_run
@@ -37,7 +38,7 @@ mod compression;
 pub mod fault;
 pub mod layout;
 pub mod manifest;
-mod partial;
+pub mod partial;
 pub mod platform;
 pub mod reference;
 pub mod registry;

@@ -30,13 +30,13 @@ const FLUSH_EVERY: Duration = Duration::from_secs(1);
 
 /// Where partial blobs are; see the module.
 #[derive(Debug, Clone)]
-pub(crate) struct PartialDir {
+pub struct PartialDir {
     path: PathBuf,
 }
 
 /// One of them, open for writing. Only one process may have it open: the store's lock sees to that.
 #[derive(Debug)]
-pub(crate) struct PartialBlob {
+pub struct PartialBlob {
     file: File,
     sums: File,
     hasher: Sha256,
@@ -52,14 +52,15 @@ impl PartialDir {
     ///
     /// # Errors
     /// Any error of creating it.
-    pub(crate) fn open(root: &Path) -> io::Result<Self> {
+    pub fn open(root: &Path) -> io::Result<Self> {
         let path = root.join("partial");
         fs::create_dir_all(&path)?;
         Ok(Self { path })
     }
 
     /// Where the bytes of a blob are.
-    pub(crate) fn path(&self, digest: &Digest) -> PathBuf {
+    #[must_use]
+    pub fn path(&self, digest: &Digest) -> PathBuf {
         self.path.join(digest.hex())
     }
 
@@ -71,7 +72,7 @@ impl PartialDir {
     ///
     /// # Errors
     /// Any error of the disk.
-    pub(crate) fn blob(&self, digest: &Digest, size: u64) -> io::Result<PartialBlob> {
+    pub fn blob(&self, digest: &Digest, size: u64) -> io::Result<PartialBlob> {
         let open = |path: &Path| {
             File::options()
                 .read(true)
@@ -108,7 +109,7 @@ impl PartialDir {
     ///
     /// # Errors
     /// Any other error of removing it.
-    pub(crate) fn remove(&self, digest: &Digest) -> io::Result<()> {
+    pub fn remove(&self, digest: &Digest) -> io::Result<()> {
         for path in [self.path(digest), self.sums_path(digest)] {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -122,7 +123,7 @@ impl PartialDir {
     ///
     /// # Errors
     /// Any error of reading the directory or removing a file.
-    pub(crate) fn retain(&self, keep: impl Fn(&Digest) -> bool) -> io::Result<u64> {
+    pub fn retain(&self, keep: impl Fn(&Digest) -> bool) -> io::Result<u64> {
         let mut freed = 0;
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
@@ -170,7 +171,8 @@ fn read_whole(file: &mut File, buffer: &mut [u8]) -> io::Result<bool> {
 
 impl PartialBlob {
     /// Bytes that are there.
-    pub(crate) const fn size(&self) -> u64 {
+    #[must_use]
+    pub const fn size(&self) -> u64 {
         self.size
     }
 

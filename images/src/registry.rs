@@ -33,7 +33,7 @@ pub use self::error::FetchError;
 pub(crate) use self::error::is_disk_full;
 use self::source::{Agents, Endpoint};
 use self::transfer::Pace;
-pub use self::transfer::{Gate, Retry};
+pub use self::transfer::{Gate, Retry, Watch};
 use self::url::Origin;
 use crate::manifest::{ACCEPT, Document, MANIFEST_BYTES_MAX};
 use crate::{Digest, Reference};

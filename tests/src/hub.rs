@@ -28,6 +28,8 @@ pub struct HubOptions<'a> {
     pub broker: Option<&'a Mosquitto>,
     /// Registries reached over plain HTTP, as `host:port`.
     pub plain_http: Vec<String>,
+    /// Appended to `hub.toml`.
+    pub more: String,
 }
 
 impl Hub {
@@ -61,8 +63,9 @@ impl Hub {
             .map(|host| format!("[registries.\"{host}\"]\nplain_http = true\n"))
             .collect();
         let text = format!(
-            "data = \"{}\"\n[api]\nlisten = \"127.0.0.1:0\"\n[broker]\n{broker}\n{registries}",
-            data.display()
+            "data = \"{}\"\n[api]\nlisten = \"127.0.0.1:0\"\n[broker]\n{broker}\n{registries}{}",
+            data.display(),
+            options.more
         );
         std::fs::write(&config, text).expect("the bed is writable");
         let program = Self::spawn(&config, &log);

@@ -95,7 +95,7 @@ async fn resolve(
         }
         .into());
     }
-    Ok(api.images.resolve(app).await?)
+    Ok(api.images.resolve(app, api.controller.now()).await?)
 }
 
 fn draw_seed() -> Result<u64, Failure> {

@@ -224,6 +224,7 @@ impl From<ResolveError> for Failure {
             }
             ResolveError::NotImported { .. }
             | ResolveError::Fetch { .. }
+            | ResolveError::Through { .. }
             | ResolveError::Timeout { .. } => {}
         }
         let (status, code, title) = image_fault(fault);

@@ -15,13 +15,22 @@ use foreshore_images::manifest::{Document, MANIFEST_BYTES_MAX};
 use foreshore_images::{Digest, Reference};
 use tokio::sync::{Notify, OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
-use super::{HUB_HOST, Images};
+use super::{HUB_HOST, Images, through};
 use crate::rollout::UnixMs;
+use crate::store::cache::Blob;
 use crate::store::registry::Manifest;
 use crate::store::{self, StoreError};
 
 /// The directory is swept so often even without news: releases are forgotten meanwhile.
 const EVERY: Duration = Duration::from_secs(3600);
+
+/// A blob of another registry that is not here is known for so long after its last use.
+const KNOWN_DAYS: u64 = 30;
+
+/// What came of one before its fetch broke off stays for so long.
+const PARTIAL_DAYS: u64 = 1;
+
+const DAY_MS: u64 = 24 * 3600 * 1000;
 
 /// How long to wait before looking again whether nothing comes in.
 const BUSY: Duration = Duration::from_secs(1);
@@ -142,17 +151,29 @@ impl Images {
             let tags = store::image::list(connection)?;
             let mut roots: BTreeSet<Digest> =
                 tags.into_iter().map(|image| image.view.digest).collect();
-            for release in store::release::needed(connection)? {
-                roots.extend(release.images.iter().filter_map(|image| imported(image)));
+            let mut foreign = Vec::new();
+            for image in store::release::needed(connection)?
+                .into_iter()
+                .flat_map(|release| release.images)
+            {
+                match Reference::parse(&image) {
+                    Ok(image) if image.host() == HUB_HOST => roots.extend(image.digest()),
+                    Ok(image) => foreign.extend(image.digest()),
+                    Err(_) => {}
+                }
             }
             let manifests = store::registry::manifests(connection, None)?;
             let waiting = manifests.iter().filter(|row| row.keep_until_ms > now.0);
             roots.extend(waiting.map(|row| row.digest));
-            Ok::<_, StoreError>((roots, manifests, store::registry::leased(connection)?))
+            let leased = store::registry::leased(connection)?;
+            Ok::<_, StoreError>((roots, foreign, manifests, leased))
         });
-        let ((roots, manifests, leased), blobs) = (read.await?, self.inner.blobs.clone());
+        let ((roots, foreign, manifests, leased), blobs) = (read.await?, self.inner.blobs.clone());
         tokio::task::spawn_blocking(move || {
+            let mut fetched = BTreeSet::new();
+            follow(&blobs, foreign, &mut fetched)?;
             Ok(Needed {
+                fetched,
                 reached: reached(&blobs, roots, &manifests)?,
                 leased,
                 manifests,
@@ -168,11 +189,17 @@ impl Images {
             Ok::<_, StoreError>(store::registry::expire_leases(connection, before)?)
         };
         self.inner.store.write(expire).await?;
+        let cached = self
+            .inner
+            .store
+            .read(|connection| Ok::<_, StoreError>(store::cache::blobs(connection)?));
         let Needed {
             mut reached,
+            fetched,
             leased,
             manifests,
         } = self.needed(now).await?;
+        let kept = self.trim(cached.await?, &reached, &fetched, now).await?;
         let gone: Vec<Manifest> = manifests
             .into_iter()
             .filter(|row| !reached.contains(&row.digest))
@@ -188,10 +215,57 @@ impl Images {
             self.inner.store.write(forget).await?;
         }
         reached.extend(leased);
+        reached.extend(kept);
         let blobs = self.inner.blobs.clone();
         tokio::task::spawn_blocking(move || Ok(blobs.retain(&reached)?))
             .await
             .map_err(|_| StoreError::Stopped)?
+    }
+}
+
+impl Images {
+    /// Which of `cached` blobs of other registries stay, and those partly there with them. What nobody asked for in a
+    /// long time and is not there is forgotten.
+    async fn trim(
+        &self,
+        cached: Vec<Blob>,
+        reached: &BTreeSet<Digest>,
+        fetched: &BTreeSet<Digest>,
+        now: UnixMs,
+    ) -> Result<BTreeSet<Digest>, SweepError> {
+        let (blobs, through) = (&self.inner.blobs, &self.inner.through);
+        // What the hub's own images share with them is no part of the cache.
+        let size = |digest: &Digest| blobs.size(digest).filter(|_| !reached.contains(digest));
+        let gone = through::evicted(&cached, through.bytes(), size, |digest| {
+            fetched.contains(digest)
+        });
+        if !gone.is_empty() {
+            tracing::info!(
+                count = gone.len(),
+                "the cache of other registries is full; removing what was used longest ago"
+            );
+        }
+        let unused = |row: &Blob, days: u64| row.used_ms + days * DAY_MS < now.0;
+        let (forgotten, known): (Vec<Blob>, Vec<Blob>) = cached
+            .into_iter()
+            .partition(|row| unused(row, KNOWN_DAYS) && blobs.size(&row.digest).is_none());
+        let recent: BTreeSet<Digest> = known
+            .iter()
+            .filter(|row| !unused(row, PARTIAL_DAYS))
+            .map(|row| row.digest)
+            .collect();
+        through.sweep(|digest| recent.contains(digest))?;
+        if !forgotten.is_empty() {
+            let forget = move |connection: &rusqlite::Connection| {
+                for row in &forgotten {
+                    store::cache::forget_blob(connection, &row.digest)?;
+                }
+                Ok::<_, StoreError>(())
+            };
+            self.inner.store.write(forget).await?;
+        }
+        let stay = known.into_iter().map(|row| row.digest);
+        Ok(stay.filter(|digest| !gone.contains(digest)).collect())
     }
 }
 
@@ -200,6 +274,8 @@ impl Images {
 pub(crate) struct Needed {
     /// Blobs of tags, releases and manifests that wait for their tag.
     pub(crate) reached: BTreeSet<Digest>,
+    /// Blobs of other registries' images that releases name.
+    fetched: BTreeSet<Digest>,
     /// Blobs that pushes count on.
     leased: BTreeSet<Digest>,
     /// Every manifest row.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use foreshore_images::manifest::MANIFEST_BYTES_MAX;
 use foreshore_protocol::Digest;
@@ -127,13 +127,7 @@ pub(super) async fn blob(
     {
         None | Some(Asked::Whole) => None,
         Some(Asked::Part(first, last)) => Some((first, last)),
-        Some(Asked::Beyond) => {
-            let mut response = StatusCode::RANGE_NOT_SATISFIABLE.into_response();
-            if let Ok(value) = HeaderValue::from_str(&format!("bytes */{size}")) {
-                response.headers_mut().insert(header::CONTENT_RANGE, value);
-            }
-            return Ok(response);
-        }
+        Some(Asked::Beyond) => return Ok(beyond(size)),
     };
     let (first, length) = range.map_or((0, size), |(first, last)| (first, last - first + 1));
     let body = if let Some(turn) = turn {
@@ -145,13 +139,7 @@ pub(super) async fn blob(
     } else {
         Body::empty()
     };
-    let fixed = [
-        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
-        (header::CONTENT_LENGTH, length.to_string()),
-        (header::ACCEPT_RANGES, "bytes".to_owned()),
-        (header::ETAG, format!("\"{digest}\"")),
-        (CONTENT_DIGEST, digest.to_string()),
-    ];
+    let fixed = blob_headers(digest, length);
     Ok(match range {
         None => (fixed, body).into_response(),
         Some((first, last)) => {
@@ -162,6 +150,26 @@ pub(super) async fn blob(
             (StatusCode::PARTIAL_CONTENT, fixed, content_range, body).into_response()
         }
     })
+}
+
+/// What every answer with a blob, or `length` bytes of it, says.
+pub(super) fn blob_headers(digest: Digest, length: u64) -> [(HeaderName, String); 5] {
+    [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH, length.to_string()),
+        (header::ACCEPT_RANGES, "bytes".to_owned()),
+        (header::ETAG, format!("\"{digest}\"")),
+        (CONTENT_DIGEST, digest.to_string()),
+    ]
+}
+
+/// The answer to who asks for bytes behind the last one.
+pub(super) fn beyond(size: u64) -> Response {
+    let mut response = StatusCode::RANGE_NOT_SATISFIABLE.into_response();
+    if let Ok(value) = HeaderValue::from_str(&format!("bytes */{size}")) {
+        response.headers_mut().insert(header::CONTENT_RANGE, value);
+    }
+    response
 }
 
 /// A place among the blobs that are sent.
@@ -199,7 +207,7 @@ fn stream_file(file: tokio::fs::File, length: u64, turn: OwnedSemaphorePermit) -
 
 /// What a `Range` header asks of `size` bytes (RFC 9110, section 14).
 #[derive(Debug, PartialEq, Eq)]
-enum Asked {
+pub(super) enum Asked {
     /// All of it: no range that is understood, or several.
     Whole,
     /// First and last byte.
@@ -208,7 +216,8 @@ enum Asked {
     Beyond,
 }
 
-fn byte_range(value: &HeaderValue, size: u64) -> Asked {
+/// Reads a `Range` header.
+pub(super) fn byte_range(value: &HeaderValue, size: u64) -> Asked {
     let parsed = (|| {
         let (first, last) = value
             .to_str()

@@ -3,9 +3,12 @@
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 
+use foreshore_images::Fault;
+
 use super::uploads::UploadError;
 use crate::controller::ControlError;
 use crate::images::survey::SurveyError;
+use crate::images::through::ThroughError;
 use crate::store::StoreError;
 
 /// An error on its way to the client.
@@ -50,9 +53,10 @@ impl Refusal {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS", message)
     }
 
+    /// The disk takes no more of what is pushed. The specification has no code for it, and of a status above 499 clients
+    /// show no message.
     pub(super) fn no_room(message: impl Into<String>) -> Self {
-        // The specification has no code for it. Clients show the message, and repeat nothing.
-        Self::new(StatusCode::INSUFFICIENT_STORAGE, "DENIED", message)
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "DENIED", message)
     }
 
     pub(super) fn into_response(self) -> Response {
@@ -125,6 +129,29 @@ impl From<UploadError> for Refusal {
             UploadError::Io(error) => Self::internal(chain(&error)),
             UploadError::Store(error) => error.into(),
         }
+    }
+}
+
+impl From<&ThroughError> for Refusal {
+    fn from(error: &ThroughError) -> Self {
+        let message = chain(error);
+        match error.fault() {
+            Fault::NotFound => match error {
+                ThroughError::Unnamed(_) => Self::not_found("BLOB_UNKNOWN", message),
+                _ => Self::not_found("MANIFEST_UNKNOWN", message),
+            },
+            Fault::DiskFull => Self::new(StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN", message),
+            Fault::Busy => Self::busy(message),
+            Fault::Internal => Self::internal(message),
+            // The registry behind the hub is at fault; a client may well ask it itself.
+            _ => Self::new(StatusCode::BAD_GATEWAY, "UNKNOWN", message),
+        }
+    }
+}
+
+impl From<ThroughError> for Refusal {
+    fn from(error: ThroughError) -> Self {
+        Self::from(&error)
     }
 }
 

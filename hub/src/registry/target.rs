@@ -81,6 +81,27 @@ fn name(text: &str) -> Option<String> {
     (host.contains(':') && other.name() == text).then(|| text.to_owned())
 }
 
+impl Target {
+    /// The repository that it is in.
+    pub(super) fn repository(&self) -> Option<&str> {
+        match self {
+            Self::Catalog => None,
+            Self::Manifest(name, _)
+            | Self::Blob(name, _)
+            | Self::Uploads(name)
+            | Self::Upload(name, _)
+            | Self::Tags(name)
+            | Self::Referrers(name, _) => Some(name),
+        }
+    }
+}
+
+/// Whether repositories may be named so: the first parts of a name.
+#[must_use]
+pub fn is_prefix(text: &str) -> bool {
+    name(&format!("{text}/x")).is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -35,6 +35,9 @@ const CHUNKS: usize = 8;
 /// The room on the disk is looked at again after so many bytes.
 const LOOK_EVERY: u64 = 8 << 20;
 
+/// An upload for which nothing came for so long gives up its room when others need it.
+const IDLE_MS: u64 = 10 * 60_000;
+
 /// How patient an upload is with who sends it.
 #[derive(Debug, Clone, Copy)]
 struct Patience {
@@ -292,7 +295,7 @@ impl Uploads {
     pub async fn begin(&self, repository: &str, now: UnixMs) -> Result<Held, UploadError> {
         let id = format!("{:032x}", random()?);
         let path = self.inner.directory.join(&id);
-        room(&self.inner.directory, 0)?;
+        self.make_room(0, now).await?;
         File::create_new(&path).map_err(UploadError::io)?;
         killpoint::reached("upload", "created");
         let (row, name, max) = (id.clone(), repository.to_owned(), self.inner.limits.open);
@@ -349,7 +352,8 @@ impl Uploads {
             .map_err(UploadError::io)
     }
 
-    /// Appends a body to an upload. Whatever came before an error stays, but for one that says otherwise.
+    /// Appends a body to an upload. Whatever came before an error stays; but when it is the disk that is full, the upload is
+    /// over.
     ///
     /// # Errors
     ///
@@ -375,7 +379,7 @@ impl Uploads {
         {
             return Err(UploadError::TooLarge(max));
         }
-        room(&self.inner.directory, claim.length.unwrap_or(0))?;
+        self.make_room(claim.length.unwrap_or(0), now).await?;
         let turn =
             tokio::time::timeout(TURN_WITHIN, Arc::clone(&self.inner.writers).acquire_owned());
         let turn = turn
@@ -392,7 +396,13 @@ impl Uploads {
         let bound = claim.length.unwrap_or(u64::MAX).min(max - before);
         let fed = self.feed(body, sender, bound, before).await;
         let (held, written) = writer.await.map_err(|_| StoreError::Stopped)?;
-        written?;
+        if let Err(error) = written {
+            if matches!(error, UploadError::NoRoom(_) | UploadError::Full) {
+                // What came of it takes the room that others need.
+                self.cancel(held).await?;
+            }
+            return Err(error);
+        }
         let touch = move |connection: &rusqlite::Connection| {
             Ok::<_, StoreError>(store::registry::touch_upload(connection, &id, now.0)?)
         };
@@ -524,7 +534,22 @@ impl Uploads {
     ///
     /// When disk or store fail.
     pub async fn expire(&self, now: UnixMs) -> Result<usize, UploadError> {
-        let before = now.0.saturating_sub(self.inner.limits.expires_ms);
+        self.expire_before(now.0.saturating_sub(self.inner.limits.expires_ms))
+            .await
+    }
+
+    /// Room for `bytes` more, if need be that of uploads for which nothing came in a while.
+    async fn make_room(&self, bytes: u64, now: UnixMs) -> Result<(), UploadError> {
+        let Err(short) = room(&self.inner.directory, bytes) else {
+            return Ok(());
+        };
+        if self.expire_before(now.0.saturating_sub(IDLE_MS)).await? == 0 {
+            return Err(short);
+        }
+        room(&self.inner.directory, bytes)
+    }
+
+    async fn expire_before(&self, before: u64) -> Result<usize, UploadError> {
         let expired = self.inner.store.read(move |connection| {
             Ok::<_, StoreError>(store::registry::expired_uploads(connection, before)?)
         });

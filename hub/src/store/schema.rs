@@ -5,7 +5,27 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::StoreError;
 
 /// One step per version; never edited after a release, only added to.
-const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE, REGISTRY];
+const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE, REGISTRY, CACHE];
+
+/// What the hub fetched from other registries for its site.
+const CACHE: &str = "
+-- What a tag of HOST/REPOSITORY named when its registry was last asked.
+CREATE TABLE cached_tag (
+    name TEXT NOT NULL,
+    tag TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    checked_ms INTEGER NOT NULL,
+    PRIMARY KEY (name, tag)
+) STRICT, WITHOUT ROWID;
+
+-- Blobs that a cached manifest is or names, whether they were fetched or not.
+CREATE TABLE cached_blob (
+    digest TEXT PRIMARY KEY,
+    media_type TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    used_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+";
 
 /// What the registry endpoint knows beside tags, which are rows of `image`.
 const REGISTRY: &str = "

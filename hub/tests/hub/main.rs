@@ -10,3 +10,4 @@ mod peers;
 mod push;
 mod repair;
 mod rollout;
+mod upstream;

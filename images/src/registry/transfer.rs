@@ -116,7 +116,7 @@ impl Pace {
 
 /// Told how many bytes are there, after each piece and now and then while none comes; fewer than before when what had come
 /// was wrong. An error ends the transfer.
-pub(crate) type Watch<'w> = &'w mut dyn FnMut(u64) -> io::Result<()>;
+pub type Watch<'w> = &'w mut dyn FnMut(u64) -> io::Result<()>;
 
 impl Client {
     /// Streams a blob of `reference`'s repository into `sink` and checks its declared size and digest. Asks the
@@ -178,7 +178,7 @@ impl Client {
     ///
     /// # Errors
     /// [`FetchError`]; [`FetchError::Sink`] for an error of `watch`.
-    pub(crate) fn resume(
+    pub fn resume(
         &self,
         reference: &Reference,
         blob: &Descriptor,

@@ -1,0 +1,147 @@
+//! The hub as its site's registry: devices run what was pushed to it and what it fetched, and a full disk is survived.
+
+use std::process::Command;
+
+use e2e::bed::SmallDisk;
+use e2e::fleet::{Fleet, LONG, await_container, http_get, web_manifest};
+use e2e::hub::HubOptions;
+use e2e::image::Builder;
+use e2e::registry::Registry;
+use e2e::{Bed, Device, Hub, wait_for};
+
+fn served(bed: &Bed, device: &str) -> String {
+    let container = await_container(bed, device, "shop", "server");
+    wait_for("the container to answer", LONG, || {
+        http_get(container, "/version")
+    })
+}
+
+/// Copies a tag of the builder's layout into the hub.
+fn push(hub: &Hub, builder: &Builder, tag: &str, name: &str) -> std::process::Output {
+    let host = hub.url().trim_start_matches("http://");
+    let token = std::fs::read_to_string(hub.data().join("api-token")).expect("the hub has a token");
+    Command::new("skopeo")
+        .args([
+            "--insecure-policy",
+            "copy",
+            "--quiet",
+            "--dest-tls-verify=false",
+        ])
+        .args(["--dest-creds", &format!("operator:{}", token.trim())])
+        .arg(format!("oci:{}:{tag}", builder.layout().display()))
+        .arg(format!("docker://{host}/{name}"))
+        .output()
+        .expect("skopeo runs; install it, or run cargo xtask test")
+}
+
+#[test]
+fn what_was_pushed_to_the_hub_runs_on_its_devices() {
+    let bed = Bed::new("pushed");
+    let builder = Builder::new(&bed);
+    builder.web("v1", "one", true);
+    let fleet = Fleet::start(&bed, Hub::start(&bed), 1);
+    let pushed = push(&fleet.hub, &builder, "v1", "acme/shop:1");
+    assert!(pushed.status.success(), "{pushed:?}");
+    let manifest = web_manifest("shop", "hub.internal/acme/shop:1", "[{percent: 100}]");
+    fleet.api().apply("shop", &manifest).ok();
+    fleet.await_rollout("shop", "completed");
+    assert_eq!(served(&bed, "device-1"), "one");
+}
+
+#[test]
+fn a_site_pulls_through_its_hub_and_newcomers_need_no_registry() {
+    let bed = Bed::new("through");
+    let mut registry = Registry::start(&bed);
+    let builder = Builder::new(&bed);
+    builder.web("v1", "one", true);
+    let image = builder.push("v1", registry.host(), "acme/shop:1");
+    let host = registry.host().to_owned();
+    let hub = Hub::start_with(
+        &bed,
+        &HubOptions {
+            plain_http: vec![host.clone()],
+            more: format!("[registry.upstreams.\"{host}\"]\n"),
+            ..HubOptions::default()
+        },
+    );
+    // The registry itself is not reached by these devices, only the hub is.
+    let mirror = format!(
+        "[registries.\"{host}\"]\nmirrors = [\"{}/{host}\"]\n",
+        hub.url()
+    );
+    let device = |id: &str| {
+        let token = hub.join_token_file();
+        let labels = "role = \"web\"";
+        let mut device =
+            Device::configure(&bed, hub.broker(), hub.url(), &token, id, labels, &mirror);
+        device.restart();
+        device
+    };
+    let first = device("device-1");
+    let mut fleet = Fleet {
+        devices: vec![first],
+        hub,
+    };
+    fleet.await_online(1);
+    let manifest = web_manifest("shop", &image, "[{percent: 100}]");
+    let applied = fleet.api().apply("shop", &manifest).ok();
+    fleet.await_rollout("shop", "completed");
+    assert_eq!(served(&bed, "device-1"), "one");
+
+    registry.program().kill9();
+    let token = fleet.hub.join_token_file();
+    let mut second = Device::configure(
+        &bed,
+        fleet.hub.broker(),
+        fleet.hub.url(),
+        &token,
+        "device-2",
+        "role = \"web\"",
+        &mirror,
+    );
+    second.restart();
+    fleet.devices.push(second);
+    fleet.await_release("shop", &applied["release"]);
+    assert_eq!(served(&bed, "device-2"), "one");
+}
+
+#[test]
+fn a_push_onto_a_full_disk_is_refused_and_the_hub_goes_on() {
+    let bed = Bed::new("fullpush");
+    let _disk = SmallDisk::mount(&bed, "hub", 96 << 20);
+    let builder = Builder::new(&bed);
+    builder.web("small", "one", true);
+    builder.image("big", &[], |root| {
+        let mut random = std::io::Read::take(
+            std::fs::File::open("/dev/urandom").expect("every system has it"),
+            120 << 20,
+        );
+        let mut file = std::fs::File::create(root.join("big")).expect("writable");
+        std::io::copy(&mut random, &mut file).expect("writable");
+    });
+    let hub = Hub::start(&bed);
+    for _ in 0..2 {
+        let refused = push(&hub, &builder, "big", "acme/big:1");
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(
+            !refused.status.success() && said.contains("no room"),
+            "{said}"
+        );
+    }
+    // What came of it takes no room from others.
+    wait_for("the refused uploads to be gone", LONG, || {
+        let left = std::fs::read_dir(hub.data().join("pushes")).expect("it is there");
+        let bytes: u64 = left
+            .flatten()
+            .flat_map(|entry| entry.metadata())
+            .map(|file| file.len())
+            .sum();
+        if bytes < 1 << 20 { Ok(()) } else { Err(bytes) }
+    });
+    let pushed = push(&hub, &builder, "small", "acme/small:1");
+    assert!(pushed.status.success(), "{pushed:?}");
+    assert_eq!(
+        hub.api().get("/images").ok()["items"][0]["reference"],
+        "hub.internal/acme/small:1"
+    );
+}
