@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use foreshore_images::store::{
     Archive, LoadError, Progress, StageError, StagedImage, Store, StoreConfig, Unpacker,
@@ -13,6 +14,9 @@ use serde::Serialize;
 use crate::config::Config;
 use crate::stage::store_path;
 use crate::unpack;
+
+/// A slow card may take this long for the end of a layer, when a hundred MiB of files are still to be written.
+const UNPACK_PATIENCE: Duration = Duration::from_mins(10);
 
 /// One image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -58,6 +62,7 @@ pub fn open(config: &Config) -> Result<Store, StageError> {
         unpacker: Some(Unpacker {
             program: PathBuf::from("/proc/self/exe"),
             arguments: vec![unpack::SUBCOMMAND.into()],
+            patience: UNPACK_PATIENCE,
         }),
         ..StoreConfig::default()
     };

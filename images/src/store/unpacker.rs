@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use crate::unpack::UnpackError;
 use crate::unpack::job::{ANSWER_BYTES_MAX, Answer, Job, Outcome, set_opaque, write_job};
@@ -17,6 +19,55 @@ pub struct Unpacker {
     pub program: PathBuf,
     /// What stands before the store's root and the job's target.
     pub arguments: Vec<OsString>,
+    /// How long it may take for one piece of the blob, or for the end of the layer, before it is killed as hung.
+    pub patience: Duration,
+}
+
+/// Ends the process when it takes no bytes and gives no answer for long: hung, or taken over by what it unpacks.
+struct Patience {
+    /// Since when it has been waited for.
+    waiting: Arc<Mutex<Option<Instant>>>,
+    _until_dropped: mpsc::Sender<()>,
+}
+
+impl Patience {
+    fn with(child: &Child, patience: Duration) -> Self {
+        let (until_dropped, dropped) = mpsc::channel();
+        let waiting = Arc::new(Mutex::new(None));
+        let watched = Arc::clone(&waiting);
+        // Not by its number: that may be another's by then.
+        let process = rustix::process::pidfd_open(
+            rustix::process::Pid::from_child(child),
+            rustix::process::PidfdFlags::empty(),
+        );
+        std::thread::spawn(move || {
+            while dropped.recv_timeout(patience / 8) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let since: Option<Instant> = *lock(&watched);
+                if since.is_some_and(|since| since.elapsed() > patience)
+                    && let Ok(process) = &process
+                {
+                    let _it_may_have_ended =
+                        rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL);
+                }
+            }
+        });
+        Self {
+            waiting,
+            _until_dropped: until_dropped,
+        }
+    }
+
+    /// Counts the time that `wait` takes.
+    fn while_it<T>(&self, wait: impl FnOnce() -> T) -> T {
+        *lock(&self.waiting) = Some(Instant::now());
+        let done = wait();
+        *lock(&self.waiting) = None;
+        done
+    }
+}
+
+fn lock(waiting: &Mutex<Option<Instant>>) -> MutexGuard<'_, Option<Instant>> {
+    waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ends the process if nobody has waited for it.
@@ -47,16 +98,17 @@ impl Unpacker {
         let mut running = Running(child.map_err(|source| failed("start", source))?);
         let mut input = running.0.stdin.take().expect("it is piped");
         let output = running.0.stdout.take().expect("it is piped");
+        let patience = Patience::with(&running.0, self.patience);
         // It may have had enough before the end; what it says counts then.
-        let fed = match write_job(&job, &mut input) {
-            Ok(()) => feed(&mut blob, &mut input),
+        let fed = match patience.while_it(|| write_job(&job, &mut input)) {
+            Ok(()) => feed(&mut blob, &mut input, &patience),
             Err(_) => Ok(()),
         };
         drop(input);
         if let Err(source) = fed {
             return Err(UnpackError::Archive(Box::new(source)));
         }
-        let answer = read_answer(output);
+        let answer = patience.while_it(|| read_answer(output));
         let status = running
             .0
             .wait()
@@ -81,13 +133,19 @@ impl Unpacker {
 ///
 /// # Errors
 /// Those of the blob; that nobody reads any more is none.
-fn feed(blob: &mut dyn Read, input: &mut dyn Write) -> io::Result<()> {
+fn feed(blob: &mut dyn Read, input: &mut dyn Write, patience: &Patience) -> io::Result<()> {
     let mut buffer = vec![0; 64 << 10];
     loop {
         match blob.read(&mut buffer) {
             Ok(0) => return Ok(()),
-            Ok(count) if input.write_all(&buffer[..count]).is_err() => return Ok(()),
-            Ok(_) => {}
+            Ok(count) => {
+                if patience
+                    .while_it(|| input.write_all(&buffer[..count]))
+                    .is_err()
+                {
+                    return Ok(());
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use foreshore_images::registry::{Client, RegistryConfig};
-use foreshore_images::store::{Progress, StageError, Store, StoreConfig};
+use foreshore_images::store::{Progress, StageError, Store, StoreConfig, Unpacker};
 use foreshore_images::{Digest, Fault, Platform, Reference};
 
 use crate::compose::{Blobs, Layer, digest};
@@ -435,4 +435,41 @@ fn the_store_is_nobody_else_s() {
         Path::new(&path).metadata().unwrap().permissions().mode() & 0o7777,
         0o700
     );
+}
+
+#[test]
+fn an_unpacker_that_hangs_dies_or_talks_nonsense_is_an_error_and_leaves_nothing() {
+    let (blobs, image, _) = three_layers();
+    let world = World::new(blobs);
+    for (script, named) in [
+        // Neither reads nor answers.
+        ("exec sleep 1000", "without an answer"),
+        // Reads all, then hangs.
+        ("cat > /dev/null; exec sleep 1000", "without an answer"),
+        ("kill -9 $$", "without an answer"),
+        ("cat > /dev/null; echo nonsense", "without an answer"),
+        ("exit 0", "without an answer"),
+    ] {
+        let config = StoreConfig {
+            unpacker: Some(Unpacker {
+                program: "/bin/sh".into(),
+                arguments: vec!["-c".into(), script.into()],
+                patience: Duration::from_millis(500),
+            }),
+            ..StoreConfig::default()
+        };
+        let store = Store::open_with(world.root.path(), config).unwrap();
+        let begin = std::time::Instant::now();
+        let error = world.stage(&store, image).unwrap_err();
+        let text = crate::hostile::chain(&error);
+        assert!(begin.elapsed() < Duration::from_secs(10), "{script}");
+        assert_eq!(error.fault(), Fault::Internal, "{script}: {text}");
+        assert!(text.contains(named), "{script}: {text}");
+        for name in ["tmp", "layers", "images"] {
+            let left = fs::read_dir(world.root.path().join(name)).unwrap().count();
+            assert_eq!(left, 0, "{script}: {name}");
+        }
+    }
+    // What was fetched is still there.
+    world.stage(&world.store(), image).unwrap();
 }
