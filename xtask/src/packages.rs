@@ -37,6 +37,11 @@ pub(crate) const FOR_TESTS: &[Package] = &[
         why: "pushes to the hub's registry",
     },
     Package {
+        name: "docker.io",
+        file: "/usr/sbin/dockerd",
+        why: "pushes to the hub's registry",
+    },
+    Package {
         name: "buildah",
         file: "/usr/bin/buildah",
         why: "pushes to the hub's registry",

@@ -1,7 +1,7 @@
 //! The clients that people have: what they push to the hub, they and devices pull from it.
 
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 
 use serde_json::Value;
 
@@ -270,6 +270,126 @@ fn podman_and_buildah_push_and_pull() {
     assert_eq!(
         names,
         ["hub.internal/by/buildah:v1", "hub.internal/by/podman:v1"],
+        "{listed}"
+    );
+}
+
+/// Docker's daemon with everything it has in one directory. Ends with SIGTERM, so that it takes its own children down.
+struct Docker {
+    daemon: Child,
+    dir: PathBuf,
+}
+
+impl Docker {
+    fn start(dir: PathBuf) -> Self {
+        std::fs::create_dir_all(&dir).unwrap();
+        let log = std::fs::File::create(dir.join("log")).unwrap();
+        let mut command = Command::new("dockerd");
+        for (key, name) in [
+            ("--data-root", "data"),
+            ("--exec-root", "exec"),
+            ("--pidfile", "pid"),
+        ] {
+            command.arg(key).arg(dir.join(name));
+        }
+        let daemon = command
+            .arg(format!("--host=unix://{}/socket", dir.display()))
+            .args([
+                "--iptables=false",
+                "--ip6tables=false",
+                "--bridge=none",
+                "--storage-driver=vfs",
+            ])
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap_or_else(|error| {
+                panic!("dockerd: {error}; install docker.io, or run cargo xtask test")
+            });
+        let mut docker = Self { daemon, dir };
+        wait_until("dockerd to answer", || {
+            assert!(
+                docker.daemon.try_wait().unwrap().is_none(),
+                "{}",
+                docker.log()
+            );
+            docker
+                .command(&["version"])
+                .output()
+                .unwrap()
+                .status
+                .success()
+        });
+        docker
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("log")).unwrap()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("docker");
+        command
+            .arg(format!("--host=unix://{}/socket", self.dir.display()))
+            .env("DOCKER_CONFIG", &self.dir)
+            .args(arguments);
+        command
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        _ = Command::new("kill")
+            .arg(self.daemon.id().to_string())
+            .status();
+        _ = self.daemon.wait();
+    }
+}
+
+#[test]
+fn docker_logs_in_pushes_and_pulls() {
+    let bed = Bed::start(Kind::Embedded);
+    let docker = Docker::start(bed.path("docker"));
+    let call = |arguments: &[&str]| succeeds(&mut docker.command(arguments));
+    let archive = bed.path("docker.tar").display().to_string();
+    let source = format!("oci:{}:v1", layout(&bed.path(""), "v1"));
+    let image = format!("{}/team/demo:v1", bed.api);
+    let target = format!("docker-archive:{archive}:{image}");
+    run("skopeo", &["copy", "--quiet", &source, &target]);
+    call(&["load", "--quiet", "--input", &archive]);
+
+    let refused = docker.command(&["push", &image]).output().unwrap();
+    assert!(!refused.status.success(), "not logged in");
+    let wrong = ["login", "--username", "me", "--password", "wrong", &bed.api];
+    assert!(!docker.command(&wrong).output().unwrap().status.success());
+    call(&[
+        "login",
+        "--username",
+        "me",
+        "--password",
+        &bed.token(),
+        &bed.api,
+    ]);
+    call(&["push", &image]);
+    let other = format!("{}/other/demo:v2", bed.api);
+    call(&["tag", &image, &other]);
+    let said = call(&["push", &other]);
+    assert!(
+        said.contains("Mounted from") || said.contains("already exists"),
+        "{said}"
+    );
+    call(&["rmi", &image, &other]);
+    call(&["pull", "--quiet", &other]);
+    let listed = bed.get("/images");
+    let names: Vec<&Value> = listed["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|image| &image["reference"])
+        .collect();
+    assert_eq!(
+        names,
+        ["hub.internal/other/demo:v2", "hub.internal/team/demo:v1"],
         "{listed}"
     );
 }
