@@ -24,14 +24,13 @@ use tokio::sync::Semaphore;
 use crate::controller::apps::Resolved;
 use crate::rollout::UnixMs;
 use crate::store::image::Image;
-use crate::store::registry::Manifest;
 use crate::store::{self, Store, StoreError};
 
 pub mod survey;
 pub mod sweep;
 pub mod through;
 
-use self::survey::Demand;
+use self::survey::{Demand, Survey};
 use self::through::{Through, ThroughError, Upstreams};
 
 /// The host of images that were imported into the hub.
@@ -418,9 +417,7 @@ impl Images {
         self.inner
             .store
             .write(move |connection| {
-                for manifest in &rows {
-                    store::registry::put_manifest(connection, manifest)?;
-                }
+                rows.record(connection)?;
                 Ok::<_, StoreError>(store::image::put(connection, &row)?)
             })
             .await?;
@@ -428,19 +425,19 @@ impl Images {
     }
 
     /// The rows of an image in `repository`: its index or manifest, and what of its variants is there.
-    async fn rows(&self, repository: &str, digest: Digest) -> Result<Vec<Manifest>, StoreError> {
+    async fn rows(&self, repository: &str, digest: Digest) -> Result<Survey, StoreError> {
         let (blobs, repository) = (self.inner.blobs.clone(), repository.to_owned());
         tokio::task::spawn_blocking(move || {
             let bytes = blobs.read(&digest, MANIFEST_BYTES_MAX).ok().flatten();
             let found = bytes
                 .map(|bytes| survey::survey(&blobs, &repository, &bytes, None, 0, Demand::Found));
             match found {
-                Some(Ok(found)) => found.manifests,
+                Some(Ok(found)) => found,
                 Some(Err(error)) => {
                     tracing::warn!(%digest, error = &error as &dyn std::error::Error, "failed to survey an image");
-                    Vec::new()
+                    Survey::default()
                 }
-                None => Vec::new(),
+                None => Survey::default(),
             }
         })
         .await
@@ -469,10 +466,7 @@ impl Images {
         for (repository, digest) in without.await? {
             let rows = self.rows(&repository, digest).await?;
             let write = move |connection: &rusqlite::Connection| {
-                for row in &rows {
-                    store::registry::put_manifest(connection, row)?;
-                }
-                Ok::<_, StoreError>(())
+                Ok::<_, StoreError>(rows.record(connection)?)
             };
             self.inner.store.write(write).await?;
         }

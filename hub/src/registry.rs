@@ -168,6 +168,10 @@ async fn route(
             Method::DELETE => remove::manifest(api, name, reference).await,
             _ => Err(unsupported(method)),
         },
+        Target::NoDigest => Err(Refusal::bad(
+            "DIGEST_INVALID",
+            "a digest is sha256: and 64 hexadecimal digits here",
+        )),
         Target::Blob(name, digest) => match *method {
             Method::GET | Method::HEAD => {
                 pull::own_blob(api, caller, name, digest, headers, method).await

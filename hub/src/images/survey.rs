@@ -33,10 +33,31 @@ pub enum Demand {
 pub struct Survey {
     /// A row for each index and manifest, the one that was asked about first.
     pub manifests: Vec<registry::Manifest>,
+    /// Every blob that is there, documents included.
+    pub blobs: BTreeSet<Digest>,
     /// Bytes of all blobs together, documents included; each once.
     pub size_bytes: u64,
     /// What its manifests run on.
     pub platforms: Vec<String>,
+}
+
+impl Survey {
+    /// Writes its rows: from now on its manifests and their blobs are there for their repository.
+    ///
+    /// # Errors
+    ///
+    /// When SQLite fails.
+    pub fn record(&self, connection: &rusqlite::Connection) -> rusqlite::Result<()> {
+        for manifest in &self.manifests {
+            registry::put_manifest(connection, manifest)?;
+        }
+        if let Some(top) = self.manifests.first() {
+            for digest in &self.blobs {
+                registry::restore(connection, &top.repository, digest)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Why there is no survey.
@@ -121,6 +142,7 @@ pub fn survey(
         sizes, mut survey, ..
     } = walk;
     survey.size_bytes = sizes.values().sum();
+    survey.blobs = sizes.into_keys().collect();
     Ok(survey)
 }
 

@@ -217,9 +217,31 @@ impl Images {
         reached.extend(leased);
         reached.extend(kept);
         let blobs = self.inner.blobs.clone();
-        tokio::task::spawn_blocking(move || Ok(blobs.retain(&reached)?))
+        let freed = tokio::task::spawn_blocking(move || blobs.retain(&reached))
             .await
-            .map_err(|_| StoreError::Stopped)?
+            .map_err(|_| StoreError::Stopped)??;
+        self.forget_withdrawn().await?;
+        Ok(freed)
+    }
+
+    /// That a blob was removed from a repository need not be known once it is gone for all.
+    async fn forget_withdrawn(&self) -> Result<(), SweepError> {
+        let read = self
+            .inner
+            .store
+            .read(|connection| Ok::<_, StoreError>(store::registry::withdrawn(connection)?));
+        let mut gone = read.await?;
+        gone.retain(|(_, digest)| self.inner.blobs.size(digest).is_none());
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let forget = move |connection: &rusqlite::Connection| {
+            for (repository, digest) in &gone {
+                store::registry::restore(connection, repository, digest)?;
+            }
+            Ok::<_, StoreError>(())
+        };
+        Ok(self.inner.store.write(forget).await?)
     }
 }
 

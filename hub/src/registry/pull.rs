@@ -94,10 +94,24 @@ pub(super) async fn own_blob(
     headers: &HeaderMap,
     method: &Method,
 ) -> Result<Response, Refusal> {
+    if is_withdrawn(api, &name, digest).await? {
+        let message = format!("blob {digest} was removed from {name}");
+        return Err(Refusal::not_found("BLOB_UNKNOWN", message));
+    }
     if *method == Method::HEAD && caller == Caller::Operator {
         super::push::count_on(api, name, digest).await?;
     }
     blob(api, digest, headers, method).await
+}
+
+/// Whether a blob was removed from this repository, though others may have it.
+pub(super) async fn is_withdrawn(api: &Api, name: &str, digest: Digest) -> Result<bool, Refusal> {
+    let name = name.to_owned();
+    let read = api.controller.store().read(move |connection| {
+        let leased = store::registry::leased_ms(connection, &name, &digest)?;
+        Ok::<_, StoreError>(leased)
+    });
+    Ok(read.await? == Some(0))
 }
 
 /// A blob that is there, or a part of it.

@@ -224,9 +224,7 @@ async fn record(
 ) -> Result<(), Refusal> {
     let name = name.to_owned();
     let change = move |change: &mut crate::controller::Change<'_>| {
-        for row in &found.manifests {
-            store::registry::put_manifest(change.connection, row)?;
-        }
+        found.record(change.connection)?;
         let (ManifestReference::Tag(tag), Some(top)) = (reference, found.manifests.first()) else {
             return Ok(None);
         };

@@ -72,12 +72,15 @@ async fn index_of(api: &Api, name: &str, digest: Digest) -> Result<Option<Digest
         .map_err(Refusal::internal)
 }
 
-/// `DELETE /v2/NAME/blobs/DIGEST`: this repository counts on the blob no more. It is gone for all when nothing else
-/// needs it.
+/// `DELETE /v2/NAME/blobs/DIGEST`: the blob is not there for this repository any more. It is gone for all when nothing
+/// else needs it.
 pub(super) async fn blob(api: &Api, name: String, digest: Digest) -> Result<Response, Refusal> {
     let unknown = || Refusal::not_found("BLOB_UNKNOWN", format!("the hub has no blob {digest}"));
     let blobs = api.images.blobs().clone();
     blobs.size(&digest).ok_or_else(unknown)?;
+    if super::pull::is_withdrawn(api, &name, digest).await? {
+        return Err(unknown());
+    }
     let alone = api.images.alone(ALONE_WITHIN).await;
     let needed = api
         .images
@@ -89,7 +92,7 @@ pub(super) async fn blob(api: &Api, name: String, digest: Digest) -> Result<Resp
         return Err(Refusal::new(StatusCode::CONFLICT, "DENIED", message));
     }
     let ended = api.controller.store().write(move |connection| {
-        let elsewhere = store::registry::end_lease(connection, &name, &digest)?;
+        let elsewhere = store::registry::withdraw(connection, &name, &digest)?;
         Ok::<_, StoreError>(elsewhere)
     });
     let counted_on = ended.await?;

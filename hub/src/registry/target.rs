@@ -12,6 +12,8 @@ pub(super) enum Target {
     Catalog,
     /// `NAME/manifests/TAG` or `NAME/manifests/DIGEST`
     Manifest(String, ManifestReference),
+    /// `NAME/manifests/DIGEST` with what the hub does not take for one
+    NoDigest,
     /// `NAME/blobs/DIGEST`
     Blob(String, Digest),
     /// `NAME/blobs/uploads/`
@@ -41,10 +43,13 @@ pub(super) fn parse(path: &str) -> Option<Target> {
     }
     let (before, kind) = rest.rsplit_once('/')?;
     match kind {
-        "manifests" if last.contains(':') => Some(Target::Manifest(
-            name(before)?,
-            ManifestReference::Digest(last.parse().ok()?),
-        )),
+        // No tag has a colon.
+        "manifests" if last.contains(':') => {
+            let name = name(before)?;
+            Some(last.parse().map_or(Target::NoDigest, |digest| {
+                Target::Manifest(name, ManifestReference::Digest(digest))
+            }))
+        }
         "manifests" => {
             let tagged = Reference::parse(&format!("{HUB_HOST}/x:{last}")).ok()?;
             // Nothing but a tag may follow the colon.
@@ -85,7 +90,7 @@ impl Target {
     /// The repository that it is in.
     pub(super) fn repository(&self) -> Option<&str> {
         match self {
-            Self::Catalog => None,
+            Self::Catalog | Self::NoDigest => None,
             Self::Manifest(name, _)
             | Self::Blob(name, _)
             | Self::Uploads(name)
@@ -126,6 +131,10 @@ mod tests {
             parse(&format!("r.lan:5000/a/b/blobs/{digest}")),
             Some(Target::Blob("r.lan:5000/a/b".to_owned(), digest))
         );
+        for digest in ["sha256:00", "sha512:00", ":"] {
+            let path = format!("demo/manifests/{digest}");
+            assert_eq!(parse(&path), Some(Target::NoDigest));
+        }
         assert_eq!(parse("_catalog"), Some(Target::Catalog));
         assert_eq!(parse("a/b/tags/list"), Some(Target::Tags("a/b".to_owned())));
         assert_eq!(
@@ -157,7 +166,6 @@ mod tests {
             "a//b/manifests/v1",
             "demo/blobs/v1",
             "Demo/manifests/v1",
-            "demo/manifests/sha256:00",
             "demo/tags/other",
             "demo/manifests/.x",
             "demo:x/manifests/v1",

@@ -196,7 +196,7 @@ pub fn lease(
     Ok(())
 }
 
-/// When somebody last counted on a blob for a repository.
+/// When somebody last counted on a blob for a repository; 0 when it was withdrawn from it.
 ///
 /// # Errors
 ///
@@ -223,29 +223,56 @@ pub fn renew_leases(
     now_ms: u64,
 ) -> rusqlite::Result<()> {
     connection
-        .prepare_cached("UPDATE blob_lease SET used_ms = max(used_ms, ?2) WHERE repository = ?1")?
+        .prepare_cached("UPDATE blob_lease SET used_ms = max(used_ms, ?2) WHERE repository = ?1 AND used_ms > 0")?
         .execute(params![repository, now_ms])?;
     Ok(())
 }
 
-/// Nobody counts on a blob for this repository any more; whether somebody still does for another.
+/// The blob was removed from this repository, and is not there for it until it is pushed or mounted again; whether
+/// somebody counts on it for another. Written as a lease from the year 1970.
 ///
 /// # Errors
 ///
 /// When SQLite fails.
-pub fn end_lease(
+pub fn withdraw(
     connection: &Connection,
     repository: &str,
     digest: &Digest,
 ) -> rusqlite::Result<bool> {
     let digest = digest.to_string();
     connection.execute(
-        "DELETE FROM blob_lease WHERE repository = ?1 AND digest = ?2",
+        "INSERT OR REPLACE INTO blob_lease (repository, digest, used_ms) VALUES (?1, ?2, 0)",
         params![repository, digest],
     )?;
     connection
-        .prepare_cached("SELECT 1 FROM blob_lease WHERE digest = ?1 LIMIT 1")?
+        .prepare_cached("SELECT 1 FROM blob_lease WHERE digest = ?1 AND used_ms > 0 LIMIT 1")?
         .exists([digest])
+}
+
+/// The blob is there for this repository again, if it was withdrawn: a manifest names it.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn restore(connection: &Connection, repository: &str, digest: &Digest) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(
+            "DELETE FROM blob_lease WHERE repository = ?1 AND digest = ?2 AND used_ms = 0",
+        )?
+        .execute(params![repository, digest.to_string()])?;
+    Ok(())
+}
+
+/// The blobs that were withdrawn from repositories.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn withdrawn(connection: &Connection) -> rusqlite::Result<Vec<(String, Digest)>> {
+    connection
+        .prepare_cached("SELECT repository, digest FROM blob_lease WHERE used_ms = 0")?
+        .query_map([], |row| Ok((row.get(0)?, column::parsed(row, 1)?)))?
+        .collect()
 }
 
 /// Forgets leases from before `before_ms`, but not of repositories with an upload under way; how many.
@@ -255,7 +282,7 @@ pub fn end_lease(
 /// When SQLite fails.
 pub fn expire_leases(connection: &Connection, before_ms: u64) -> rusqlite::Result<usize> {
     connection.execute(
-        "DELETE FROM blob_lease WHERE used_ms < ?1 AND repository NOT IN (SELECT repository FROM upload)",
+        "DELETE FROM blob_lease WHERE used_ms < ?1 AND used_ms > 0 AND repository NOT IN (SELECT repository FROM upload)",
         [before_ms],
     )
 }
@@ -267,7 +294,7 @@ pub fn expire_leases(connection: &Connection, before_ms: u64) -> rusqlite::Resul
 /// When SQLite fails.
 pub fn leased(connection: &Connection) -> rusqlite::Result<BTreeSet<Digest>> {
     connection
-        .prepare_cached("SELECT DISTINCT digest FROM blob_lease")?
+        .prepare_cached("SELECT DISTINCT digest FROM blob_lease WHERE used_ms > 0")?
         .query_map([], |row| column::parsed(row, 0))?
         .collect()
 }
@@ -387,6 +414,29 @@ mod tests {
         assert_eq!(expired_uploads(&connection, 11).unwrap(), ["u"]);
         assert!(end_upload(&connection, "u").unwrap());
         assert_eq!(expire_leases(&connection, 11).unwrap(), 1);
+    }
+
+    #[test]
+    fn what_is_withdrawn_stays_so_until_it_is_asked_for_again() {
+        let connection = memory();
+        let digest = Digest::of(b"1");
+        let leased = || leased_ms(&connection, "a", &digest).unwrap();
+        lease(&connection, "a", &digest, 10).unwrap();
+        lease(&connection, "b", &digest, 10).unwrap();
+        assert!(
+            withdraw(&connection, "a", &digest).unwrap(),
+            "b counts on it"
+        );
+        renew_leases(&connection, "a", 20).unwrap();
+        expire_leases(&connection, 5).unwrap();
+        assert_eq!(leased(), Some(0));
+        assert_eq!(withdrawn(&connection).unwrap(), [("a".to_owned(), digest)]);
+        assert!(!withdraw(&connection, "b", &digest).unwrap());
+        assert!(super::leased(&connection).unwrap().is_empty());
+        lease(&connection, "a", &digest, 30).unwrap();
+        assert_eq!(leased(), Some(30));
+        restore(&connection, "b", &digest).unwrap();
+        assert!(withdrawn(&connection).unwrap().is_empty());
     }
 
     #[test]

@@ -558,11 +558,18 @@ fn what_is_needed_is_not_removed_and_what_is_not_goes() {
     }
     let blob = |name: &str| bed.answer("DELETE", &format!("/v2/{name}/blobs/{layer}"), &[], b"");
     assert_eq!(blob("demo").status, 202);
-    assert_eq!(
-        bed.answer("HEAD", &format!("/v2/other/blobs/{layer}"), &[], b"")
-            .status,
-        200
-    );
+    let there = |name: &str| {
+        bed.answer("HEAD", &format!("/v2/{name}/blobs/{layer}"), &[], b"")
+            .status
+    };
+    assert_eq!((there("demo"), there("other")), (404, 200));
+    assert_eq!(blob("demo").code(), "BLOB_UNKNOWN", "once is enough");
+    // A manifest that names it has it there again.
+    assert_eq!(put(&bed, "demo", "again", &document).status, 201);
+    assert_eq!(there("demo"), 200);
+    let again = bed.answer("DELETE", "/v2/demo/manifests/again", &[], b"");
+    assert_eq!(again.status, 202);
+    assert_eq!(blob("demo").status, 202);
     assert_eq!(blob("other").status, 202);
     assert_eq!(blob("other").code(), "BLOB_UNKNOWN");
 }
@@ -731,4 +738,68 @@ fn a_push_that_is_killed_at_any_step_is_repeated_and_leaves_nothing_else() {
         assert_eq!(gone.status, 202, "{point}");
         await_blobs(&bed, &[]);
     }
+}
+
+#[test]
+fn who_pulls_what_is_removed_meanwhile_gets_it_whole() {
+    let bed = Bed::start_with(Kind::Embedded, "[registry]\nunused_expires_s = 0\n");
+    let content = "layer ".repeat(4_000_000);
+    let document = image(&bed, "demo", &content);
+    assert_eq!(put(&bed, "demo", "v1", &document).status, 201);
+    let layer = document["layers"][0]["digest"].as_str().unwrap();
+    let mut stream = TcpStream::connect(&bed.api).unwrap();
+    let head = format!(
+        "GET /v2/demo/blobs/{layer} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {}\r\n\r\n",
+        bed.token()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut got = vec![0; 1 << 16];
+    stream.read_exact(&mut got).unwrap();
+    let removed = bed.answer("DELETE", "/v2/demo/manifests/v1", &[], b"");
+    assert_eq!(removed.status, 202);
+    await_blobs(&bed, &[]);
+    stream.read_to_end(&mut got).unwrap();
+    assert!(got.ends_with(content.as_bytes()), "{} bytes", got.len());
+}
+
+#[test]
+fn whatever_is_removed_meanwhile_a_manifest_that_was_taken_is_whole() {
+    let bed = Bed::start(Kind::Embedded);
+    // Layers are shared, so that what one removes another counts on.
+    let bed = &bed;
+    let push = &|name: &str, round: usize| -> Result<Value, String> {
+        let document = image(bed, name, &format!("layer {}", round % 3));
+        let pushed = put(bed, name, &format!("v{round}"), &document);
+        match (pushed.status, &*pushed.code()) {
+            (201, _) => Ok(document),
+            // Removed by another between its push and this.
+            (400, "MANIFEST_BLOB_UNKNOWN") => Err(pushed.code()),
+            _ => panic!("{pushed:?}"),
+        }
+    };
+    std::thread::scope(|scope| {
+        for name in ["a", "b", "c"] {
+            scope.spawn(move || {
+                for round in 0..25 {
+                    let Ok(document) = push(name, round) else {
+                        continue;
+                    };
+                    for part in [&document["config"], &document["layers"][0]] {
+                        let digest = part["digest"].as_str().unwrap();
+                        let path = format!("/v2/{name}/blobs/{digest}");
+                        assert_eq!(bed.answer("GET", &path, &[], b"").status, 200, "{path}");
+                        let removed = bed.answer("DELETE", &path, &[], b"");
+                        assert_eq!(removed.status, 409, "{path} is needed");
+                    }
+                    let digest = digest_of(&document);
+                    let path = format!("/v2/{name}/manifests/{digest}");
+                    assert_eq!(bed.answer("DELETE", &path, &[], b"").status, 202);
+                    let layer = document["layers"][0]["digest"].as_str().unwrap();
+                    let gone = bed.answer("DELETE", &format!("/v2/{name}/blobs/{layer}"), &[], b"");
+                    assert!(matches!(gone.status, 202 | 404 | 409), "{gone:?}");
+                }
+            });
+        }
+    });
+    assert_eq!(uploads(bed), 0);
 }
