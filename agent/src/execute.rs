@@ -14,6 +14,7 @@ use foreshore_protocol::release::service_digest;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use crate::plan::Outcome;
+use crate::runtime::secrets::Values;
 use crate::runtime::{ContainerId, ContainerSpec, ImageConfig, Runtime, StartError};
 use crate::stage::Staging;
 
@@ -79,6 +80,19 @@ pub enum Task {
         release: Digest,
         /// Its service in that release.
         service: Box<Service>,
+        /// The values of its secrets.
+        secrets: Values,
+    },
+    /// [`crate::plan::Step::RenewSecrets`].
+    RenewSecrets {
+        /// Which container.
+        id: ContainerId,
+        /// Its service.
+        service: Box<Service>,
+        /// The values of its secrets.
+        secrets: Values,
+        /// As in the step.
+        signals: BTreeSet<i32>,
     },
     /// [`crate::plan::Step::Collect`], for images and logs.
     Collect {
@@ -96,7 +110,8 @@ impl Task {
             Self::Stage { .. } => "stage",
             Self::Stop { .. } => "stop",
             Self::Remove { .. } => "remove",
-            Self::Start { .. } => "start",
+            // Giving a container what it would have been started with.
+            Self::Start { .. } | Self::RenewSecrets { .. } => "start",
             Self::Collect { .. } => "collect",
         }
     }
@@ -143,7 +158,8 @@ async fn perform<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
             id,
             release,
             service,
-        } => match start(tools, &id, release, *service).await {
+            secrets,
+        } => match start(tools, &id, release, *service, secrets).await {
             Ok(()) => Outcome::Started { id },
             Err(error) => Outcome::StartFailed {
                 code: match error {
@@ -158,6 +174,23 @@ async fn perform<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
                 id,
             },
         },
+        Task::RenewSecrets {
+            id,
+            service,
+            secrets,
+            signals,
+        } => {
+            let renewed = tools
+                .runtime
+                .renew_secrets(&id, &service, &secrets, &signals);
+            match renewed.await {
+                Ok(()) => Outcome::SecretsRenewed { id },
+                Err(error) => Outcome::Stuck {
+                    message: chain(&error),
+                    id,
+                },
+            }
+        }
         Task::Collect {
             keep_images,
             keep_logs,
@@ -212,6 +245,7 @@ async fn start<R: Runtime>(
     id: &ContainerId,
     release: Digest,
     service: Service,
+    secrets: Values,
 ) -> Result<(), StartError> {
     let image = service
         .image
@@ -234,6 +268,7 @@ async fn start<R: Runtime>(
             working_dir: image.config.working_dir,
         },
         layers: image.layers,
+        secrets,
     };
     tools.runtime.start(&spec).await
 }

@@ -19,6 +19,7 @@
 //! | [`probe`] | asking containers whether they are ready |
 //! | [`link`] | the MQTT session |
 //! | [`state`] | files that survive a power cut |
+//! | [`vault`] | the device's secrets, opened |
 //! | [`policy`] | what the device's owner lets apps ask for |
 //! | [`stage`] | pulling and unpacking images in a child process |
 //! | [`runtime`] | containers, behind a trait; libcontainer and a fake |
@@ -55,5 +56,6 @@ pub mod state;
 pub mod status;
 pub mod unpack;
 pub mod update_lock;
+pub mod vault;
 pub mod volumes;
 pub mod watchdog;

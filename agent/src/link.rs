@@ -4,7 +4,7 @@
 //! receiver of [`Incoming`]. The link carries messages and keeps none: what must not be lost is kept by
 //! the sender until the hub acknowledges it ([`foreshore_protocol::message::Command::Ack`]).
 //!
-//! Durable acceptance: a head is handed over with a [`Receipt`]; the MQTT acknowledgement goes out only
+//! Durable acceptance: a head, or secrets, is handed over with a [`Receipt`]; the MQTT acknowledgement goes out only
 //! when the receipt is given back, which the agent does after the head is on disk.
 //!
 //! ```text
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foreshore_protocol::message::{Beacon, Command, Event, Head, HubInfo, Presence, Reported};
+use foreshore_protocol::secret::{PublicKey, SealedSecrets};
 use foreshore_protocol::topic::{self, Leaf, Topic};
 use foreshore_protocol::{DeviceId, Digest, Version, frame};
 use rumqttc::mqttbytes::v5::{ConnectReturnCode, LastWill, LastWillProperties, Publish};
@@ -77,7 +78,7 @@ pub enum Outgoing {
     Fetch(Digest),
     /// The manifest is here (or not wanted any more): stop asking.
     Fetched(Digest),
-    /// A head is on disk.
+    /// A head, or secrets, is on disk.
     Accepted(Receipt),
     /// Say goodbye and end the session: `presence` goes to offline at once.
     Close,
@@ -97,6 +98,8 @@ pub enum Incoming {
     },
     /// A head; give the receipt back with [`Outgoing::Accepted`] once it is on disk.
     Head(Head, Receipt),
+    /// The device's secrets; give the receipt back once they are on disk.
+    Secrets(SealedSecrets, Receipt),
     /// A command.
     Command(Command),
     /// What the hub tells everybody.
@@ -163,6 +166,10 @@ pub struct Birth {
     pub version: Option<Version>,
     /// As in [`Presence::reported_seq`].
     pub reported_seq: u64,
+    /// As in [`Presence::secrets_key`].
+    pub secrets_key: Option<PublicKey>,
+    /// As in [`Presence::secrets`].
+    pub secrets: Option<Version>,
 }
 
 /// What the link needs to know.
@@ -362,6 +369,8 @@ fn options(settings: &Settings, transport: Transport, birth: Birth) -> (MqttOpti
             reported_seq: birth.reported_seq,
             max_schema: frame::MAX_SCHEMA,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            secrets_key: birth.secrets_key,
+            secrets: birth.secrets,
         })
     };
     let delay = u32::try_from(settings.hub.will_delay.millis() / 1000).unwrap_or(0);
@@ -413,6 +422,7 @@ fn options(settings: &Settings, transport: Transport, birth: Birth) -> (MqttOpti
 /// and brings the retained head.
 fn greet(client: &AsyncClient, device: &DeviceId, birth: Vec<u8>) -> Result<(), String> {
     let down = [
+        topic::device(device, Leaf::Secrets),
         topic::device(device, Leaf::Head),
         topic::device(device, Leaf::Command),
         topic::HUB.to_owned(),
@@ -466,13 +476,17 @@ fn send(client: &AsyncClient, device: &DeviceId, message: Outgoing) -> Result<()
     }
 }
 
-/// Reads one message. Everything but a head is acknowledged at once.
+/// Reads one message. Everything but a head and secrets is acknowledged at once.
 fn arrived(client: &AsyncClient, message: &Publish, spread: &mut Duration) -> Incoming {
     let topic = String::from_utf8_lossy(&message.topic).into_owned();
     let ack = client.prepare_ack(message);
     let read = match Topic::parse(&topic) {
         Some(Topic::Device(_, Leaf::Head)) => match frame::decode(&message.payload) {
             Ok(head) => return Incoming::Head(head, Receipt(ack)),
+            Err(error) => Err(error.to_string()),
+        },
+        Some(Topic::Device(_, Leaf::Secrets)) => match frame::decode(&message.payload) {
+            Ok(sealed) => return Incoming::Secrets(sealed, Receipt(ack)),
             Err(error) => Err(error.to_string()),
         },
         Some(Topic::Device(_, Leaf::Command)) => frame::decode(&message.payload)

@@ -18,6 +18,7 @@ use foreshore_agent::runtime::Runtime as _;
 use foreshore_agent::runtime::oci::{self, OciConfig, OciRuntime};
 use foreshore_agent::state::{Loaded, OpenError, State};
 use foreshore_agent::status::{ContainerLine, Published};
+use foreshore_agent::vault::Vault;
 use foreshore_agent::volumes::{self, VolumeId};
 use foreshore_agent::watchdog::{Environment, Watchdog};
 use foreshore_agent::{
@@ -506,6 +507,8 @@ struct Status {
     containers: Vec<ContainerLine>,
     /// Containers that run without a user namespace, and why.
     without_user_namespace: BTreeMap<String, String>,
+    /// What the hub seals this device's secrets to: a fingerprint.
+    secrets_key: Option<String>,
 }
 
 fn show_status(path: &Path, output: Output) -> anyhow::Result<()> {
@@ -526,6 +529,11 @@ fn show_status(path: &Path, output: Output) -> anyhow::Result<()> {
     });
     let status = Status {
         without_user_namespace: without.collect(),
+        // Root's alone; whoever else asks does without.
+        secrets_key: state::peek_key(&config.paths.state)
+            .ok()
+            .flatten()
+            .map(|key| key.public().fingerprint()),
         device: config.device.to_string(),
         agent_running,
         version: published.version,
@@ -554,7 +562,13 @@ fn work_out(config: &Config) -> anyhow::Result<Published> {
         head,
         history,
         releases,
+        secrets_key,
+        secrets,
     } = state::peek(&config.paths.state)?;
+    let mut vault = Vault::new(config.device.clone(), secrets_key);
+    if let Some(Ok(bundle)) = secrets.map(|sealed| vault.open(&sealed)) {
+        vault.keep(bundle);
+    }
     let images: BTreeSet<_> = Store::open(&stage::store_path(config))?
         .list()?
         .into_iter()
@@ -574,6 +588,7 @@ fn work_out(config: &Config) -> anyhow::Result<Published> {
         images,
         update_locks: UpdateLocks::default(),
         verdicts: BTreeMap::new(),
+        secrets: vault.revisions(),
         busy: Busy::default(),
         ..Observed::default()
     };
@@ -599,6 +614,9 @@ fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Resu
         "device {}: agent {agent}, desired state {version}",
         status.device
     )?;
+    if let Some(key) = &status.secrets_key {
+        writeln!(out, "key {key}")?;
+    }
     for app in &status.apps {
         let phase = format!("{:?}", app.phase).to_lowercase();
         writeln!(

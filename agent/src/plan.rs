@@ -18,6 +18,7 @@
 //! |---|---|
 //! | `plan/app.rs` | how an assignment goes: staging, switching, trial, return to the last-known-good |
 //! | `plan/service.rs` | which containers are stopped, removed, started |
+//! | `plan/secret.rs` | whose secrets are missing, and who must get new ones |
 //! | `plan/health.rs` | how well services are, and what they wait for |
 //! | `plan/backoff.rs` | how long to wait before trying again |
 //! | `plan/collect.rs` | which images and releases are no longer needed |
@@ -28,6 +29,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use foreshore_protocol::id::SecretName;
 use foreshore_protocol::message::{AppStatus, EventKind, Head, HeadApp, Reason};
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
@@ -43,6 +45,7 @@ mod collect;
 mod evict;
 mod health;
 mod history;
+mod secret;
 mod service;
 mod status;
 mod step;
@@ -136,6 +139,8 @@ pub struct Observed {
     pub usage: BTreeMap<ContainerId, DiskUsage>,
     /// The releases in `releases` that the device's policy does not allow, or not now.
     pub verdicts: BTreeMap<Digest, PolicyVerdict>,
+    /// The secrets that are there, with their revisions.
+    pub secrets: BTreeMap<SecretName, u64>,
     /// What is being done at this moment; no second step is planned on it.
     pub busy: Busy,
 }
@@ -206,7 +211,7 @@ pub enum ProbeState {
 /// Steps that have begun and not ended.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Busy {
-    /// Services with a [`Step::Stop`], [`Step::Remove`] or [`Step::Start`] under way.
+    /// Services with a [`Step::Stop`], [`Step::Remove`], [`Step::Start`] or [`Step::RenewSecrets`] under way.
     pub services: BTreeSet<(AppName, ServiceName)>,
     /// The release whose images are being staged.
     pub staging: Option<Digest>,

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use foreshore_protocol::message::{Event as Happening, EventKind, Head};
 use foreshore_protocol::release::Release;
+use foreshore_protocol::secret::{PublicKey, SealedSecrets};
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
@@ -35,6 +36,7 @@ use crate::runtime::{ContainerState, Runtime};
 use crate::state::{Loaded, Outbox, State};
 use crate::status::{ContainerLine, Doing, Published};
 use crate::update_lock::Locks;
+use crate::vault::Vault;
 use crate::watchdog::Watchdog;
 
 mod disk;
@@ -99,7 +101,16 @@ struct Offered {
 #[derive(Debug, Clone)]
 pub struct Memory {
     state: Rc<RefCell<State>>,
-    seen: Rc<Cell<(Option<Version>, u64)>>,
+    seen: Rc<Cell<Seen>>,
+}
+
+/// What the link's task learns of the loop's progress.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    version: Option<Version>,
+    reported_seq: u64,
+    secrets_key: Option<PublicKey>,
+    secrets: Option<Version>,
 }
 
 impl Memory {
@@ -108,7 +119,7 @@ impl Memory {
     pub fn new(state: State) -> Self {
         Self {
             state: Rc::new(RefCell::new(state)),
-            seen: Rc::new(Cell::new((None, 0))),
+            seen: Rc::default(),
         }
     }
 
@@ -119,12 +130,14 @@ impl Memory {
         if let Err(error) = stored {
             tracing::warn!(error = chain(&error), "the session's number was not stored");
         }
-        let (version, reported_seq) = self.seen.get();
+        let seen = self.seen.get();
         Birth {
             session,
             boot: self.state.borrow().boot(),
-            version,
-            reported_seq,
+            version: seen.version,
+            reported_seq: seen.reported_seq,
+            secrets_key: seen.secrets_key,
+            secrets: seen.secrets,
         }
     }
 }
@@ -173,6 +186,9 @@ pub struct Agent<R> {
     policy: policy::Watched,
     fetching: BTreeSet<Digest>,
     offered: Option<Offered>,
+    vault: Vault,
+    /// Secrets that arrived and are not stored yet.
+    offered_secrets: Option<(SealedSecrets, Receipt)>,
     connected_at: Option<Instant>,
     /// Why there is no connection, once that was told: whether the broker refused us.
     offline: Option<bool>,
@@ -193,6 +209,21 @@ impl<R: Runtime + 'static> Agent<R> {
         let interval = parts.config.hub.report_interval();
         let run = parts.config.paths.run.clone();
         let policy = parts.config.policy_source();
+        let mut damage = parts.loaded.damage;
+        let mut vault = Vault::new(parts.config.device.clone(), parts.loaded.secrets_key);
+        match parts.loaded.secrets.map(|sealed| vault.open(&sealed)) {
+            None => {}
+            Some(Ok(bundle)) => vault.keep(bundle),
+            Some(Err(refused)) => {
+                let state = parts.memory.state.borrow();
+                damage.push(state.set_secrets_aside(&chain(&refused)));
+            }
+        }
+        parts.memory.seen.set(Seen {
+            secrets_key: vault.public_key(),
+            secrets: vault.version(),
+            ..Seen::default()
+        });
         Self {
             uplink: Uplink::new(parts.link, boot_count, interval, BEACON_INTERVAL),
             disk: DiskWatch::new(&parts.config),
@@ -216,6 +247,8 @@ impl<R: Runtime + 'static> Agent<R> {
             policy: policy::Watched::new(policy),
             fetching: BTreeSet::new(),
             offered: None,
+            vault,
+            offered_secrets: None,
             connected_at: None,
             offline: None,
             wake_at: None,
@@ -224,7 +257,7 @@ impl<R: Runtime + 'static> Agent<R> {
             list_trouble: false,
             watchdog: parts.watchdog,
         }
-        .noting(parts.loaded.damage)
+        .noting(damage)
     }
 
     fn noting(mut self, damage: Vec<String>) -> Self {
@@ -452,16 +485,23 @@ impl<R: Runtime + 'static> Agent<R> {
 
     fn flush(&mut self) {
         let config = &self.config;
+        let secrets = self.vault.version();
         self.uplink.flush(
             &self.outbox,
             || inventory::inventory(&config.paths.state, &config.labels),
             || Gauges {
                 memory_mib: inventory::containers_memory_mib(&config.cgroup.parent),
                 load_centi: inventory::load_centi(),
+                secrets,
             },
         );
         let version = self.head.as_ref().map(|head| head.version);
-        self.memory.seen.set((version, self.uplink.seq()));
+        self.memory.seen.set(Seen {
+            version,
+            reported_seq: self.uplink.seq(),
+            secrets_key: self.vault.public_key(),
+            secrets,
+        });
     }
 
     /// Only from the loop itself, so that a loop that stands still is noticed.

@@ -123,6 +123,7 @@ mod tests {
             service,
             image: crate::runtime::ImageConfig::default(),
             layers: Vec::new(),
+            secrets: BTreeMap::new(),
         }
     }
 

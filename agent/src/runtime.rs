@@ -4,12 +4,13 @@
 //! A runtime keeps no policy: it starts, stops, lists and removes what it is told to. Containers outlive
 //! the agent; [`Runtime::list`] finds them again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use foreshore_protocol::id::SecretName;
 use foreshore_protocol::manifest::Service;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,7 @@ pub(crate) mod request;
 pub(crate) mod rootfs;
 pub(crate) mod seal;
 pub(crate) mod seccomp;
+pub mod secrets;
 pub mod spec;
 pub mod user;
 pub(crate) mod userns;
@@ -111,6 +113,8 @@ pub struct ContainerSpec {
     pub image: ImageConfig,
     /// Unpacked layer directories, lowest first; at least one.
     pub layers: Vec<PathBuf>,
+    /// The values of the secrets that `service` names.
+    pub secrets: secrets::Values,
 }
 
 /// How a container ended.
@@ -163,6 +167,8 @@ pub struct Container {
     pub service_digest: Digest,
     /// What it does.
     pub state: ContainerState,
+    /// The revisions of the secrets that it has.
+    pub secrets: BTreeMap<SecretName, u64>,
 }
 
 /// Starts, watches and removes containers.
@@ -186,6 +192,16 @@ pub trait Runtime {
     /// Kills whatever is left of it and removes its processes, mounts, cgroups and records. Logs stay.
     /// An unknown container is fine.
     fn remove(&self, id: &ContainerId) -> impl Future<Output = Result<(), RemoveError>>;
+
+    /// Replaces the files of those secrets of a running container for which it needs not be started again
+    /// ([`foreshore_protocol::manifest::OnRotate`]), then sends `signals` to its first process. One that does not run is fine.
+    fn renew_secrets(
+        &self,
+        id: &ContainerId,
+        service: &Service,
+        values: &secrets::Values,
+        signals: &BTreeSet<i32>,
+    ) -> impl Future<Output = Result<(), StopError>>;
 
     /// Every container of this agent, found from disk and the kernel, not from memory.
     fn list(&self) -> impl Future<Output = Result<Vec<Container>, ListError>>;

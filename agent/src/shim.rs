@@ -26,7 +26,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use foreshore_killpoint as killpoint;
-use foreshore_protocol::manifest::{NetworkMode, Service, VolumeSource};
+use foreshore_protocol::manifest::{NetworkMode, SECRETS_DIR, Service, VolumeSource};
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
@@ -35,16 +35,18 @@ use nix::sched::{CloneFlags, setns};
 use nix::unistd::{Gid, Pid, Uid};
 use serde_json::{Value, json};
 
-use crate::runtime::backstage::{Backstage, BackstageError, CONFIGS, ROOTFS, lacks};
+use crate::runtime::backstage::{Backstage, BackstageError, CONFIGS, ROOTFS, SECRETS, lacks};
 use crate::runtime::device_filter;
 use crate::runtime::devices::{self, AccessError};
 use crate::runtime::mount_table;
+use crate::runtime::mounts::Detached;
 use crate::runtime::process::{Identity, PidFd};
 use crate::runtime::request::{
     CONFIG, LIBRARY, RECORD, REQUEST, Record, Request, StartReport, read_json, write_json,
 };
 use crate::runtime::rootfs::{Root, Seclusion, Step as _, StepError, make_volume};
 use crate::runtime::seal;
+use crate::runtime::secrets;
 use crate::runtime::spec::{self, Refusal};
 use crate::runtime::user::{self, User};
 use crate::runtime::userns::{self, UserNamespace};
@@ -281,6 +283,12 @@ fn prepare(
     let held = sources
         .iter()
         .map(|source| (source.named.as_path(), source.path()));
+    // Before something is mounted where the run directory may be.
+    let secrets = secrets::has_files(service).then(|| {
+        let path = dir.join(secrets::FILES);
+        Detached::copy(&path).step(|| format!("open {}", path.display()))
+    });
+    let secrets = secrets.transpose()?;
     let mut backstage = Backstage::mount(namespace, held)?;
     drop(sources);
     backstage.mount_overlay(&request.layers, request.writable.as_deref())?;
@@ -298,6 +306,14 @@ fn prepare(
     let service = &real_mount_points(service, &root)?;
     prepare_volumes(request, service, &root, &user)?;
     backstage.write_configs(&service.configs)?;
+    let mut secrets_at = None;
+    if let Some(copy) = secrets {
+        backstage.place_secrets(copy)?;
+        let base = request.base.unwrap_or(0);
+        secrets::own(Path::new(SECRETS), service, &user, base)
+            .step(|| "give the secrets to the container".to_owned())?;
+        secrets_at = Some(root.mount_point(SECRETS_DIR)?);
+    }
     root.make_working_dir(&spec::working_dir(service, image))?;
     let present = ["/etc/hosts", "/etc/resolv.conf"]
         .into_iter()
@@ -311,6 +327,10 @@ fn prepare(
         cgroup: &request.cgroup,
         volumes: &request.volumes,
         configs: Path::new(CONFIGS),
+        secrets: secrets_at
+            .as_deref()
+            .map(|target| (Path::new(SECRETS), target)),
+        secret_environment: &request.secret_environment,
         update_lock: request.update_lock.as_deref(),
         swap_limit: request.swap_limit,
         cgroup_namespace: Path::new("/proc/self/ns/cgroup").exists(),

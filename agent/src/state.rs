@@ -7,6 +7,8 @@
 //!   history             what the planner remembers
 //!   counters            starts, sessions, and the version that `head` may not fall below
 //!   events              events that the hub has not acknowledged
+//!   secrets.key         the device's own key; whoever has it and `secrets.box` has the secrets
+//!   secrets.box         the newest secrets, sealed to that key
 //!   releases/HEX.json   release manifests, checked by digest whenever they are read
 //!   images/             the image store (foreshore-images)
 //!   volumes/            named volumes
@@ -22,6 +24,7 @@ use std::path::{Path, PathBuf};
 use foreshore_killpoint as killpoint;
 use foreshore_protocol::message::Head;
 use foreshore_protocol::release::Release;
+use foreshore_protocol::secret::{DeviceKey, SealedSecrets};
 use foreshore_protocol::{Digest, Version};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
@@ -60,6 +63,10 @@ pub struct Loaded {
     pub outbox: Outbox,
     /// Release manifests whose digest was right.
     pub releases: BTreeMap<Digest, Release>,
+    /// The device's own key, made at its first start; `None` when it could not be stored.
+    pub secrets_key: Option<DeviceKey>,
+    /// The newest secrets, sealed to it.
+    pub secrets: Option<SealedSecrets>,
     /// What was damaged and set aside, for people.
     pub damage: Vec<String>,
 }
@@ -82,6 +89,18 @@ impl Framed for Counters {
 
 impl Framed for History {
     const SCHEMA: u16 = 0x0104;
+}
+
+/// The secret half of the device's key.
+#[derive(Serialize, Deserialize)]
+struct Key([u8; 32]);
+
+impl Framed for Key {
+    const SCHEMA: u16 = 0x0105;
+}
+
+impl Framed for SealedSecrets {
+    const SCHEMA: u16 = <Self as foreshore_protocol::frame::Message>::SCHEMA;
 }
 
 impl Framed for Head {
@@ -143,6 +162,8 @@ impl State {
         let history: Option<History> = read_framed(&dir.join("history"), &mut damage)?;
         let outbox = Outbox::open(&dir.join("events"), unix_ms, &mut damage)?;
         let releases = read_releases(&dir.join("releases"), &mut damage)?;
+        let secrets = read_framed(&dir.join("secrets.box"), &mut damage)?;
+        let secrets_key = key(&dir.join("secrets.key"), &mut damage)?;
         let begin = Counters {
             boot: unix_ms,
             session: unix_ms,
@@ -182,6 +203,8 @@ impl State {
                 history,
                 outbox,
                 releases,
+                secrets_key,
+                secrets,
                 damage: damage.0,
             },
         ))
@@ -266,6 +289,25 @@ impl State {
         write_framed(&self.dir.join("counters"), &self.counters)
     }
 
+    /// Stores secrets that were opened with the device's key, sealed as they came. When this returns, they survive a power
+    /// cut and may be acknowledged.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be stored.
+    pub fn store_secrets(&self, sealed: &SealedSecrets) -> Result<(), FileError> {
+        write_framed(&self.dir.join("secrets.box"), sealed)
+    }
+
+    /// Sets secrets aside that cannot be opened; for people, what was done.
+    pub fn set_secrets_aside(&self, why: &str) -> String {
+        let mut damage = Damage::default();
+        match set_aside(&self.dir.join("secrets.box"), why, &mut damage) {
+            Ok(()) => damage.0.join("; "),
+            Err(error) => error.to_string(),
+        }
+    }
+
     /// Stores a release manifest whose bytes were checked against `digest`.
     ///
     /// # Errors
@@ -299,6 +341,20 @@ impl State {
             .join("releases")
             .join(format!("{}.json", digest.hex()))
     }
+}
+
+/// The device's key; a new one when there is none. One that cannot be stored is none: the next start would have another,
+/// and the hub would take the device for a stranger.
+fn key(path: &Path, damage: &mut Damage) -> Result<Option<DeviceKey>, FileError> {
+    let stored: Option<Key> = read_framed(path, damage)?;
+    if let Some(Key(bytes)) = stored {
+        return Ok(Some(DeviceKey::from_bytes(bytes)));
+    }
+    let key = DeviceKey::generate();
+    let written = write_framed(path, &Key(key.to_bytes()));
+    let kept = written.is_ok();
+    damage.bear(written)?;
+    Ok(kept.then_some(key))
 }
 
 /// The right to be the one agent of a state directory, until dropped.
@@ -352,7 +408,19 @@ pub fn peek(dir: &Path) -> Result<Peeked, FileError> {
         head,
         history: history.unwrap_or_default(),
         releases,
+        secrets_key: peek_key(dir)?,
+        secrets: file::peek_framed(&dir.join("secrets.box"), &mut damage)?,
     })
+}
+
+/// The device's key, if it has one that can be read.
+///
+/// # Errors
+///
+/// When the file cannot be read.
+pub fn peek_key(dir: &Path) -> Result<Option<DeviceKey>, FileError> {
+    let key: Option<Key> = file::peek_framed(&dir.join("secrets.key"), &mut Damage::default())?;
+    Ok(key.map(|Key(bytes)| DeviceKey::from_bytes(bytes)))
 }
 
 /// What [`peek`] finds.
@@ -364,6 +432,10 @@ pub struct Peeked {
     pub history: History,
     /// Release manifests whose digest was right.
     pub releases: BTreeMap<Digest, Release>,
+    /// The device's key.
+    pub secrets_key: Option<DeviceKey>,
+    /// The newest secrets, sealed to it.
+    pub secrets: Option<SealedSecrets>,
 }
 
 /// As [`read_releases`], leaving damaged files where they are.

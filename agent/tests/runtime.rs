@@ -28,5 +28,7 @@ mod network;
 mod passthrough;
 #[path = "runtime/process.rs"]
 mod process;
+#[path = "runtime/secrets.rs"]
+mod secrets;
 #[path = "runtime/userns.rs"]
 mod userns;

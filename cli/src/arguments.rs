@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use foreshore_protocol::id::SecretName;
 use foreshore_protocol::quantity::Span;
 use foreshore_protocol::{AppName, DeviceId};
 
@@ -212,6 +213,14 @@ Examples:
     #[command(subcommand)]
     Image(Image),
 
+    /// Secrets kept in the hub, for services that name them
+    #[command(subcommand)]
+    Secret(Secret),
+
+    /// Trust a device's new key
+    #[command(subcommand)]
+    Device(Device),
+
     /// Print a completion script for a shell
     #[command(after_help = "\
 Examples:
@@ -415,6 +424,49 @@ Example:
     },
 }
 
+/// `secret`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Secret {
+    /// Set a secret, or give it a new value, which goes to the devices that need it
+    #[command(after_help = "\
+The value is taken as it is, 1 to 4096 bytes; `echo` would add an end of line. It cannot be read back.
+
+Examples:
+  printf %s \"$PASSWORD\" | foreshore secret set db-password
+  foreshore secret set upload-key --from-file key.pem")]
+    Set {
+        /// Its name: a-z, 0-9 and '-'
+        name: SecretName,
+        /// Take the value from this file instead of standard input
+        #[arg(long, value_name = "FILE")]
+        from_file: Option<PathBuf>,
+    },
+    /// List secrets, without values, and the apps that use them
+    List,
+    /// Remove a secret, unless an app uses it
+    Remove {
+        /// Its name
+        name: SecretName,
+    },
+}
+
+/// `device`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Device {
+    /// Seal a device's secrets to the key that it shows now
+    #[command(after_help = "\
+The hub trusts the first key that a device shows. One that shows another, because it lost its state or because it is
+another device under the same name, gets no secrets until this is run. `foreshore describe device NAME` shows both keys;
+`foreshore-agent status` on the device shows its own.
+
+Example:
+  foreshore device trust-key gw-3")]
+    TrustKey {
+        /// The device
+        name: DeviceId,
+    },
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     let span: Span = text
         .parse()
@@ -472,6 +524,9 @@ mod tests {
             "label device gw-1 a=b c-",
             "image import - --name web:1",
             "events -w --device gw-1",
+            "secret set db-password --from-file x",
+            "secret list -o json",
+            "device trust-key gw-1",
         ] {
             let words = std::iter::once("foreshore").chain(line.split(' '));
             assert!(Arguments::try_parse_from(words).is_ok(), "{line}");

@@ -4,6 +4,7 @@
 mod apply;
 mod delete;
 mod describe;
+mod device;
 mod events;
 mod get;
 mod image;
@@ -11,6 +12,7 @@ mod label;
 mod manifest;
 mod plan;
 mod rollout;
+mod secret;
 mod validate;
 mod version;
 
@@ -41,6 +43,8 @@ pub(crate) fn run(arguments: &Arguments) -> Outcome {
         } => label::run(&hub()?, name, changes, format, out),
         Command::Rollout(verb) => rollout::run(&hub()?, verb, format, out),
         Command::Events(events) => events::run(&hub()?, events, format, out),
+        Command::Secret(verb) => secret::run(&hub()?, verb, format, out),
+        Command::Device(verb) => device::run(&hub()?, verb, format, out),
         Command::Image(verb) => image::run(&hub()?, verb, format, out),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -13,6 +13,7 @@
 //! | [`rollouts`] | `/rollouts` |
 //! | [`events`] | `/events`, `/events/stream` |
 //! | [`images`] | `/images` |
+//! | [`secrets`](mod@secrets) | `/secrets` |
 //! | [`health`] | `/healthz`, `/readyz`, `/metrics`, `/info` |
 
 use std::sync::Arc;
@@ -42,6 +43,7 @@ pub mod health;
 pub mod images;
 pub mod problem;
 pub mod rollouts;
+pub mod secrets;
 
 pub use problem::Failure;
 
@@ -93,6 +95,12 @@ pub fn router(api: Api) -> Router {
             get(devices::get).merge(delete(devices::forget)),
         )
         .route("/devices/{device}/labels", patch(devices::label))
+        .route("/devices/{device}/trust-key", post(devices::trust_key))
+        .route("/secrets", get(secrets::list))
+        .route(
+            "/secrets/{secret}",
+            get(secrets::get).put(secrets::set).delete(secrets::remove),
+        )
         .route("/rollouts", get(rollouts::list))
         .route("/rollouts/{id}", get(rollouts::get))
         .route("/rollouts/{id}/pause", post(rollouts::pause))

@@ -13,14 +13,17 @@
 //! | [`membership`] | which device an app selects, and what newcomers get |
 //! | [`images`] | which images go |
 //! | [`releases`] | which releases are forgotten |
+//! | [`secrets`] | secrets, and the keys of devices |
 //! | [`ingest`] | what devices say |
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use foreshore_protocol::AppName;
+use foreshore_protocol::id::SecretName;
 use foreshore_protocol::message::{MAX_APPS, MAX_LABELS};
+use foreshore_protocol::secret::MAX_BUNDLE_BYTES;
+use foreshore_protocol::{AppName, ServiceName};
 use rusqlite::Connection;
 use tokio::sync::{Notify, watch};
 
@@ -35,6 +38,7 @@ pub mod ingest;
 pub mod membership;
 pub mod releases;
 pub mod rollouts;
+pub mod secrets;
 
 pub use change::{Change, Effects};
 
@@ -107,6 +111,55 @@ pub enum ControlError {
     /// Operators give a device only so many labels.
     #[error("device {0} would have more than {MAX_LABELS} labels; remove some first")]
     TooManyLabels(foreshore_protocol::DeviceId),
+    /// There is no such secret.
+    #[error("there is no secret {0}; see `foreshore secret list`")]
+    UnknownSecret(SecretName),
+    /// A release names a secret that the hub does not have.
+    #[error(
+        "service {service} of app {app} needs secret {secret}, which is not set; run `foreshore secret set {secret}` first"
+    )]
+    SecretNotSet {
+        /// Which.
+        secret: SecretName,
+        /// Of which app.
+        app: AppName,
+        /// Of which service.
+        service: ServiceName,
+    },
+    /// The value of a variable is text.
+    #[error(
+        "service {service} of app {app} has secret {secret} in its environment, so it must be UTF-8 without NUL characters"
+    )]
+    SecretNotText {
+        /// Which.
+        secret: SecretName,
+        /// Of which app.
+        app: AppName,
+        /// Of which service.
+        service: ServiceName,
+    },
+    /// A device is sent only so much.
+    #[error(
+        "the secrets of app {0} have more than {MAX_BUNDLE_BYTES} bytes together; share fewer or smaller ones"
+    )]
+    SecretsTooLarge(AppName),
+    /// Without the secret an app could not be run, gone back to or applied again.
+    #[error(
+        "secret {secret} is used by app {}: its manifest names it, or a release that it is at or can go back to; apply \
+         without it or delete the app, and remove it when devices have followed",
+        apps.iter().map(AppName::as_str).collect::<Vec<_>>().join(", ")
+    )]
+    SecretInUse {
+        /// Which.
+        secret: SecretName,
+        /// By which apps.
+        apps: BTreeSet<AppName>,
+    },
+    /// A device that never showed a key.
+    #[error(
+        "device {0} has shown no key yet; it does when it next connects with an agent that can have secrets"
+    )]
+    NoKey(foreshore_protocol::DeviceId),
     /// A connected device would come back at once.
     #[error("device {0} is connected; stop its agent first, or it comes back at once")]
     Connected(foreshore_protocol::DeviceId),

@@ -16,6 +16,7 @@
 //! | [`desired`] | placements, generations and the outbox |
 //! | [`rollout`] | rollouts, waves, assignments and the facts they are decided on |
 //! | [`release`] | which releases are still needed |
+//! | [`secret`] | secrets, the keys of devices, and what each device is sent |
 //! | [`event`] | what happened |
 //! | [`image`] | tags of the hub's own images |
 //! | [`cache`] | what was fetched from other registries |
@@ -40,6 +41,7 @@ pub mod registry;
 pub mod release;
 pub mod rollout;
 pub mod schema;
+pub mod secret;
 
 /// The oldest SQLite that is trusted: 3.53.2, as later fixes reach back to bugs that lost WAL content.
 const MIN_SQLITE: i32 = 3_053_002;
@@ -53,6 +55,15 @@ const BATCH_MAX: usize = 256;
 /// Why the store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
+    /// The file could not be made, or taken from others.
+    #[error("failed to make {} readable for its owner alone", path.display())]
+    Permissions {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The file could not be opened.
     #[error("failed to open the database {}", path.display())]
     Open {
@@ -167,6 +178,11 @@ impl Store {
             path: path.to_owned(),
             source,
         };
+        // It holds secrets. SQLite gives the files beside it the same permissions.
+        only_for_owner(path).map_err(|source| StoreError::Permissions {
+            path: path.to_owned(),
+            source,
+        })?;
         let mut connection = Connection::open(path).map_err(open)?;
         configure(&connection).map_err(open)?;
         schema::migrate(&mut connection)?;
@@ -279,6 +295,29 @@ impl Readers {
         connection.busy_timeout(Duration::from_secs(5))?;
         Ok(connection)
     }
+}
+
+/// Makes the file if it is missing, and takes it from everybody but its owner.
+fn only_for_owner(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+    let file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)?;
+    let mode = file.metadata()?.permissions().mode();
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    for suffix in ["", "-wal", "-shm"] {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        match std::fs::set_permissions(&name, std::fs::Permissions::from_mode(0o600)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// WAL so that readers and the writer do not wait for each other; FULL so that a commit survives a power
@@ -448,6 +487,23 @@ pub(crate) mod tests {
         limit(1 << 20).await.unwrap();
         fill("t-after").await.unwrap();
         assert_eq!(store.read(keys).await.unwrap(), 2);
+    }
+
+    #[test]
+    fn only_its_owner_reads_the_database_also_one_from_before() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hub.db");
+        for _ in 0..2 {
+            let (store, writer) = Store::open(&path).unwrap();
+            for entry in std::fs::read_dir(dir.path()).unwrap().flatten() {
+                let mode = entry.metadata().unwrap().permissions().mode();
+                assert_eq!(mode & 0o777, 0o600, "{:?}", entry.path());
+            }
+            drop(store);
+            writer.join();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        }
     }
 
     #[test]

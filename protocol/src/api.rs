@@ -9,7 +9,11 @@
 //! | `POST /apps/{app}/undo` | → [`ApplyAnswer`]: a rollout to the release before |
 //! | `GET /devices`, `GET /devices/{device}` | → [`DeviceView`]s |
 //! | `PATCH /devices/{device}/labels` | [`LabelPatch`] → [`DeviceView`] |
+//! | `POST /devices/{device}/trust-key` | → [`DeviceView`]: secrets are sealed to the key that it shows now |
 //! | `DELETE /devices/{device}` | → 204: forget a device that is offline |
+//! | `GET /secrets`, `GET /secrets/{secret}` | → [`SecretView`]s; never a value |
+//! | `PUT /secrets/{secret}` | the value, 1 to 4096 bytes as they are → [`SecretView`] |
+//! | `DELETE /secrets/{secret}` | → 204; 409 `secret-in-use` while an app needs it |
 //! | `GET /rollouts?app=`, `GET /rollouts/{id}` | → [`RolloutView`]s, newest first |
 //! | `POST /rollouts/{id}/pause`, `/resume`, `/abort` | → [`RolloutView`] |
 //! | `GET /events?after=&limit=` | → [`EventView`]s |
@@ -25,7 +29,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Digest;
-use crate::id::{AppName, DeviceId, Epoch, LabelKey, LabelValue, Labels, ServiceName, Version};
+use crate::id::{
+    AppName, DeviceId, Epoch, LabelKey, LabelValue, Labels, SecretName, ServiceName, Version,
+};
 use crate::manifest::{App, WaveTarget};
 use crate::message::{AppStatus, Inventory, Phase};
 
@@ -218,6 +224,30 @@ pub struct DeviceView {
     pub inventory: Option<Inventory>,
     /// What it says of its apps.
     pub apps: Vec<AppStatus>,
+    /// The key that its secrets are sealed to: a fingerprint. Missing before it showed one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secrets_key: Option<String>,
+    /// Another key that it shows now. It gets no secrets until an operator trusts that one, or it shows the old one again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub untrusted_key: Option<String>,
+}
+
+/// A secret, without its value: that is told to nobody but the devices that need it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretView {
+    /// Its name.
+    pub name: SecretName,
+    /// Grows with every change of any secret.
+    pub revision: u64,
+    /// Bytes of its value.
+    pub size: u64,
+    /// The apps that use it: those that name it, or have a release that does and is still needed.
+    pub apps: Vec<AppName>,
+    /// When it was first set, milliseconds since 1970.
+    pub created_ms: u64,
+    /// When its value last changed, milliseconds since 1970.
+    pub changed_ms: u64,
 }
 
 /// `PATCH /devices/{device}/labels`: `null` removes a label.

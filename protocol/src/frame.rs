@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::message::{Beacon, Command, Event, Head, HubInfo, Presence, Reported};
+use crate::secret::SealedSecrets;
 
 /// The first two bytes of every frame.
 pub const MAGIC: [u8; 2] = *b"FS";
@@ -20,7 +21,7 @@ pub const HEADER_LEN: usize = 9;
 pub const MAX_FRAME_BYTES: usize = 64 * 1024;
 
 /// The highest schema id this build reads.
-pub const MAX_SCHEMA: u16 = 0x0007;
+pub const MAX_SCHEMA: u16 = 0x0008;
 
 /// Why bytes are not a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -92,6 +93,7 @@ schema! {
     Presence => 0x0005,
     Event => 0x0006,
     HubInfo => 0x0007,
+    SealedSecrets => 0x0008,
 }
 
 /// The bytes of `message`, framed.

@@ -123,6 +123,11 @@ text_newtype!(VolumeName, ParseNameError, check_name);
 pub struct ConfigName(Box<str>);
 text_newtype!(ConfigName, ParseNameError, check_name);
 
+/// The name of a secret within its hub; same shape as [`AppName`].
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SecretName(Box<str>);
+text_newtype!(SecretName, ParseNameError, check_name);
+
 /// Why a text is not a label key or value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseLabelError {

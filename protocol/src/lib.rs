@@ -24,6 +24,7 @@ pub mod manifest;
 pub mod message;
 pub mod quantity;
 pub mod release;
+pub mod secret;
 pub mod topic;
 
 pub use digest::Digest;

@@ -11,7 +11,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::id::{AppName, ConfigName, LabelKey, LabelValue, Labels, ServiceName, VolumeName};
+use crate::id::{
+    AppName, ConfigName, LabelKey, LabelValue, Labels, SecretName, ServiceName, VolumeName,
+};
 use crate::quantity::{Bytes, Cpus, Span};
 
 pub(crate) mod check;
@@ -20,12 +22,14 @@ mod device;
 mod explain;
 mod lifecycle;
 mod parse;
+mod secret;
 
 pub use check::{MAX_SERVICES, MAX_WAVES, Violation};
 pub use config::{ConfigFile, ConfigMount, FileMode, FileOwner};
 pub use device::{DeviceAccess, DeviceMapping};
 pub use lifecycle::{Condition, Dependencies, Dependency, Deploy, Hook, UpdateConfig, UpdateOrder};
 pub use parse::{MAX_DEPTH, MAX_MANIFEST_BYTES, ManifestError, parse};
+pub use secret::{OnRotate, SECRETS_DIR, SecretMount, SecretSource};
 
 /// An App: *which devices* (selector), *what runs there* (services), *how changes arrive* (rollout).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +80,9 @@ pub struct AppSpec {
     /// Small files for services, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub configs: BTreeMap<ConfigName, ConfigFile>,
+    /// Values that the hub keeps, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub secrets: BTreeMap<SecretName, SecretSource>,
     /// How changes arrive.
     #[serde(default)]
     pub rollout: RolloutPolicy,
@@ -208,6 +215,14 @@ pub struct Service {
         deserialize_with = "parse::configs"
     )]
     pub configs: Vec<ConfigMount>,
+    /// Secrets of the app that the service gets, as files in `/run/secrets` or in its environment. A list of names, or of
+    /// `{source, target, uid, gid, mode, environment, on_rotate}`.
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "parse::secrets"
+    )]
+    pub secrets: Vec<SecretMount>,
 }
 
 /// `storage_opt:` of a [`Service`] (Compose).
@@ -312,6 +327,31 @@ pub enum StopSignal {
 }
 
 impl StopSignal {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Term,
+        Self::Int,
+        Self::Quit,
+        Self::Hup,
+        Self::Usr1,
+        Self::Usr2,
+        Self::Kill,
+    ];
+
+    /// As in a manifest.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Term => "SIGTERM",
+            Self::Int => "SIGINT",
+            Self::Quit => "SIGQUIT",
+            Self::Hup => "SIGHUP",
+            Self::Usr1 => "SIGUSR1",
+            Self::Usr2 => "SIGUSR2",
+            Self::Kill => "SIGKILL",
+        }
+    }
+
     /// The signal number on Linux (signal(7); the same on x86_64 and ARM).
     #[must_use]
     pub const fn number(self) -> i32 {
@@ -688,6 +728,7 @@ string_serde!(VolumeMount);
 string_serde!(DeviceMapping);
 string_serde!(FileMode);
 string_serde!(FileOwner);
+string_serde!(OnRotate);
 string_serde!(RestartPolicy);
 
 impl fmt::Display for Tmpfs {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Digest;
 use crate::id::{AppName, Epoch, Generation, Labels, ServiceName, Version};
+use crate::secret::PublicKey;
 
 mod bounds;
 
@@ -227,6 +228,8 @@ pub enum ReasonCode {
     DeviceMissing,
     /// The device fetches nothing now: its link costs money.
     PullDeferred,
+    /// The hub has not sent a secret that a service needs.
+    SecretMissing,
 }
 
 /// One service in an [`AppStatus`].
@@ -279,6 +282,8 @@ pub struct Beacon {
     pub memory_mib: u32,
     /// One-minute load average in hundredths.
     pub load_centi: u32,
+    /// As in [`Presence::secrets`].
+    pub secrets: Option<Version>,
 }
 
 /// Up, retained, birth and Will: whether the device is connected.
@@ -299,6 +304,10 @@ pub struct Presence {
     pub max_schema: u16,
     /// Of the agent.
     pub agent_version: String,
+    /// What the hub seals this device's secrets to; `None` from a device that could not make or keep a key.
+    pub secrets_key: Option<PublicKey>,
+    /// The newest bundle of secrets stored ([`crate::secret::Bundle::version`]).
+    pub secrets: Option<Version>,
 }
 
 /// Up: something that happened. Kept on the device until the hub acknowledges it.
@@ -400,6 +409,8 @@ pub enum EventKind {
     StateUnwritable,
     /// The state directory takes writes again.
     StateWritable,
+    /// A container is stopped, or its files were replaced, because a secret of it has a new value.
+    SecretRotated,
 }
 
 /// Down, retained: what the hub tells every device.

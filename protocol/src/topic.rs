@@ -20,6 +20,8 @@ pub enum Leaf {
     Head,
     /// Down, QoS 1: [`crate::message::Command`].
     Command,
+    /// Down, QoS 1, retained: [`crate::secret::SealedSecrets`].
+    Secrets,
     /// Up, QoS 1, retained: [`crate::message::Reported`].
     Reported,
     /// Up, QoS 0: [`crate::message::Beacon`].
@@ -32,9 +34,10 @@ pub enum Leaf {
 
 impl Leaf {
     /// Every leaf.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Head,
         Self::Command,
+        Self::Secrets,
         Self::Reported,
         Self::Beacon,
         Self::Event,
@@ -47,6 +50,7 @@ impl Leaf {
         match self {
             Self::Head => "head",
             Self::Command => "cmd",
+            Self::Secrets => "secrets",
             Self::Reported => "reported",
             Self::Beacon => "beacon",
             Self::Event => "event",
@@ -57,7 +61,7 @@ impl Leaf {
     /// Whether the hub writes it and the device reads it.
     #[must_use]
     pub const fn is_down(self) -> bool {
-        matches!(self, Self::Head | Self::Command)
+        matches!(self, Self::Head | Self::Command | Self::Secrets)
     }
 
     fn parse(text: &str) -> Option<Self> {

@@ -18,6 +18,9 @@ use foreshore_protocol::message::{
     Presence, Reason, ReasonCode, Reported, ServiceState, ServiceStatus,
 };
 use foreshore_protocol::release::{Release, service_digest};
+use foreshore_protocol::secret::{
+    Bundle, DeviceKey, PublicKey, SealedSecrets, Secret, SecretValue,
+};
 
 /// The version whose files may still be written.
 const CURRENT: &str = "0.1.0";
@@ -99,9 +102,14 @@ fn downlinks() {
         unix_ms: 1_790_000_000_000,
         beacon_interval_ms: 900_000,
         reconnect_spread_ms: 30_000,
-        schema_range: (1, 7),
+        schema_range: (1, 8),
     };
     message("hub-info.bin", &info);
+    // The frame; what is in the box is not the same twice, see the test below.
+    let sealed = SealedSecrets {
+        sealed: vec![1, 2, 3],
+    };
+    message("secrets.bin", &sealed);
 }
 
 #[test]
@@ -114,6 +122,7 @@ fn uplinks() {
         event_seq: 400,
         memory_mib: 96,
         load_centi: 150,
+        secrets: Some(version(5)),
     };
     message("beacon.bin", &beacon);
     let presence = Presence {
@@ -122,8 +131,10 @@ fn uplinks() {
         boot: 3,
         version: None,
         reported_seq: 0,
-        max_schema: 7,
+        max_schema: 8,
         agent_version: "0.1.0".to_owned(),
+        secrets_key: Some(PublicKey::from_bytes([7; 32])),
+        secrets: Some(version(5)),
     };
     message("presence.bin", &presence);
 }
@@ -168,6 +179,7 @@ fn reports_with_every_phase_and_reason() {
         R::PolicyDenied,
         R::DeviceMissing,
         R::PullDeferred,
+        R::SecretMissing,
     ];
     let states = [
         ServiceState::Waiting,
@@ -253,6 +265,7 @@ fn events_of_every_kind() {
         K::DiskPressure,
         K::StateUnwritable,
         K::StateWritable,
+        K::SecretRotated,
     ];
     for (seq, kind) in (1..).zip(kinds) {
         let event = Event::new(seq, 3, 1_790_000_000_000, kind, "what happened");
@@ -303,6 +316,31 @@ fn manifests_and_releases() {
         service_digest(service).to_string(),
         "sha256:8970cdf6e74eca1fef2c0c008bcda2e4dada75370918fbfbc6cae8decc8ed733"
     );
+}
+
+/// A box that was sealed once must be opened by every later agent: devices keep it on disk.
+#[test]
+fn sealed_bundles() {
+    let key = DeviceKey::from_bytes([9; 32]);
+    let value = |text: &str| Secret {
+        revision: 3,
+        value: SecretValue::new(text.into()),
+    };
+    let bundle = Bundle {
+        device: "gw-1".parse().unwrap(),
+        version: version(5),
+        secrets: [
+            ("db-password".parse().unwrap(), value("correct horse")),
+            ("empty".parse().unwrap(), value("")),
+        ]
+        .into(),
+    };
+    let file = path(CURRENT, "secrets.box");
+    if std::env::var_os("FORESHORE_WRITE_GOLDEN").is_some() && !file.exists() {
+        std::fs::write(&file, key.public().seal(&bundle).sealed).unwrap();
+    }
+    let sealed = std::fs::read(&file).unwrap();
+    assert_eq!(key.open(&SealedSecrets { sealed }).unwrap(), bundle);
 }
 
 #[test]

@@ -122,7 +122,7 @@ fn keys_that_do_not_exist_or_are_not_built() {
         "healthcheck: {test: [a]}",
         "build: .",
         "networks: [a]",
-        "secrets: [a]",
+        "secrets: [{source: a, name: x}]",
         "configs: [{source: a, path: /x}]",
         "privileged: true",
         "cap_add: [NET_ADMIN]",
@@ -555,6 +555,7 @@ fn services_without_the_later_keys_keep_their_digest() {
         "priority",
         "devices",
         "configs",
+        "secrets",
         "liveness",
         "startup",
     ];
@@ -708,6 +709,107 @@ spec:
         ("owner", text.replace("uid: 5", "uid: root")),
         ("name", text.replace("settings", "settings.toml")),
         ("too large", text.replace("site =", &"x".repeat(20_000))),
+    ]);
+    insta::assert_snapshot!(refused);
+}
+
+#[test]
+fn secrets_are_named_in_a_release_and_have_no_values() {
+    let text = "apiVersion: foreshore/v1
+kind: App
+metadata: {name: shop}
+spec:
+  secrets:
+    db-password: {external: true}
+    token: {external: true}
+  services:
+    web:
+      image: x
+      secrets:
+        - db-password
+        - {source: token, environment: TOKEN, on_rotate: keep}
+    db:
+      image: x
+      secrets:
+        - {source: db-password, target: /run/secrets/pw, mode: 0440, uid: 5, gid: \"6\", environment: PW, on_rotate: SIGHUP}
+";
+    let app = parse(text);
+    let image = format!("hub.internal/x@{}", foreshore_protocol::Digest::of(b"x"));
+    let pins = app.spec.services.keys();
+    let pins = pins.map(|name| (name.clone(), image.clone())).collect();
+    let release = Release::from_app(&app, &pins).unwrap();
+    let bytes = release.to_canonical_json();
+    assert_eq!(
+        Release::from_bytes(&bytes, &release.digest()).unwrap(),
+        release
+    );
+    // Devices match running containers by the digest of these bytes.
+    let mounts = |name: &str| serde_json::to_string(&release.services[name].secrets).unwrap();
+    assert_eq!(
+        mounts("web"),
+        r#"[{"source":"db-password","target":"db-password","mode":"0400","on_rotate":"restart"},{"source":"token","mode":"0400","environment":"TOKEN","on_rotate":"keep"}]"#
+    );
+    assert_eq!(
+        mounts("db"),
+        r#"[{"source":"db-password","target":"pw","mode":"0440","uid":"5","gid":"6","environment":"PW","on_rotate":"SIGHUP"}]"#
+    );
+    let refused = refusals(&[
+        ("no such secret", text.replace("- db-password", "- other")),
+        (
+            "nobody has it",
+            text.replace(
+                "  token: {ext",
+                "  third: {external: true}\n    token: {ext",
+            ),
+        ),
+        (
+            "a value",
+            text.replace("token: {external: true}", "token: {value: hunter2}"),
+        ),
+        (
+            "a file",
+            text.replace("token: {external: true}", "token: {file: ./x}"),
+        ),
+        (
+            "not external",
+            text.replace("token: {external: true}", "token: {external: false}"),
+        ),
+        ("elsewhere", text.replace("/run/secrets/pw", "/etc/pw")),
+        ("above", text.replace("/run/secrets/pw", "..")),
+        ("hidden", text.replace("/run/secrets/pw", ".pw")),
+        ("mode", text.replace("0440", "04440")),
+        ("owner", text.replace("uid: 5", "uid: 70000")),
+        ("rotate", text.replace("SIGHUP", "SIGKILL")),
+        ("rotate", text.replace("SIGHUP", "reload")),
+        (
+            "variable",
+            text.replace("environment: PW", "environment: A=B"),
+        ),
+        (
+            "variable twice",
+            text.replace(
+                "environment: TOKEN",
+                "environment: TOKEN}, {source: token, environment: TOKEN",
+            )
+            .replace(
+                "        - db-password\n        - {source: token",
+                "        [{source: token",
+            )
+            .replace("keep}", "keep}]"),
+        ),
+        (
+            "file twice",
+            text.replace("- db-password", "- db-password\n        - db-password"),
+        ),
+        (
+            "mounted over",
+            text.replace(
+                "      secrets:\n        - {",
+                "      tmpfs: /run/secrets\n      secrets:\n        - {",
+            ),
+        ),
+        ("short", text.replace("- db-password", "- 5")),
+        ("a map", text.replace("- db-password", "- [a]")),
     ]);
     insta::assert_snapshot!(refused);
 }

@@ -13,6 +13,7 @@ use foreshore_protocol::message::{
 };
 use foreshore_protocol::quantity::{Bytes, Cpus, Span};
 use foreshore_protocol::release::Release;
+use foreshore_protocol::secret::SealedSecrets;
 use foreshore_protocol::topic::Topic;
 use foreshore_protocol::{AppName, DeviceId};
 use proptest::prelude::*;
@@ -55,6 +56,7 @@ fn decode_all(bytes: &[u8]) {
     let _ = frame::decode::<Presence>(bytes);
     let _ = frame::decode::<Event>(bytes);
     let _ = frame::decode::<HubInfo>(bytes);
+    let _ = frame::decode::<SealedSecrets>(bytes);
 }
 
 proptest! {
@@ -90,6 +92,11 @@ proptest! {
 
     #[test]
     fn hub_infos_round_trip(message in strategy::hub_info()) {
+        round_trip(&message)?;
+    }
+
+    #[test]
+    fn sealed_secrets_round_trip(message in strategy::sealed_secrets()) {
         round_trip(&message)?;
     }
 

@@ -190,3 +190,34 @@ impl Drop for SmallDisk {
             .status();
     }
 }
+
+/// A file system in memory, as devices have it for their run directory. Unmounted when dropped.
+#[derive(Debug)]
+pub struct MemoryDisk {
+    mount: PathBuf,
+}
+
+impl MemoryDisk {
+    /// A tmpfs on `name` in the bed.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be mounted.
+    #[must_use]
+    pub fn mount(bed: &Bed, name: &str) -> Self {
+        let mount = bed.path(name);
+        std::fs::create_dir_all(&mount).expect("the bed is writable");
+        let mut command = std::process::Command::new("mount");
+        let options = ["-t", "tmpfs", "-o", "nosuid,nodev,mode=0755", "tmpfs"];
+        crate::image::run(command.args(options).arg(&mount), "mount");
+        Self { mount }
+    }
+}
+
+impl Drop for MemoryDisk {
+    fn drop(&mut self) {
+        let _reported_by_the_bed = std::process::Command::new("umount")
+            .arg(&self.mount)
+            .status();
+    }
+}

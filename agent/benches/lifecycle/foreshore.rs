@@ -78,6 +78,7 @@ impl Bench {
             service: self.service.clone(),
             image: ImageConfig::default(),
             layers: vec![self.rootfs.clone()],
+            secrets: std::collections::BTreeMap::new(),
         };
         let _from_the_round_before = std::fs::remove_file(&self.log);
         let begin_ns = monotonic_ns();

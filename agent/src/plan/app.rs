@@ -11,6 +11,7 @@ use foreshore_protocol::{AppName, Digest};
 
 use super::health::{Health, health};
 use super::history::reason;
+use super::secret;
 use super::service::{self, Target};
 use super::{
     AppHistory, Assignment, Draft, LastKnownGood, ObservedContainer, Poison, PolicyVerdict, Trial,
@@ -271,7 +272,11 @@ fn gate(draft: &mut Draft<'_>, app: &AppName, release: Digest) -> Gate {
     }
     let missing = Target::new(release, manifest).missing_images(&draft.observed.images);
     if missing.is_empty() {
-        return Gate::Open;
+        // What runs is not stopped for something that could not be started.
+        let mut services = manifest.services.iter();
+        let lacking =
+            services.find_map(|(name, service)| secret::missing(draft.observed, name, service));
+        return lacking.map_or(Gate::Open, |why| Gate::Closed(Phase::Blocked, Some(why)));
     }
     draft.stage(app, release, missing);
     waiting(Phase::Staging)
@@ -417,7 +422,7 @@ fn verdict(
         let message = format!("the device booted {} times during the trial", trial.boots);
         return Verdict::Fail(reason(ReasonCode::DeadlineExceeded, None, &message));
     }
-    let health = health(history, containers, target);
+    let health = health(draft.observed, history, containers, target);
     let mut waiting = None;
     for health in health.into_values() {
         match health {

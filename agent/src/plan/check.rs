@@ -28,6 +28,8 @@ pub enum Violation {
     UsedInstance(ContainerId),
     /// A start of a release that failed in its assignment and was given up for another.
     Poisoned(ContainerId),
+    /// A start of a service without one of its secrets.
+    WithoutSecret(ContainerId),
     /// A start of a release that is not the app's current one.
     NotCurrent(ContainerId),
     /// A stop of a running container that is what should run.
@@ -63,6 +65,16 @@ pub fn check(observed: &Observed, before: &History, plan: &Plan) -> Vec<Violatio
             Step::Stop { id, .. } | Step::Remove { id } => {
                 touch(&mut touched, id, &mut found);
                 check_end(observed, plan, id, &mut found);
+            }
+            Step::RenewSecrets { id, .. } => {
+                touch(&mut touched, id, &mut found);
+                let runs = observed.containers.iter().any(|seen| {
+                    seen.container.id == *id
+                        && matches!(seen.container.state, ContainerState::Running { .. })
+                });
+                if !runs {
+                    found.push(Violation::UnknownContainer(id.clone()));
+                }
             }
             Step::Stage { .. } => heavy += 1,
             Step::Collect {
@@ -130,6 +142,13 @@ fn check_start(
         .releases
         .get(release)
         .and_then(|manifest| manifest.services.get(&id.service));
+    let lacks = service.is_some_and(|service| {
+        let mut mounts = service.secrets.iter();
+        mounts.any(|mount| !observed.secrets.contains_key(&mount.source))
+    });
+    if lacks {
+        found.push(Violation::WithoutSecret(id.clone()));
+    }
     let beside = service.is_some_and(|service| {
         let digest = service_digest(service);
         service.deploy.update_config.order == UpdateOrder::StartFirst

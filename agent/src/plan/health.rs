@@ -7,8 +7,11 @@ use foreshore_protocol::manifest::Condition;
 use foreshore_protocol::message::{Reason, ReasonCode};
 
 use super::history::reason;
+use super::secret;
 use super::service::{Spec, Target};
-use super::{AppHistory, Cause, Condemned, ObservedContainer, ProbeState, Resume, ServiceHistory};
+use super::{
+    AppHistory, Cause, Condemned, Observed, ObservedContainer, ProbeState, Resume, ServiceHistory,
+};
 use crate::runtime::{ContainerState, Exit};
 
 /// Whether a service does its job.
@@ -26,6 +29,7 @@ pub(super) enum Health {
 
 /// How well every service of `target` is. Containers that should not be there count against their service.
 pub(super) fn health<'a>(
+    observed: &Observed,
     history: &AppHistory,
     containers: &[&ObservedContainer],
     target: &Target<'a>,
@@ -35,7 +39,18 @@ pub(super) fn health<'a>(
         .iter()
         .map(|(name, spec)| {
             let history = history.services.get(*name);
-            (*name, service_health(name, history, containers, spec))
+            let health = service_health(name, history, containers, spec);
+            let missing = || secret::missing(observed, name, spec.service);
+            let health = match health {
+                // It cannot come up, and that is not its own fault.
+                Health::NotYet(_) | Health::Unwell(_) if !runs(name, containers, spec) => {
+                    missing().map_or(health, Health::Unwell)
+                }
+                Health::NotYet(_) | Health::Unwell(_) | Health::Ready | Health::Hopeless(_) => {
+                    health
+                }
+            };
+            (*name, health)
         })
         .collect();
     let waits: Vec<_> = target
@@ -47,6 +62,14 @@ pub(super) fn health<'a>(
         healths.insert(name, Health::NotYet(why));
     }
     healths
+}
+
+fn runs(name: &ServiceName, containers: &[&ObservedContainer], spec: &Spec<'_>) -> bool {
+    containers.iter().any(|seen| {
+        seen.container.id.service == *name
+            && seen.container.service_digest == spec.digest
+            && matches!(seen.container.state, ContainerState::Running { .. })
+    })
 }
 
 /// What a service that was not started yet waits for, if its dependencies are what keeps it.
@@ -134,6 +157,7 @@ fn end_reason(name: &ServiceName, history: &ServiceHistory) -> Reason {
                 Cause::Probe => ReasonCode::ProbeFailed,
                 Cause::DiskLimit => ReasonCode::DiskLimit,
                 Cause::Evicted => ReasonCode::Evicted,
+                Cause::Secret => ReasonCode::NotReady,
             };
             (code, format!("stopped because {why}"))
         }

@@ -169,6 +169,8 @@ pub enum Cause {
     DiskLimit,
     /// The device is short of disk space.
     Evicted,
+    /// A secret of it has a new value.
+    Secret,
 }
 
 /// Whether and when a service without a running container may be started.
@@ -242,6 +244,11 @@ impl History {
                     // Stopped to be replaced: what comes in its place waits for its dependencies again.
                     service.began &= service.instance != id.instance || service.condemned.is_some();
                     service.is_gone(id.instance);
+                    service.trouble = None;
+                }
+            }
+            Outcome::SecretsRenewed { id } => {
+                if let Some(service) = self.service_of(id) {
                     service.trouble = None;
                 }
             }

@@ -13,6 +13,7 @@ use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::health::{Health, health, signal_name, waits_for};
+use super::secret;
 use super::{
     AppHistory, Cause, Condemned, Draft, Notice, Observed, ObservedContainer, ProbeState, Resume,
     ServiceHistory, Step, backoff,
@@ -221,10 +222,12 @@ fn condemnation(
             why: victim.why.clone(),
         });
     }
-    failing_probe(seen, service).map(|why| Condemned {
-        cause: Cause::Probe,
-        why,
-    })
+    failing_probe(seen, service)
+        .map(|why| Condemned {
+            cause: Cause::Probe,
+            why,
+        })
+        .or_else(|| secret::outdated(draft.observed, seen, service))
 }
 
 fn failing_probe(seen: &ObservedContainer, service: &Service) -> Option<String> {
@@ -260,6 +263,16 @@ fn note_end(
     end: End,
 ) {
     let now = draft.now;
+    if let End::Condemned(condemned) = &end
+        && condemned.cause == Cause::Secret
+    {
+        // Not its fault, and nothing to wait for.
+        service.resume = Resume::Now;
+        service.condemned = Some(condemned.clone());
+        let message = format!("container {id} is stopped because {}", condemned.why);
+        let name = Some(id.service.clone());
+        return draft.notice(EventKind::SecretRotated, app, name, message);
+    }
     if now.ms.since(service.started) >= backoff::STABLE_MS {
         service.failures = 0;
     }
@@ -312,6 +325,7 @@ fn note_end(
                 Cause::Probe => EventKind::ProbeFailed,
                 Cause::DiskLimit => EventKind::DiskLimit,
                 Cause::Evicted => EventKind::Evicted,
+                Cause::Secret => EventKind::SecretRotated,
             },
             format!("container {id} is stopped because {why}"),
         ),
@@ -412,7 +426,9 @@ pub(super) fn advance(
         .map(|seen| seen.container.id.service.clone())
         .chain(wanted.map(|name| (*name).clone()))
         .collect();
-    let healths = target.map_or_else(BTreeMap::new, |target| health(history, containers, target));
+    let healths = target.map_or_else(BTreeMap::new, |target| {
+        health(draft.observed, history, containers, target)
+    });
     let on_trial = history.trial.is_some();
     let mut steps = Vec::new();
     for name in names {
@@ -430,7 +446,8 @@ pub(super) fn advance(
                 release: target.release,
                 spec,
                 ready: healths.get(&name) == Some(&Health::Ready),
-                waits: waits_for(history, &healths, target, &name).is_some(),
+                waits: waits_for(history, &healths, target, &name).is_some()
+                    || secret::missing(draft.observed, &name, spec.service).is_some(),
                 beside: on_trial
                     && spec.service.deploy.update_config.order == UpdateOrder::StartFirst,
             })
@@ -450,6 +467,11 @@ pub(super) fn advance(
     for (name, next) in steps {
         match next {
             Next::Remove(id) => draft.steps.push(Step::Remove { id }),
+            Next::Renew(id, release, signals) => draft.steps.push(Step::RenewSecrets {
+                id,
+                release,
+                signals,
+            }),
             Next::Stop(seen) if may_stop(&name) => draft.steps.push(stop(draft, seen)),
             Next::Start(release, spec) if !needed.names.contains(&name) => {
                 let service = history.services.entry(name.clone()).or_default();
@@ -468,6 +490,8 @@ enum Next<'a> {
     Stop(&'a ObservedContainer),
     /// Of this release and spec.
     Start(Digest, Digest),
+    /// With a service of this release, and these signals.
+    Renew(ContainerId, Digest, BTreeSet<i32>),
 }
 
 /// Services that containers depend on which are on their way out.
@@ -489,7 +513,7 @@ fn needed(
     let stops = || {
         steps.iter().filter_map(|(name, next)| match next {
             Next::Stop(seen) => Some((name, &seen.container.id)),
-            Next::Remove(_) | Next::Start(..) => None,
+            Next::Remove(_) | Next::Start(..) | Next::Renew(..) => None,
         })
     };
     let is_stopping = |seen: &ObservedContainer| {
@@ -514,7 +538,7 @@ struct Wish<'a> {
     release: Digest,
     spec: &'a Spec<'a>,
     ready: bool,
-    /// For what it depends on.
+    /// For what it depends on, or for a secret.
     waits: bool,
     /// Whether its new container is started beside the one before.
     beside: bool,
@@ -559,6 +583,16 @@ fn next_step<'a>(
         return Some(Next::Stop(seen));
     }
     let wish = wish?;
+    let kept = containers.iter().find(|seen| {
+        Some(seen.container.id.instance) == keep
+            && matches!(seen.container.state, ContainerState::Running { .. })
+    });
+    if let Some(seen) = kept
+        && let Some(signals) = secret::renewal(draft.observed, seen, wish.spec.service)
+    {
+        let id = seen.container.id.clone();
+        return Some(Next::Renew(id, wish.release, signals));
+    }
     let here = |image| draft.observed.images.contains(&image);
     if keep.is_some() || wish.waits || !wish.spec.image.is_some_and(here) {
         return None;

@@ -23,7 +23,7 @@ pub(super) fn status(
         .map(|release| Target::new(shown, release));
     let (services, trouble) = target.as_ref().map_or_else(
         || (Vec::new(), None),
-        |target| services(history, containers, target),
+        |target| services(observed, history, containers, target),
     );
     let running = history.current.filter(|_| {
         target
@@ -59,12 +59,13 @@ fn is_switched(
 }
 
 fn services(
+    observed: &Observed,
     history: &AppHistory,
     containers: &[&ObservedContainer],
     target: &Target<'_>,
 ) -> (Vec<ServiceStatus>, Option<Reason>) {
     let mut trouble = None;
-    let services = health(history, containers, target)
+    let services = health(observed, history, containers, target)
         .into_iter()
         .map(|(name, health)| {
             let spec = target.services.get(name).map(|spec| spec.digest);

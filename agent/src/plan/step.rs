@@ -48,6 +48,15 @@ pub enum Step {
         /// The release to take the service from.
         release: Digest,
     },
+    /// Replace the files of a running container's secrets, then send it these signals.
+    RenewSecrets {
+        /// Which container.
+        id: ContainerId,
+        /// The release to take the service from.
+        release: Digest,
+        /// Signals (signal(7)) for its first process.
+        signals: BTreeSet<i32>,
+    },
     /// Remove the images, release manifests and logs that are not named here.
     Collect {
         /// Digests of images, as releases name them.
@@ -111,7 +120,12 @@ pub enum Outcome {
         /// Which.
         id: ContainerId,
     },
-    /// The container could not be stopped or removed; it is tried again.
+    /// The files of the container's secrets are the newest.
+    SecretsRenewed {
+        /// Which.
+        id: ContainerId,
+    },
+    /// The container could not be stopped, removed or given its secrets; it is tried again.
     Stuck {
         /// Which.
         id: ContainerId,

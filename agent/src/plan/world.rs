@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use foreshore_protocol::manifest::{RestartPolicy, Service};
+use foreshore_protocol::manifest::{OnRotate, RestartPolicy, Service};
 use foreshore_protocol::message::{AppStatus, HeadApp, Phase, ReasonCode};
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::{AppName, Digest, Version};
@@ -73,6 +73,12 @@ pub(super) struct World {
     locks_changed: bool,
     /// What the device's policy says of releases.
     pub(super) verdicts: BTreeMap<Digest, PolicyVerdict>,
+    /// The revisions of the secrets that the hub sent.
+    pub(super) secrets: BTreeMap<SecretName, u64>,
+    /// How often a secret got another value.
+    pub(super) rotations: u64,
+    /// Every container whose secrets were renewed, with the signals it got.
+    pub(super) renewed: Vec<(ContainerId, BTreeSet<i32>)>,
     /// Whether the device node that `needs-device` needs is missing.
     pub(super) unplugged: bool,
     /// Apps that hold their lock.
@@ -106,6 +112,9 @@ impl World {
             usage: BTreeMap::new(),
             locks_changed: false,
             verdicts: BTreeMap::new(),
+            secrets: BTreeMap::new(),
+            rotations: 0,
+            renewed: Vec::new(),
             unplugged: false,
             busy_apps: BTreeSet::new(),
             started: Vec::new(),
@@ -202,6 +211,7 @@ impl World {
             disk: self.disk,
             usage: self.usage.clone(),
             verdicts: self.verdicts.clone(),
+            secrets: self.secrets.clone(),
             busy: Busy::default(),
         }
     }
@@ -298,6 +308,7 @@ impl World {
                     id: id.clone(),
                     release: *release,
                     service_digest: service_digest(&service),
+                    secrets: self.secrets.clone(),
                     state: ContainerState::Running {
                         pid: 1,
                         started_ms: self.now.ms.0,
@@ -305,6 +316,18 @@ impl World {
                 };
                 self.containers.push((container, self.now.ms, service));
                 Outcome::Started { id: id.clone() }
+            }
+            Step::RenewSecrets { id, signals, .. } => {
+                self.renewed.push((id.clone(), signals.clone()));
+                for (container, _, service) in &mut self.containers {
+                    for mount in &service.secrets {
+                        if container.id == *id && mount.on_rotate != OnRotate::Restart {
+                            let newest = self.secrets[&mount.source];
+                            container.secrets.insert(mount.source.clone(), newest);
+                        }
+                    }
+                }
+                Outcome::SecretsRenewed { id: id.clone() }
             }
             Step::Collect {
                 keep_images,

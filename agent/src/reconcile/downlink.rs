@@ -14,6 +14,7 @@ use crate::link::{Incoming, Outgoing, Receipt};
 use crate::plan::Outcome;
 use crate::runtime::Runtime;
 use crate::state::AcceptError;
+use crate::vault::Refused;
 
 /// After connecting, heads are collected for this long and only the newest is taken: a broker may hand over
 /// all that a session missed.
@@ -31,6 +32,14 @@ impl<R: Runtime + 'static> Agent<R> {
             Incoming::Connected => self.handle_connected(),
             Incoming::Disconnected { why, refused } => self.handle_disconnected(&why, refused),
             Incoming::Head(head, receipt) => return self.handle_head(head, receipt),
+            Incoming::Secrets(sealed, receipt) => {
+                self.offered_secrets = Some((sealed, receipt));
+                return if self.accept_secrets() {
+                    Next::Plan
+                } else {
+                    Next::Nothing
+                };
+            }
             Incoming::Command(Command::Ack { event, reported }) => {
                 let stored = self.outbox.acknowledge(event);
                 self.note_disk(stored);
@@ -67,6 +76,9 @@ impl<R: Runtime + 'static> Agent<R> {
         self.uplink.disconnected();
         if let Some(offered) = &mut self.offered {
             offered.receipts.clear();
+        }
+        if let Some((_, receipt)) = &mut self.offered_secrets {
+            *receipt = Receipt::none();
         }
         let token_file = self.config.hub.join_token_file.display();
         match self.offline.replace(refused) {
@@ -171,6 +183,41 @@ impl<R: Runtime + 'static> Agent<R> {
             );
         }
         accepted
+    }
+
+    /// Stores the secrets that were offered last, then acknowledges them. True when they are new. What cannot be stored is
+    /// tried again by the next plan.
+    pub(super) fn accept_secrets(&mut self) -> bool {
+        let Some((sealed, receipt)) = self.offered_secrets.take() else {
+            return false;
+        };
+        let bundle = match self.vault.open(&sealed) {
+            Ok(bundle) => bundle,
+            Err(refused) => {
+                // They would be no better when they come again; at the birth the hub learns what we have.
+                match refused {
+                    Refused::Old { .. } => tracing::debug!(%refused, "secrets were ignored"),
+                    _ => tracing::warn!(error = chain(&refused), "secrets were refused"),
+                }
+                self.uplink.accepted(receipt);
+                return false;
+            }
+        };
+        let mut stored = self.memory.state.borrow().store_secrets(&sealed);
+        if self.make_room(&stored) {
+            stored = self.memory.state.borrow().store_secrets(&sealed);
+        }
+        if stored.is_err() {
+            self.note_disk(stored);
+            self.offered_secrets = Some((sealed, receipt));
+            self.wake_by(Instant::now() + RETRY);
+            return false;
+        }
+        self.uplink.accepted(receipt);
+        let (version, count) = (bundle.version, bundle.secrets.len());
+        tracing::info!(%version, count, "accepted new secrets");
+        self.vault.keep(bundle);
+        true
     }
 
     fn handle_release(&mut self, digest: Digest, bytes: &[u8]) -> Next {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use foreshore_killpoint as killpoint;
+use foreshore_protocol::manifest::Service;
 use foreshore_protocol::message::{AppStatus, EventKind, ServiceState};
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName};
@@ -36,6 +37,7 @@ const FETCH_RETRY: Duration = Duration::from_secs(1);
 impl<R: Runtime + 'static> Agent<R> {
     /// Looks, plans, stores and begins the steps.
     pub(super) async fn turn(&mut self) {
+        self.accept_secrets();
         let containers = match self.tools.runtime.list().await {
             Ok(containers) => {
                 self.list_trouble = false;
@@ -83,6 +85,7 @@ impl<R: Runtime + 'static> Agent<R> {
             disk: self.disk.observed(),
             usage: self.disk.usage(),
             verdicts: self.verdicts(),
+            secrets: self.vault.revisions(),
             busy: self.busy.clone(),
         }
     }
@@ -114,7 +117,7 @@ impl<R: Runtime + 'static> Agent<R> {
         }
     }
 
-    fn wake_by(&mut self, at: Instant) {
+    pub(super) fn wake_by(&mut self, at: Instant) {
         self.wake_at = Some(self.wake_at.map_or(at, |earlier| earlier.min(at)));
     }
 
@@ -163,7 +166,10 @@ impl<R: Runtime + 'static> Agent<R> {
         let app = match step {
             Step::Stage { .. } => return false,
             Step::AbandonStaging { .. } | Step::Collect { .. } => return true,
-            Step::Stop { id, .. } | Step::Remove { id } | Step::Start { id, .. } => &id.app,
+            Step::Stop { id, .. }
+            | Step::Remove { id }
+            | Step::Start { id, .. }
+            | Step::RenewSecrets { id, .. } => &id.app,
         };
         let decided = |history: &History| {
             history.apps.get(app).map(|app| {
@@ -201,15 +207,25 @@ impl<R: Runtime + 'static> Agent<R> {
             }
             Step::Remove { id } => (service(&id), Task::Remove { id }),
             Step::Start { id, release } => {
-                let wanted = self
-                    .releases
-                    .get(&release)
-                    .and_then(|release| release.services.get(&id.service))
-                    .cloned()
-                    .expect("a plan starts services of releases on disk only");
+                let wanted = self.service_in(&release, &id.service);
                 let task = Task::Start {
                     release,
+                    secrets: self.vault.values(&wanted),
                     service: Box::new(wanted),
+                    id: id.clone(),
+                };
+                (service(&id), task)
+            }
+            Step::RenewSecrets {
+                id,
+                release,
+                signals,
+            } => {
+                let wanted = self.service_in(&release, &id.service);
+                let task = Task::RenewSecrets {
+                    secrets: self.vault.values(&wanted),
+                    service: Box::new(wanted),
+                    signals,
                     id: id.clone(),
                 };
                 (service(&id), task)
@@ -245,6 +261,16 @@ impl<R: Runtime + 'static> Agent<R> {
         if let Work::Staging(release) = work {
             self.staging = Some((release, handle));
         }
+    }
+
+    fn service_in(&self, release: &Digest, name: &ServiceName) -> Service {
+        let service = self
+            .releases
+            .get(release)
+            .and_then(|release| release.services.get(name));
+        service
+            .cloned()
+            .expect("a plan names services of releases on disk only")
     }
 
     /// The child is killed when its task is dropped.
@@ -373,7 +399,12 @@ impl<R: Runtime + 'static> Agent<R> {
                 );
             }
             Outcome::Stuck { id, message } => {
-                tracing::error!(container = %id, message, "a container could not be stopped or removed");
+                tracing::error!(container = %id, message, "a container could not be stopped, removed or given its secrets");
+            }
+            Outcome::SecretsRenewed { id } => {
+                let (app, service) = of(id);
+                let message = format!("container {id} has the newest values of its secrets");
+                self.event(EventKind::SecretRotated, app, service, message);
             }
             Outcome::Stopped { .. } | Outcome::Collected | Outcome::BadRelease { .. } => {}
         }

@@ -32,6 +32,8 @@ const BUSY_PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct Gauges {
     pub(super) memory_mib: u32,
     pub(super) load_centi: u32,
+    /// The newest secrets stored.
+    pub(super) secrets: Option<Version>,
 }
 
 #[derive(Debug)]
@@ -275,6 +277,7 @@ impl Uplink {
             event_seq: outbox.newest(),
             memory_mib: gauges.memory_mib,
             load_centi: gauges.load_centi,
+            secrets: gauges.secrets,
         }))
     }
 

@@ -7,6 +7,7 @@
 //! /dev/layer      the writable layer, here for a read-only root, or a link to it
 //! /dev/rootfs     the overlay of them
 //! /dev/c/N        the files of the service's configs
+//! /dev/s          the directory of the container's secrets
 //! /dev/m/N        what will be bind-mounted, with mapped ids
 //! ```
 //!
@@ -36,6 +37,9 @@ pub(crate) const ROOTFS: &str = "/dev/rootfs";
 
 /// The files of the service's configs.
 pub(crate) const CONFIGS: &str = "/dev/c";
+
+/// The directory of the container's secrets.
+pub(crate) const SECRETS: &str = "/dev/s";
 
 /// null, zero, full, random, urandom, tty: what libcontainer puts into every container.
 const NODES: [(&str, u64, u64); 6] = [
@@ -213,14 +217,22 @@ impl<'a> Backstage<'a> {
                 options.into_iter().any(|option| option == name)
             };
             let source = PathBuf::from(mount["source"].as_str().unwrap_or_default());
-            if source.starts_with(CONFIGS) {
-                // Made here, with the right owner.
+            if source.starts_with(CONFIGS) || source == Path::new(SECRETS) {
+                // Made for the container, with the right owner.
                 continue;
             }
             let here = self.place_source(&source, has("rbind"), has("ro") || has("rro"))?;
             mount["source"] = json!(here);
         }
         Ok(())
+    }
+
+    /// Makes the directory of the container's secrets available, as it was copied before this was mounted. It belongs to the
+    /// container's ids already, and is changed from outside while the container runs.
+    pub(crate) fn place_secrets(&self, copy: Detached) -> Result<(), StepError> {
+        fs::create_dir(SECRETS)
+            .and_then(|()| copy.attach(Path::new(SECRETS)))
+            .step(|| "mount the secrets".to_owned())
     }
 
     /// Writes the files of the service's configs, which belong to whom the container knows by their numbers.

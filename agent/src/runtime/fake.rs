@@ -5,9 +5,12 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use foreshore_protocol::id::SecretName;
+use foreshore_protocol::manifest::Service;
 use foreshore_protocol::{AppName, ServiceName};
 use tokio::sync::Notify;
 
+use super::secrets::Values;
 use super::{
     Container, ContainerId, ContainerSpec, ContainerState, ExecError, Exit, ListError, RemoveError,
     Runtime, StartError, StopError,
@@ -146,9 +149,17 @@ impl FakeRuntime {
             release: spec.release,
             service_digest: spec.service_digest,
             state,
+            secrets: revisions(&spec.secrets),
         };
         inner.containers.insert(spec.id.clone(), container);
     }
+}
+
+fn revisions(values: &Values) -> BTreeMap<SecretName, u64> {
+    let pairs = values.iter();
+    pairs
+        .map(|(name, secret)| (name.clone(), secret.revision))
+        .collect()
 }
 
 fn io_error(message: String) -> io::Error {
@@ -196,6 +207,19 @@ impl Runtime for FakeRuntime {
                 oom: false,
                 signal: u8::try_from(signal).ok(),
             });
+        }
+        Ok(())
+    }
+
+    async fn renew_secrets(
+        &self,
+        id: &ContainerId,
+        _service: &Service,
+        values: &Values,
+        _signals: &BTreeSet<i32>,
+    ) -> Result<(), StopError> {
+        if let Some(container) = self.inner().containers.get_mut(id) {
+            container.secrets = revisions(values);
         }
         Ok(())
     }

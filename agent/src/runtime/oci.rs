@@ -29,7 +29,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use foreshore_killpoint as killpoint;
-use foreshore_protocol::manifest::NetworkMode;
+use foreshore_protocol::manifest::{NetworkMode, Service};
+use foreshore_protocol::secret::SecretValue;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::cgroup::Cgroups;
@@ -39,7 +40,7 @@ use super::request::{RECORD, REQUEST, Record, Request, read_json, write_json};
 use super::seal::Program;
 use super::{
     Container, ContainerId, ContainerSpec, ExecError, ListError, RemoveError, Runtime, StartError,
-    StopError,
+    StopError, secrets,
 };
 use watch::Watch;
 
@@ -249,8 +250,46 @@ impl OciRuntime {
         }
     }
 
+    /// The variables that hold secrets, if all secrets are there, can be what they are to be, and stay in memory.
+    fn check_secrets(
+        &self,
+        spec: &ContainerSpec,
+    ) -> Result<BTreeMap<String, SecretValue>, StartError> {
+        if spec.service.secrets.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        let run_dir = &self.config.run_dir;
+        let in_memory = secrets::is_in_memory(run_dir).map_err(|source| StartError::Io {
+            act: format!("look at the file system of {}", run_dir.display()),
+            source,
+        })?;
+        if !in_memory {
+            return Err(StartError::Refused(format!(
+                "it has secrets, and {} is not in memory; let [paths] run in agent.toml be on a tmpfs, such as /run/foreshore",
+                run_dir.display()
+            )));
+        }
+        let mut mounts = spec.service.secrets.iter();
+        if let Some(missing) = mounts.find(|mount| !spec.secrets.contains_key(&mount.source)) {
+            return Err(StartError::Failed {
+                id: spec.id.to_string(),
+                message: format!("secret {} is not there", missing.source),
+            });
+        }
+        secrets::environment(&spec.service, &spec.secrets).map_err(|name| {
+            StartError::Refused(format!(
+                "secret {name} is not UTF-8 text without NUL characters, so it cannot be in the environment"
+            ))
+        })
+    }
+
     /// Writes the container's directory, complete before it has its name.
-    fn create_dir(&self, spec: &ContainerSpec, grant: &Grant) -> io::Result<PathBuf> {
+    fn create_dir(
+        &self,
+        spec: &ContainerSpec,
+        grant: &Grant,
+        environment: BTreeMap<String, SecretValue>,
+    ) -> io::Result<PathBuf> {
         let id = spec.id.to_string();
         let dir = self.dir(&spec.id);
         let fresh = self.containers().join(format!("{id}.new"));
@@ -288,6 +327,7 @@ impl OciRuntime {
             volumes: self.config.state_dir.join("volumes").join(app),
             logs: self.config.state_dir.join("logs").join(app),
             update_lock,
+            secret_environment: environment,
             shim: self.shim.clone(),
             swap_limit: self.cgroups.limits_swap(),
             swap_file: self.cgroups.swap_file(&id),
@@ -297,6 +337,7 @@ impl OciRuntime {
         write_json(&fresh, RECORD, &record)?;
         killpoint::reached("container", "recorded");
         write_json(&fresh, REQUEST, &request)?;
+        secrets::write(&fresh, &spec.service, &spec.secrets)?;
         killpoint::reached("container", "described");
         fs::rename(&fresh, &dir)?;
         killpoint::reached("container", "named");
@@ -436,8 +477,9 @@ impl Runtime for OciRuntime {
             act: format!("prepare cgroup parent {}", self.config.cgroup_parent),
             source,
         })?;
+        let environment = self.check_secrets(spec)?;
         let create = || {
-            self.create_dir(spec, &grant)
+            self.create_dir(spec, &grant, environment.clone())
                 .map_err(|source| StartError::Io {
                     act: format!("create {}", self.dir(&spec.id).display()),
                     source,
@@ -498,6 +540,29 @@ impl Runtime for OciRuntime {
             }
         }
         self.kill(id).await
+    }
+
+    async fn renew_secrets(
+        &self,
+        id: &ContainerId,
+        service: &Service,
+        values: &secrets::Values,
+        signals: &BTreeSet<i32>,
+    ) -> Result<(), StopError> {
+        let name = id.to_string();
+        let record = self
+            .current_record(id)
+            .map_err(|source| io_stop("look at", &name, source))?;
+        let Some(init) = open(record.and_then(|record| record.container))
+            .map_err(|source| io_stop("look at", &name, source))?
+        else {
+            return Ok(());
+        };
+        // Signals first would be answered by reading the old files; after a crash in between both are done again.
+        secrets::renew(&self.dir(id), service, values, || {
+            signals.iter().try_for_each(|signal| init.signal(*signal))
+        })
+        .map_err(|source| io_stop("renew the secrets of", &name, source))
     }
 
     async fn remove(&self, id: &ContainerId) -> Result<(), RemoveError> {

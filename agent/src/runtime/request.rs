@@ -6,16 +6,20 @@
 //! | `request.json` | agent | [`Request`] |
 //! | `record.json` | agent, then the starting process | [`Record`] |
 //! | `config.json` | the starting process | the OCI runtime configuration |
+//! | `secrets/`, `secrets.json` | agent | see [`super::secrets`] |
 //! | `exit` | foreshore-shim | the exit code |
 //!
 //! None of them is synced to disk: all are void after a reboot, and the record says which boot it is of.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use foreshore_protocol::Digest;
 use foreshore_protocol::manifest::Service;
+use foreshore_protocol::secret::SecretValue;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +67,9 @@ pub(crate) struct Request {
     pub(crate) logs: PathBuf,
     /// The directory of the app's update lock, for a service that may have it.
     pub(crate) update_lock: Option<PathBuf>,
+    /// Variables that hold secrets.
+    #[serde(default)]
+    pub(crate) secret_environment: BTreeMap<String, SecretValue>,
     /// The foreshore-shim program.
     pub(crate) shim: PathBuf,
     /// Whether the kernel can limit swap.
@@ -125,11 +132,17 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-/// Writes a JSON file so that a reader sees all of the old or all of the new one.
+/// Writes a JSON file so that a reader sees all of the old or all of the new one. Only root can read it: requests and
+/// configurations may hold secrets.
 pub(crate) fn write_json<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
     let bytes = serde_json::to_vec(value).map_err(io::Error::other)?;
     let temporary = dir.join(format!("{name}.new"));
-    let mut file = File::create(&temporary)?;
+    let mut file = File::options()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(&temporary)?;
     file.write_all(&bytes)?;
     fs::rename(temporary, dir.join(name))
 }

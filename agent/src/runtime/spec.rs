@@ -7,9 +7,11 @@
 //! Device access is enforced by the `devices` hierarchy on cgroup v1 and by `device_filter` on v2, from the same
 //! rules. Besides, containers lack CAP_MKNOD, and all their mounts but `/dev` are `nodev`.
 
+use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use foreshore_protocol::manifest::{NetworkMode, Service, VolumeSource};
+use foreshore_protocol::secret::SecretValue;
 use serde_json::{Value, json};
 
 use super::user::User;
@@ -112,6 +114,10 @@ pub struct Input<'a> {
     pub volumes: &'a Path,
     /// Where the files of the service's configs are, named by their place in its list.
     pub configs: &'a Path,
+    /// Where the directory of the container's secrets is, and where the container sees it, if it has some as files.
+    pub secrets: Option<(&'a Path, &'a str)>,
+    /// Variables that hold secrets: text without NUL characters.
+    pub secret_environment: &'a BTreeMap<String, SecretValue>,
     /// The directory of the app's update lock, if the service sees it.
     pub update_lock: Option<&'a Path>,
     /// Whether the kernel can limit swap.
@@ -246,6 +252,9 @@ pub fn environment(input: &Input<'_>) -> Result<Vec<String>, Refusal> {
     }
     for (name, value) in &service.environment {
         set(format!("{name}={value}"));
+    }
+    for (name, value) in input.secret_environment {
+        set(format!("{name}={}", value.as_text().unwrap_or_default()));
     }
     if out.iter().any(|entry| entry.contains('\0')) {
         return Err(Refusal::Nul("an environment variable"));
@@ -416,6 +425,12 @@ fn mounts(input: &Input<'_>) -> Result<Vec<Value>, Refusal> {
         let mount = bind(&input.configs.join(index.to_string()), &target, true);
         own.push((target, mount));
     }
+    if let Some((source, target)) = input.secrets {
+        let target = mount_point(target)?;
+        let mount = json!({"destination": target, "type": "bind", "source": source,
+                           "options": ["bind", "nosuid", "nodev", "noexec", "ro"]});
+        own.push((target, mount));
+    }
     // A mount inside another one must come after it.
     own.sort_by(|a, b| a.0.cmp(&b.0));
     mounts.extend(own.into_iter().map(|(_, mount)| mount));
@@ -503,6 +518,8 @@ mod tests {
             update_lock: None,
             volumes: Path::new("/state/volumes/shop"),
             configs: Path::new("/files"),
+            secrets: None,
+            secret_environment: &BTreeMap::new(),
             swap_limit: true,
             cgroup_namespace: true,
             max_nofile: 4096,

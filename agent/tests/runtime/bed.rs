@@ -61,6 +61,17 @@ impl Bed {
         bed
     }
 
+    /// With a run directory in memory, as devices have it.
+    pub(crate) fn in_memory() -> Self {
+        use nix::mount::{MsFlags, mount};
+        let bed = Self::new();
+        std::fs::create_dir(bed.run_dir()).unwrap();
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let options = Some("mode=0755");
+        mount(Some("tmpfs"), &bed.run_dir(), Some("tmpfs"), flags, options).unwrap();
+        bed
+    }
+
     /// What the owner of the device lets apps do, from now on.
     pub(crate) fn policy(&self, text: &str) {
         std::fs::write(self.policy_source().path, text).unwrap();
@@ -148,6 +159,7 @@ impl Bed {
                 ..ImageConfig::default()
             },
             layers: vec![self.layer.clone()],
+            secrets: std::collections::BTreeMap::new(),
         }
     }
 
@@ -211,7 +223,13 @@ impl Bed {
         assert_eq!(self.cgroups(""), Vec::<PathBuf>::new(), "cgroups are left");
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let own = self.dir.path().to_str().unwrap();
-        assert!(!mounts.contains(own), "mounts are left: {mounts}");
+        let run = self.run_dir();
+        let run = format!(" {} ", run.display());
+        let left: Vec<_> = mounts
+            .lines()
+            .filter(|line| line.contains(own) && !line.contains(&run))
+            .collect();
+        assert!(left.is_empty(), "mounts are left: {left:?}");
         // A program that this one is about to run still has its descriptors for a moment, other tests' too.
         let deadline = Instant::now() + PATIENCE;
         while !processes_naming(own).is_empty() {
@@ -246,6 +264,8 @@ impl Drop for Bed {
                 let _ = cleaning.join();
             });
         }
+        // Nothing is mounted there unless the run directory is in memory.
+        let _ = nix::mount::umount2(&self.run_dir(), nix::mount::MntFlags::MNT_DETACH);
     }
 }
 

@@ -166,6 +166,12 @@ fn device(view: &DeviceView, now_ms: u64, out: &mut dyn Write) -> io::Result<()>
     };
     line(out, "Should run", &version(view.desired))?;
     line(out, "Has stored", &version(view.reported))?;
+    if let Some(key) = &view.secrets_key {
+        let other = view.untrusted_key.as_ref().map(|other| {
+            format!("; it shows {other} now and gets no secrets: see `foreshore device trust-key`")
+        });
+        line(out, "Key", &format!("{key}{}", other.unwrap_or_default()))?;
+    }
     if let Some(inventory) = &view.inventory {
         line(out, "Agent", &inventory.agent_version)?;
         line(

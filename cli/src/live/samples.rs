@@ -97,6 +97,8 @@ pub(crate) fn device() -> DeviceView {
                 restarts: 2,
             }],
         }],
+        secrets_key: Some("0123456789abcdef".to_owned()),
+        untrusted_key: None,
     }
 }
 

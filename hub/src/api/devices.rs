@@ -1,4 +1,4 @@
-//! `/devices`: list, label, forget.
+//! `/devices`: list, label, trust a key, forget.
 
 use axum::Json;
 use axum::body::Bytes;
@@ -10,7 +10,7 @@ use foreshore_protocol::api::{DeviceView, LabelPatch, List};
 use rusqlite::Connection;
 
 use super::{Api, Failure, Hub, Segment};
-use crate::controller::{ControlError, apps};
+use crate::controller::{ControlError, apps, secrets};
 use crate::store::{self, StoreError};
 
 fn device_id(text: &str) -> Result<DeviceId, Failure> {
@@ -68,6 +68,23 @@ pub async fn label(
     let device = id.clone();
     api.controller
         .change(move |change| apps::patch_labels(change, &device, &patch))
+        .await?;
+    view(&api, id).await
+}
+
+/// `POST /devices/{device}/trust-key`.
+///
+/// # Errors
+///
+/// When there is no such device, it has shown no key, or the store fails.
+pub async fn trust_key(
+    State(api): Hub,
+    Segment(device): Segment,
+) -> Result<Json<DeviceView>, Failure> {
+    let id = device_id(&device)?;
+    let device = id.clone();
+    api.controller
+        .change(move |change| secrets::trust_key(change, &device))
         .await?;
     view(&api, id).await
 }

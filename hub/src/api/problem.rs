@@ -176,6 +176,27 @@ impl From<ControlError> for Failure {
                 "a device has only so much room",
                 detail,
             ),
+            ControlError::UnknownSecret(_) => Self::not_found("unknown-secret", detail),
+            ControlError::SecretNotSet { .. } => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "secret-not-set",
+                "a secret is not set",
+                detail,
+            ),
+            ControlError::SecretNotText { .. } => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "secret-not-text",
+                "a secret is no text",
+                detail,
+            ),
+            ControlError::SecretsTooLarge(_) => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "secrets-too-large",
+                "a device has only so much room",
+                detail,
+            ),
+            ControlError::SecretInUse { .. } => conflict("secret-in-use"),
+            ControlError::NoKey(_) => conflict("no-device-key"),
             ControlError::Store(error) => error.into(),
         }
     }

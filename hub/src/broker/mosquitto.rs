@@ -305,6 +305,7 @@ mod tests {
              user gateway-1\n\
              topic read fs/v1/{shard}/gateway-1/head\n\
              topic read fs/v1/{shard}/gateway-1/cmd\n\
+             topic read fs/v1/{shard}/gateway-1/secrets\n\
              topic write fs/v1/{shard}/gateway-1/reported\n\
              topic write fs/v1/{shard}/gateway-1/beacon\n\
              topic write fs/v1/{shard}/gateway-1/event\n\

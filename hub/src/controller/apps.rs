@@ -12,7 +12,7 @@ use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, DeviceId, Digest, topic};
 
 use super::membership::{self, Beyond};
-use super::{Change, ControlError, rollouts};
+use super::{Change, ControlError, rollouts, secrets};
 use crate::rollout::{Rollout, waves};
 use crate::store::{self, app::AppRow};
 
@@ -33,13 +33,14 @@ pub struct Resolved {
 ///
 /// # Errors
 ///
-/// When a device is selected by too many apps then, or the store fails.
+/// When a secret is not set, a device is selected by too many apps then, or the store fails.
 pub fn apply(
     change: &mut Change<'_>,
     resolved: &Resolved,
     seed: u64,
 ) -> Result<ApplyAnswer, ControlError> {
     let name = &resolved.app.metadata.name;
+    secrets::check(change.connection, &resolved.release)?;
     let existing = revive(change, name)?;
     let outcome = outcome(change, existing.as_ref(), resolved)?;
     let row = AppRow {
@@ -64,6 +65,7 @@ pub fn apply(
             &resolved.bytes,
             change.now,
         )?;
+        store::secret::put_names(change.connection, &resolved.digest, &resolved.release)?;
         rollout = Some(rollouts::open(
             change,
             name,
@@ -181,6 +183,7 @@ pub fn plan(
     seed: u64,
 ) -> Result<PlanAnswer, ControlError> {
     let name = &resolved.app.metadata.name;
+    secrets::check(change.connection, &resolved.release)?;
     let existing = store::app::get(change.connection, name)?.filter(|app| !app.deleting);
     let outcome = outcome(change, existing.as_ref(), resolved)?;
     let current = match &existing {
@@ -326,7 +329,7 @@ fn differing_fields(old: &Service, new: &Service) -> Vec<String> {
 ///
 /// # Errors
 ///
-/// When there is no such app, nothing to go back to, or the store fails.
+/// When there is no such app, nothing to go back to, a secret of that is not set any more, or the store fails.
 pub fn undo(
     change: &mut Change<'_>,
     name: &AppName,
@@ -338,6 +341,11 @@ pub fn undo(
         return Err(ControlError::Deleting(name.clone()));
     }
     let release = rollouts::undo_target(change, name)?;
+    if let Some(bytes) = store::app::release_bytes(change.connection, &release)?
+        && let Ok(release) = Release::from_bytes(&bytes, &release)
+    {
+        secrets::check(change.connection, &release)?;
+    }
     let rollout = rollouts::open(change, name, release, &app.manifest.spec.rollout, seed)?;
     Ok(ApplyAnswer {
         app: name.clone(),
@@ -433,6 +441,7 @@ pub fn forget(change: &mut Change<'_>, device: &DeviceId) -> Result<(), ControlE
     store::device::delete(change.connection, device)?;
     for leaf in [
         topic::Leaf::Head,
+        topic::Leaf::Secrets,
         topic::Leaf::Reported,
         topic::Leaf::Presence,
     ] {

@@ -26,7 +26,7 @@ pub fn remove(change: &mut Change<'_>, reference: &Reference) -> Result<(), Cont
     if !elsewhere {
         for release in store::release::needed(change.connection)? {
             let pins = |pinned: &String| imported(pinned) == Some(image.view.digest);
-            if release.images.iter().any(pins) {
+            if release.images().any(pins) {
                 apps.insert(release.app);
             }
         }
@@ -54,7 +54,7 @@ pub fn remove_manifest(
     let full = format!("{HUB_HOST}/{repository}@{digest}");
     let mut apps = BTreeSet::new();
     for release in store::release::needed(change.connection)? {
-        if release.images.contains(&full) {
+        if release.images().any(|image| *image == full) {
             apps.insert(release.app);
         }
     }

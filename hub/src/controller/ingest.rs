@@ -10,7 +10,7 @@ use foreshore_protocol::message::{Beacon, Event, Presence, Reported};
 use foreshore_protocol::{DeviceId, Version};
 
 use super::membership::{self, Beyond};
-use super::{Change, ControlError, apps};
+use super::{Change, ControlError, apps, secrets};
 use crate::broker::HUB_NAME;
 use crate::rollout::UnixMs;
 use crate::store::{self, device::LinkState};
@@ -206,6 +206,8 @@ impl Device<'_> {
         }
         self.link.accepted = presence.version;
         self.link.repair_at = UnixMs(0);
+        let key = presence.secrets_key.as_ref();
+        secrets::noted(change, self.id, key, presence.secrets)?;
         self.repair(change, presence.version)
     }
 
@@ -240,6 +242,8 @@ impl Device<'_> {
                 }
             }
             store::device::put_reports(change.connection, self.id, &reported.apps)?;
+            // What it runs and can go back to decides which secrets it gets.
+            secrets::refresh(change, self.id)?;
             change
                 .effects
                 .dirty
@@ -288,6 +292,7 @@ impl Device<'_> {
         if report_missing || beacon.event_seq > self.link.event_seq {
             self.receipt.resync = true;
         }
+        secrets::noted(change, self.id, None, beacon.secrets)?;
         if beacon.version.is_some() {
             self.link.accepted = beacon.version;
         }

@@ -207,6 +207,8 @@ fn presence(session: u64, boot: u64, online: bool) -> Presence {
         reported_seq: 0,
         max_schema: 1,
         agent_version: "test".to_owned(),
+        secrets_key: None,
+        secrets: None,
     }
 }
 
@@ -464,6 +466,7 @@ fn a_device_behind_is_repaired_less_and_less_often() {
             event_seq: 0,
             memory_mib: 0,
             load_centi: 0,
+            secrets: None,
         })
     };
     let mut sent = Vec::new();

@@ -154,7 +154,8 @@ impl Images {
             let mut foreign = Vec::new();
             for image in store::release::needed(connection)?
                 .into_iter()
-                .flat_map(|release| release.images)
+                .flat_map(|release| release.services.into_values())
+                .map(|service| service.image)
             {
                 match Reference::parse(&image) {
                     Ok(image) if image.host() == HUB_HOST => roots.extend(image.digest()),

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use foreshore_protocol::DeviceId;
+use foreshore_protocol::Version;
 use foreshore_protocol::frame::{self, FrameError};
 use foreshore_protocol::message::{Beacon, Event, Presence, Reported};
 use foreshore_protocol::topic::{Leaf, Topic};
@@ -120,25 +121,32 @@ pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Inb
     let (message, counters) = match leaf {
         Leaf::Presence => {
             let presence: Presence = frame::decode(payload).map_err(unreadable)?;
-            let counters = [presence.session, presence.boot, presence.reported_seq];
+            let secrets = generation(presence.secrets);
+            let counters = [
+                presence.session,
+                presence.boot,
+                presence.reported_seq,
+                secrets,
+            ];
             (Message::Presence(presence), counters)
         }
         Leaf::Reported => {
             let reported: Reported = frame::decode(payload).map_err(unreadable)?;
-            let counters = [reported.boot, reported.seq, 0];
+            let counters = [reported.boot, reported.seq, 0, 0];
             (Message::Reported(reported), counters)
         }
         Leaf::Beacon => {
             let beacon: Beacon = frame::decode(payload).map_err(unreadable)?;
-            let counters = [beacon.boot, beacon.reported_seq, beacon.event_seq];
+            let secrets = generation(beacon.secrets);
+            let counters = [beacon.boot, beacon.reported_seq, beacon.event_seq, secrets];
             (Message::Beacon(beacon), counters)
         }
         Leaf::Event => {
             let event: Event = frame::decode(payload).map_err(unreadable)?;
-            let counters = [event.boot, event.seq, 0];
+            let counters = [event.boot, event.seq, 0, 0];
             (Message::Event(event), counters)
         }
-        Leaf::Head | Leaf::Command => return Err(Unreadable::Topic),
+        Leaf::Head | Leaf::Command | Leaf::Secrets => return Err(Unreadable::Topic),
     };
     if counters.iter().any(|counter| *counter >= COUNTER_MAX) {
         return Err(Unreadable::Counter(device));
@@ -148,6 +156,10 @@ pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Inb
         retained,
         message,
     }))
+}
+
+fn generation(version: Option<Version>) -> u64 {
+    version.map_or(0, |version| version.generation.get())
 }
 
 /// A device that is not understood makes an event now and then, not a flood.
@@ -200,6 +212,7 @@ mod tests {
             event_seq: 0,
             memory_mib: 0,
             load_centi: 0,
+            secrets: None,
         }
     }
 

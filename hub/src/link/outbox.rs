@@ -1,7 +1,7 @@
 //! The publisher: what waits in the outbox goes to the broker at a set rate, and a row is cleared when the broker
 //! took exactly what the row asks for.
 //!
-//! Releases go before heads, so that a device which reads its head finds the release. What the broker refuses
+//! Releases and secrets go before heads, so that a device which reads its head finds what it needs. What the broker refuses
 //! stays in the outbox and [rests] before it is tried again; everything else goes past it.
 
 use std::sync::atomic::Ordering;
@@ -66,6 +66,7 @@ enum Item {
     Clear(String),
     Release(Digest, Vec<u8>),
     Head(DeviceId, Version, Vec<u8>),
+    Secrets(DeviceId, Version, Vec<u8>),
 }
 
 impl Item {
@@ -75,6 +76,7 @@ impl Item {
             Self::Clear(_) => None,
             Self::Release(digest, _) => Some(Key::Release(*digest)),
             Self::Head(device, version, _) => Some(Key::Head(device.clone(), *version)),
+            Self::Secrets(device, version, _) => Some(Key::Secrets(device.clone(), *version)),
         }
     }
 }
@@ -112,7 +114,7 @@ pub async fn run(
     }
 }
 
-/// What waits longest for nothing: clears, then releases, then heads; `None` when nothing waits.
+/// What waits longest for nothing: clears, then releases and secrets, then heads; `None` when nothing waits.
 async fn next_page(
     controller: &Controller,
     rests: &Rests,
@@ -126,7 +128,7 @@ async fn next_page(
     Ok((!page.is_empty()).then_some(page))
 }
 
-/// At most `limit` clears and as many releases, or as many heads; nothing that rests.
+/// At most `limit` clears, as many releases and as many bundles of secrets, or as many heads; nothing that rests.
 fn waiting(
     connection: &rusqlite::Connection,
     rests: &Rests,
@@ -140,6 +142,10 @@ fn waiting(
     let resting = |digest: &Digest| rests.holds_release(digest, now);
     for (digest, bytes) in store::desired::waiting_releases(connection, limit, resting)? {
         page.push(Item::Release(digest, bytes));
+    }
+    let resting = |device: &DeviceId, version| rests.holds_secrets(device, version, now);
+    for (device, version, sealed) in store::secret::waiting(connection, limit, resting)? {
+        page.push(Item::Secrets(device, version, frame::encode(&sealed)));
     }
     // Heads only once every release is out, those apart that the broker refuses: one of them must not hold up
     // the fleet. A device that is told of such a release waits for it.
@@ -166,6 +172,9 @@ async fn publish(
             Item::Clear(topic) => (topic.clone(), Vec::new()),
             Item::Release(digest, bytes) => (topic::release(digest), bytes.clone()),
             Item::Head(device, _, frame) => (topic::device(device, Leaf::Head), frame.clone()),
+            Item::Secrets(device, _, frame) => {
+                (topic::device(device, Leaf::Secrets), frame.clone())
+            }
         };
         let options = PublishOptions::at_least_once().retained();
         let notice = client
@@ -217,6 +226,9 @@ fn clear(connection: &rusqlite::Connection, taken: &[Item]) -> rusqlite::Result<
             Item::Release(digest, _) => store::desired::release_published(connection, digest)?,
             Item::Head(device, version, _) => {
                 store::desired::published(connection, device, *version)?
+            }
+            Item::Secrets(device, version, _) => {
+                store::secret::published(connection, device, *version)?
             }
         }
     }
@@ -290,7 +302,7 @@ mod tests {
                 let refused = match &item {
                     Item::Clear(_) => false,
                     Item::Release(digest, _) => *digest == Digest::of(b"bad"),
-                    Item::Head(device, ..) => device.as_str() < "b",
+                    Item::Head(device, ..) | Item::Secrets(device, ..) => device.as_str() < "b",
                 };
                 match item.key().filter(|_| refused) {
                     Some(key) => _ = rests.refused(key, now),

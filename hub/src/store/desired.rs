@@ -9,7 +9,7 @@ use foreshore_protocol::message::{Head, HeadApp};
 use foreshore_protocol::{AppName, DeviceId, Digest, Epoch, Version, topic};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use super::column;
+use super::{column, secret};
 use crate::rollout::{Placement, UnixMs};
 
 /// The hub's epoch.
@@ -97,6 +97,7 @@ pub fn place(
     connection
         .prepare_cached("DELETE FROM removal WHERE device = ?1 AND app = ?2")?
         .execute([device.as_str(), app.as_str()])?;
+    secret::refresh(connection, device)?;
     Ok(version)
 }
 
@@ -151,6 +152,7 @@ pub fn remove(
     connection
         .prepare_cached("INSERT OR REPLACE INTO removal (device, app, epoch, generation) VALUES (?1, ?2, ?3, ?4)")?
         .execute(params![device.as_str(), app.as_str(), version.epoch.get(), version.generation.get()])?;
+    secret::refresh(connection, device)?;
     Ok(Some(version))
 }
 
@@ -360,14 +362,14 @@ pub fn cleared(connection: &Connection, topic: &str) -> rusqlite::Result<()> {
 pub fn outbox_depth(connection: &Connection) -> rusqlite::Result<u64> {
     connection.query_row(
         "SELECT (SELECT count(*) FROM outbox) + (SELECT count(*) FROM outbox_release)
-              + (SELECT count(*) FROM outbox_clear)",
+              + (SELECT count(*) FROM outbox_clear) + (SELECT count(*) FROM outbox_secrets)",
         [],
         |row| row.get(0),
     )
 }
 
-/// Queues everything that should be retained on the broker: the head of every device that has one, and every
-/// release that is placed somewhere.
+/// Queues everything that should be retained on the broker: the head and the secrets of every device that has some, and
+/// every release that is placed somewhere.
 ///
 /// # Errors
 ///
@@ -376,7 +378,9 @@ pub fn enqueue_all(connection: &Connection) -> rusqlite::Result<()> {
     connection.execute_batch(
         "INSERT OR IGNORE INTO outbox (device, epoch, generation)
              SELECT id, desired_epoch, desired_generation FROM device WHERE desired_generation IS NOT NULL;
-         INSERT OR IGNORE INTO outbox_release (digest) SELECT DISTINCT release FROM placement;",
+         INSERT OR IGNORE INTO outbox_release (digest) SELECT DISTINCT release FROM placement;
+         INSERT OR IGNORE INTO outbox_secrets (device, epoch, generation)
+             SELECT device, epoch, generation FROM device_secrets WHERE generation IS NOT NULL AND untrusted IS NULL;",
     )
 }
 
@@ -448,7 +452,11 @@ pub fn begin_epoch(connection: &Connection) -> rusqlite::Result<Epoch> {
         "UPDATE device SET desired_epoch = ?1 WHERE desired_generation IS NOT NULL",
         [epoch.get()],
     )?;
-    connection.execute("DELETE FROM outbox", [])?;
+    connection.execute(
+        "UPDATE device_secrets SET epoch = ?1 WHERE generation IS NOT NULL",
+        [epoch.get()],
+    )?;
+    connection.execute_batch("DELETE FROM outbox; DELETE FROM outbox_secrets;")?;
     enqueue_all(connection)?;
     Ok(epoch)
 }

@@ -362,10 +362,16 @@ fn read_view(row: &Row<'_>) -> rusqlite::Result<DeviceView> {
         reported: column::version_option(row, 7)?,
         inventory: column::json_option(row, 9)?,
         apps: Vec::new(),
+        secrets_key: None,
+        untrusted_key: None,
     })
 }
 
 fn with_apps(connection: &Connection, mut view: DeviceView) -> rusqlite::Result<DeviceView> {
+    if let Some(keys) = super::secret::keys(connection, &view.id)? {
+        view.secrets_key = Some(keys.trusted.fingerprint());
+        view.untrusted_key = keys.untrusted.map(|key| key.fingerprint());
+    }
     view.apps = connection
         .prepare_cached("SELECT body FROM report WHERE device = ?1 ORDER BY app")?
         .query_map([view.id.as_str()], |row| column::json(row, 0))?

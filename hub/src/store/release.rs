@@ -1,9 +1,10 @@
 //! Which releases somebody may still ask for.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
+use foreshore_protocol::manifest::{SecretMount, Service};
 use foreshore_protocol::release::Release;
-use foreshore_protocol::{AppName, Digest};
+use foreshore_protocol::{AppName, Digest, ServiceName};
 use rusqlite::{Connection, params};
 
 use super::column;
@@ -21,7 +22,7 @@ const NAMED: &str = "
     SELECT release AS named FROM placement
     UNION SELECT release FROM report
     UNION SELECT json_extract(body, '$.running') FROM report
-    UNION SELECT json_extract(body, '$.lastKnownGood') FROM report
+    UNION SELECT json_extract(body, '$.last_known_good') FROM report
     UNION SELECT json_extract(header, '$.to') FROM kept
     UNION SELECT json_extract(header, '$.from') FROM kept
     UNION SELECT json_extract(assignment.body, '$.previous.release')
@@ -32,8 +33,20 @@ const NAMED: &str = "
 pub struct Kept {
     /// Whose.
     pub app: AppName,
-    /// Its images, pinned by digest.
-    pub images: BTreeSet<String>,
+    /// Its services, images pinned by digest.
+    pub services: BTreeMap<ServiceName, Service>,
+}
+
+impl Kept {
+    /// The images of its services.
+    pub fn images(&self) -> impl Iterator<Item = &String> {
+        self.services.values().map(|service| &service.image)
+    }
+
+    /// The secrets of its services.
+    pub fn secrets(&self) -> impl Iterator<Item = &SecretMount> {
+        self.services.values().flat_map(|service| &service.secrets)
+    }
 }
 
 /// The releases that a device may yet be given, or says it has: what an app is at, goes back to, or is undone to.
@@ -50,13 +63,9 @@ pub fn needed(connection: &Connection) -> rusqlite::Result<Vec<Kept>> {
         .query_map([1], |row| {
             let (digest, bytes): (Digest, Vec<u8>) = (column::parsed(row, 0)?, row.get(2)?);
             let release = Release::from_bytes(&bytes, &digest).ok();
-            let services = release.map(|release| release.services).unwrap_or_default();
             Ok(Kept {
                 app: column::parsed(row, 1)?,
-                images: services
-                    .into_values()
-                    .map(|service| service.image)
-                    .collect(),
+                services: release.map(|release| release.services).unwrap_or_default(),
             })
         })?
         .collect()

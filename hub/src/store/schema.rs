@@ -5,7 +5,7 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::StoreError;
 
 /// One step per version; never edited after a release, only added to.
-const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE, REGISTRY, CACHE];
+const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE, REGISTRY, CACHE, SECRETS];
 
 /// What the hub fetched from other registries for its site.
 const CACHE: &str = "
@@ -60,6 +60,36 @@ CREATE TABLE upload (
 
 /// The release of an app that devices switch to although the app holds its update lock.
 const UNLOCKED_RELEASE: &str = "ALTER TABLE app ADD COLUMN unlocked_release TEXT;";
+
+/// Secrets, which releases name them, the keys of devices with what they are to be sent, and what waits to be sent.
+const SECRETS: &str = "
+CREATE TABLE secret (
+    name TEXT PRIMARY KEY,
+    revision INTEGER NOT NULL,
+    value BLOB NOT NULL,
+    created_ms INTEGER NOT NULL,
+    changed_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE release_secret (
+    release TEXT NOT NULL REFERENCES release (digest) ON DELETE CASCADE,
+    secret TEXT NOT NULL,
+    PRIMARY KEY (release, secret)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX release_secret_secret ON release_secret (secret);
+CREATE TABLE device_secrets (
+    device TEXT PRIMARY KEY REFERENCES device (id) ON DELETE CASCADE,
+    key BLOB NOT NULL,
+    untrusted BLOB,
+    wanted TEXT NOT NULL DEFAULT '{}',
+    epoch INTEGER,
+    generation INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE TABLE outbox_secrets (
+    device TEXT PRIMARY KEY REFERENCES device (id) ON DELETE CASCADE,
+    epoch INTEGER NOT NULL,
+    generation INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+";
 
 /// Brings the database to the newest schema, each step in its own transaction.
 ///

@@ -159,6 +159,8 @@ fn presence(state: &State, online: bool) -> Vec<u8> {
         reported_seq: state.seq,
         max_schema: frame::MAX_SCHEMA,
         agent_version: "test".to_owned(),
+        secrets_key: None,
+        secrets: None,
     })
 }
 
@@ -392,6 +394,7 @@ fn kicked(client: &AsyncClient, id: &DeviceId, state: &mut State, kick: Kick) {
                 event_seq: state.event_seq,
                 memory_mib: 1,
                 load_centi: 1,
+                secrets: None,
             };
             (Leaf::Beacon, frame::encode(&beacon))
         }

@@ -163,6 +163,8 @@ fn a_device_that_is_cut_off_is_seen_offline_and_an_old_will_never_wins() {
         reported_seq: 0,
         max_schema: 1,
         agent_version: "test".to_owned(),
+        secrets_key: None,
+        secrets: None,
     };
     device.kick(Kick::Raw(
         Leaf::Presence,

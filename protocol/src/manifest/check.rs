@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 use super::{
-    App, Condition, Logging, Probe, ProbeAction, RestartPolicy, RolloutPolicy, Service,
-    VolumeSource, WaveTarget,
+    App, Condition, Logging, Probe, ProbeAction, RestartPolicy, RolloutPolicy, SECRETS_DIR,
+    Service, VolumeSource, WaveTarget,
 };
 use crate::Digest;
 use crate::id::ServiceName;
@@ -26,12 +26,15 @@ const MAX_MATCH_LABELS: usize = 32;
 const MAX_MOUNTS: usize = 64;
 /// Configs of one app, and of one service.
 const MAX_CONFIGS: usize = 32;
+/// Secrets of one app, and of one service.
+const MAX_SECRETS: usize = 32;
 /// Device nodes of one service.
 const MAX_DEVICES: usize = 32;
 /// What is in every container's `/dev`, and what the starting of one needs there.
-const OWN_NODES: [&str; 23] = [
+const OWN_NODES: [&str; 24] = [
     "c", "console", "core", "fd", "full", "l", "layer", "log", "m", "mqueue", "null", "ptmx",
-    "pts", "random", "rootfs", "shm", "stderr", "stdin", "stdout", "sys", "tty", "urandom", "zero",
+    "pts", "random", "rootfs", "s", "shm", "stderr", "stdin", "stdout", "sys", "tty", "urandom",
+    "zero",
 ];
 /// Linux `PATH_MAX` without its NUL (limits.h).
 const MAX_PATH_BYTES: usize = 4095;
@@ -102,6 +105,7 @@ pub(super) fn app(app: &App) -> Checked {
     }
     dependencies("spec.services", &spec.services)?;
     configs(app)?;
+    secrets(app)?;
     rollout(&spec.rollout)?;
     size(app)
 }
@@ -206,6 +210,7 @@ pub(crate) fn service(path: &str, service: &Service) -> Checked {
     mounts(path, service)?;
     devices(path, service)?;
     config_mounts(path, service)?;
+    secret_mounts(path, service)?;
     limits(path, service)?;
     for (name, probe) in service.probes.each() {
         let path = format!("{path}.probes.{name}");
@@ -581,6 +586,93 @@ fn configs(app: &App) -> Checked {
         let mut mounts = spec.services.values().flat_map(|service| &service.configs);
         ensure(mounts.any(|mount| mount.source == *name), path, || {
             format!("no service has it; add configs: [{name}] to one, or remove it")
+        })?;
+    }
+    Ok(())
+}
+
+fn secret_mounts(path: &str, service: &Service) -> Checked {
+    ensure(
+        service.secrets.len() <= MAX_SECRETS,
+        format_args!("{path}.secrets"),
+        || format!("at most {MAX_SECRETS} secrets are allowed"),
+    )?;
+    let (mut files, mut variables) = (BTreeSet::new(), BTreeSet::new());
+    for (index, secret) in service.secrets.iter().enumerate() {
+        let path = format!("{path}.secrets[{index}]");
+        if let Some(file) = &secret.target {
+            // What begins with a dot is the agent's own.
+            let plain = !file.is_empty()
+                && file.len() <= 255
+                && !file.starts_with('.')
+                && !file.contains('/')
+                && !file.chars().any(char::is_control);
+            ensure(plain, format_args!("{path}.target"), || {
+                format!(
+                    "{file:?} must be the name of a file in {SECRETS_DIR} that does not begin with a dot; link to it from \
+                     elsewhere"
+                )
+            })?;
+            ensure(files.insert(file), format_args!("{path}.target"), || {
+                format!("{SECRETS_DIR}/{file} is given twice; keep one")
+            })?;
+        }
+        if let Some(variable) = &secret.environment {
+            let path = format!("{path}.environment");
+            let named = !variable.is_empty() && !variable.contains(['=', '\0']);
+            ensure(named, &path, || {
+                format!("{variable:?} must be the name of a variable, without '=' and NUL")
+            })?;
+            let once = variables.insert(variable) && !service.environment.contains_key(variable);
+            ensure(once, &path, || {
+                format!("variable {variable} is given twice; keep one")
+            })?;
+        }
+    }
+    let volumes = service.volumes.iter().map(|volume| &volume.target);
+    let tmpfs = service.tmpfs.iter().map(|tmpfs| &tmpfs.target);
+    let configs = service.configs.iter().map(|config| &config.target);
+    let inside = |target: &&String| {
+        let rest = target.strip_prefix(SECRETS_DIR);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    let taken = volumes.chain(tmpfs).chain(configs).find(inside);
+    match taken.filter(|_| !files.is_empty()) {
+        Some(target) => refuse(
+            format_args!("{path}.secrets"),
+            format!(
+                "{target} is mounted where the secrets are ({SECRETS_DIR}); choose another place"
+            ),
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Every secret that a service names is one of the app's, and every one of the app's is named.
+fn secrets(app: &App) -> Checked {
+    let spec = &app.spec;
+    ensure(spec.secrets.len() <= MAX_SECRETS, "spec.secrets", || {
+        format!("at most {MAX_SECRETS} secrets are allowed")
+    })?;
+    for (name, service) in &spec.services {
+        for (index, mount) in service.secrets.iter().enumerate() {
+            let path = format!("spec.services.{name}.secrets[{index}]");
+            ensure(spec.secrets.contains_key(&mount.source), path, || {
+                format!(
+                    "the app has no secret {0}; write {0}: {{external: true}} under spec.secrets",
+                    mount.source
+                )
+            })?;
+        }
+    }
+    for (name, source) in &spec.secrets {
+        let path = format!("spec.secrets.{name}");
+        ensure(source.external, format_args!("{path}.external"), || {
+            format!("must be true: the value is set with `foreshore secret set {name}`")
+        })?;
+        let mut mounts = spec.services.values().flat_map(|service| &service.secrets);
+        ensure(mounts.any(|mount| mount.source == *name), path, || {
+            format!("no service has it; add secrets: [{name}] to one, or remove it")
         })?;
     }
     Ok(())

@@ -190,11 +190,12 @@ enum Scope {
     Rollout,
     ConfigMount,
     ConfigFile,
+    SecretSource,
 }
 
 impl Scope {
     fn of(expected: &[&str]) -> Option<Self> {
-        const MARKS: [(&str, Scope); 15] = [
+        const MARKS: [(&str, Scope); 16] = [
             ("apiVersion", Scope::App),
             ("image", Scope::Service),
             ("services", Scope::Spec),
@@ -209,6 +210,7 @@ impl Scope {
             ("waves", Scope::Rollout),
             ("source", Scope::ConfigMount),
             ("content", Scope::ConfigFile),
+            ("external", Scope::SecretSource),
             ("command", Scope::Command),
         ];
         MARKS
@@ -235,6 +237,7 @@ impl Scope {
             Self::Rollout => rollout_key(key),
             Self::ConfigMount => config_mount_key(key),
             Self::ConfigFile => config_file_key(key),
+            Self::SecretSource => secret_source_key(key),
         }
     }
 }
@@ -247,8 +250,8 @@ fn app_key(key: &str) -> Option<&'static str> {
         "name" => "belongs under `metadata`",
         "version" => "is Compose's; write `apiVersion: foreshore/v1` and `kind: App`",
         "volumes" => "is not needed; a named volume exists once a service mounts it",
-        "configs" => "belongs under `spec`",
-        "networks" | "secrets" | "include" => NOT_BUILT,
+        "configs" | "secrets" => "belongs under `spec`",
+        "networks" | "include" => NOT_BUILT,
         "status" => "is not for users to write; remove it",
         _ => return None,
     })
@@ -264,7 +267,7 @@ fn metadata_key(key: &str) -> Option<&'static str> {
 fn spec_key(key: &str) -> Option<&'static str> {
     Some(match key {
         "volumes" => "is not needed; a named volume exists once a service mounts it",
-        "networks" | "secrets" => NOT_BUILT,
+        "networks" => NOT_BUILT,
         "priority" => "belongs to each service",
         "replicas" => "does not exist; every selected device runs each service once",
         "template" | "containers" => "does not exist; describe containers under `services`",
@@ -423,6 +426,16 @@ fn config_file_key(key: &str) -> Option<&'static str> {
     Some(match key {
         "file" | "environment" | "external" | "name" | "template_driver" => {
             "is not built yet; write the text under `content`"
+        }
+        _ => return None,
+    })
+}
+
+fn secret_source_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "file" | "environment" | "content" | "value" => {
+            "is not for manifests, which everybody may read; write `external: true` and set the value with `foreshore \
+             secret set NAME`"
         }
         _ => return None,
     })

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::marker::PhantomData;
 use std::str::FromStr;
 
 use serde::Deserialize;
@@ -10,8 +11,9 @@ use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use super::check::{self, Violation};
 use super::config::{self, ConfigMount};
 use super::explain::syntax;
+use super::secret::{self, SecretMount};
 use super::{Amount, App, Condition, Dependencies, Dependency, Tmpfs, VolumeMount, VolumeSource};
-use crate::id::{ConfigName, ServiceName};
+use crate::id::{ConfigName, SecretName, ServiceName};
 use crate::quantity::Bytes;
 
 /// The largest manifest that is looked at: 256 KiB.
@@ -88,6 +90,11 @@ pub enum FieldError {
     /// Not a user or group number.
     #[error("{0:?} is not a user or group number; write one from 0 to 65535")]
     Owner(String),
+    /// Not what can become of a container.
+    #[error(
+        "{0:?} is nothing that is done when a secret changes; use restart, keep, or a signal such as SIGHUP"
+    )]
+    OnRotate(String),
 }
 
 /// Reads one App manifest from YAML or JSON.
@@ -212,35 +219,96 @@ pub(super) fn dependencies<'de, D: Deserializer<'de>>(
 pub(super) fn configs<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Vec<ConfigMount>, D::Error> {
-    struct Entry(ConfigMount);
-    struct Visit;
+    let expected = "the name of a config, or a map such as {source: NAME, target: /path}";
+    names_or_maps::<D, ConfigName, config::Long, _>(deserializer, expected)
+}
 
-    impl<'de> Visitor<'de> for Visit {
-        type Value = Entry;
+/// `secrets:` of a service: a list of names, or of maps.
+pub(super) fn secrets<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<SecretMount>, D::Error> {
+    let expected = "the name of a secret, or a map such as {source: NAME, target: FILE}";
+    names_or_maps::<D, SecretName, secret::Long, _>(deserializer, expected)
+}
+
+fn names_or_maps<'de, D, Short, Long, T>(
+    deserializer: D,
+    expected: &'static str,
+) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    Short: FromStr<Err: fmt::Display> + Into<T>,
+    Long: Deserialize<'de> + Into<T>,
+{
+    struct List<Short, Long>(&'static str, PhantomData<(Short, Long)>);
+    struct Entry<Short, Long>(&'static str, PhantomData<(Short, Long)>);
+
+    impl<'de, Short, Long> Visitor<'de> for Entry<Short, Long>
+    where
+        Short: FromStr<Err: fmt::Display>,
+        Long: Deserialize<'de>,
+    {
+        type Value = Either<Short, Long>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("the name of a config, or a map such as {source: NAME, target: /path}")
+            f.write_str(self.0)
         }
 
-        fn visit_str<E: de::Error>(self, text: &str) -> Result<Entry, E> {
-            let name = text.parse::<ConfigName>().map_err(de::Error::custom)?;
-            Ok(Entry(name.into()))
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            text.parse().map(Either::Short).map_err(de::Error::custom)
         }
 
-        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Entry, A::Error> {
-            let long = config::Long::deserialize(de::value::MapAccessDeserializer::new(map))?;
-            Ok(Entry(long.into()))
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            Long::deserialize(de::value::MapAccessDeserializer::new(map)).map(Either::Long)
         }
     }
 
-    impl<'de> Deserialize<'de> for Entry {
-        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-            deserializer.deserialize_any(Visit)
+    impl<'de, Short, Long> de::DeserializeSeed<'de> for Entry<Short, Long>
+    where
+        Short: FromStr<Err: fmt::Display>,
+        Long: Deserialize<'de>,
+    {
+        type Value = Either<Short, Long>;
+
+        fn deserialize<D: Deserializer<'de>>(
+            self,
+            deserializer: D,
+        ) -> Result<Self::Value, D::Error> {
+            deserializer.deserialize_any(self)
         }
     }
 
-    let entries = Vec::<Entry>::deserialize(deserializer)?;
-    Ok(entries.into_iter().map(|Entry(mount)| mount).collect())
+    impl<'de, Short, Long> Visitor<'de> for List<Short, Long>
+    where
+        Short: FromStr<Err: fmt::Display>,
+        Long: Deserialize<'de>,
+    {
+        type Value = Vec<Either<Short, Long>>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list; each entry is {}", self.0)
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            let mut entries = Vec::new();
+            while let Some(entry) = seq.next_element_seed(Entry(self.0, PhantomData))? {
+                entries.push(entry);
+            }
+            Ok(entries)
+        }
+    }
+
+    let entries = deserializer.deserialize_seq(List::<Short, Long>(expected, PhantomData))?;
+    let entries = entries.into_iter().map(|entry| match entry {
+        Either::Short(name) => name.into(),
+        Either::Long(long) => long.into(),
+    });
+    Ok(entries.collect())
+}
+
+enum Either<Short, Long> {
+    Short(Short),
+    Long(Long),
 }
 
 /// One string or a list of them, as Compose allows for `tmpfs`.
@@ -249,7 +317,7 @@ where
     D: Deserializer<'de>,
     T: FromStr<Err = FieldError>,
 {
-    struct OneOrMany<T>(std::marker::PhantomData<T>);
+    struct OneOrMany<T>(PhantomData<T>);
 
     impl<'de, T: FromStr<Err = FieldError>> Visitor<'de> for OneOrMany<T> {
         type Value = Vec<T>;
@@ -273,7 +341,7 @@ where
         }
     }
 
-    deserializer.deserialize_any(OneOrMany(std::marker::PhantomData))
+    deserializer.deserialize_any(OneOrMany(PhantomData))
 }
 
 impl FromStr for Tmpfs {

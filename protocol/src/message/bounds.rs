@@ -151,7 +151,7 @@ macro_rules! unbounded {
         })*
     };
 }
-unbounded!(Beacon, Command, HubInfo);
+unbounded!(Beacon, Command, HubInfo, crate::secret::SealedSecrets);
 
 #[cfg(test)]
 mod tests {

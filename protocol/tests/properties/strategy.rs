@@ -13,6 +13,7 @@ use foreshore_protocol::message::{
     Presence, Reason, ReasonCode, Reported, ServiceState, ServiceStatus,
 };
 use foreshore_protocol::release::Release;
+use foreshore_protocol::secret::{PublicKey, SealedSecrets};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -225,6 +226,7 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::PolicyDenied,
         ReasonCode::DeviceMissing,
         ReasonCode::PullDeferred,
+        ReasonCode::SecretMissing,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))
@@ -286,15 +288,19 @@ pub(crate) fn reported() -> impl Strategy<Value = Reported> {
 }
 
 pub(crate) fn beacon() -> impl Strategy<Value = Beacon> {
-    (any::<[u64; 4]>(), option::of(version()), any::<[u32; 2]>()).prop_map(
-        |([boot, seq, reported_seq, event_seq], version, [memory_mib, load_centi])| Beacon {
-            boot,
-            seq,
-            version,
-            reported_seq,
-            event_seq,
-            memory_mib,
-            load_centi,
+    let versions = [option::of(version()), option::of(version())];
+    (any::<[u64; 4]>(), versions, any::<[u32; 2]>()).prop_map(
+        |([boot, seq, reported_seq, event_seq], [version, secrets], [memory_mib, load_centi])| {
+            Beacon {
+                boot,
+                seq,
+                version,
+                reported_seq,
+                event_seq,
+                memory_mib,
+                load_centi,
+                secrets,
+            }
         },
     )
 }
@@ -303,12 +309,20 @@ pub(crate) fn presence() -> impl Strategy<Value = Presence> {
     (
         any::<[u64; 3]>(),
         any::<bool>(),
-        option::of(version()),
+        [option::of(version()), option::of(version())],
         any::<u16>(),
         "\\PC{0,60}",
+        option::of(any::<[u8; 32]>().prop_map(PublicKey::from_bytes)),
     )
         .prop_map(
-            |([session, boot, reported_seq], online, version, max_schema, agent_version)| {
+            |(
+                [session, boot, reported_seq],
+                online,
+                [version, secrets],
+                max_schema,
+                agent_version,
+                secrets_key,
+            )| {
                 Presence {
                     session,
                     online,
@@ -317,6 +331,8 @@ pub(crate) fn presence() -> impl Strategy<Value = Presence> {
                     reported_seq,
                     max_schema,
                     agent_version,
+                    secrets_key,
+                    secrets,
                 }
             },
         )
@@ -334,6 +350,7 @@ pub(crate) fn event() -> impl Strategy<Value = Event> {
         EventKind::Evicted,
         EventKind::DiskPressure,
         EventKind::StateWritable,
+        EventKind::SecretRotated,
     ]);
     let about = option::of((name::<AppName>(), option::of(name::<ServiceName>())));
     (any::<[u64; 3]>(), kind, about, "\\PC{0,200}").prop_map(
@@ -345,6 +362,10 @@ pub(crate) fn event() -> impl Strategy<Value = Event> {
             }
         },
     )
+}
+
+pub(crate) fn sealed_secrets() -> impl Strategy<Value = SealedSecrets> {
+    prop::collection::vec(any::<u8>(), 0..200).prop_map(|sealed| SealedSecrets { sealed })
 }
 
 pub(crate) fn hub_info() -> impl Strategy<Value = HubInfo> {

@@ -265,7 +265,10 @@ impl Device {
         for running in &self.running {
             match &running.step {
                 Step::Stage { release, .. } => busy.staging = Some(*release),
-                Step::Stop { id, .. } | Step::Remove { id } | Step::Start { id, .. } => {
+                Step::Stop { id, .. }
+                | Step::Remove { id }
+                | Step::Start { id, .. }
+                | Step::RenewSecrets { id, .. } => {
                     busy.services.insert((id.app.clone(), id.service.clone()));
                 }
                 Step::Collect { .. } => busy.collecting = true,
@@ -372,7 +375,9 @@ impl Device {
             Step::Stage { .. } => random.between(SECOND, 5 * MINUTE),
             Step::Stop { .. } => random.between(50, 10 * SECOND),
             Step::Start { .. } => random.between(20, 2 * SECOND),
-            Step::Remove { .. } | Step::Collect { .. } => random.between(10, SECOND),
+            Step::Remove { .. } | Step::RenewSecrets { .. } | Step::Collect { .. } => {
+                random.between(10, SECOND)
+            }
         };
         self.next_token += 1;
         self.running.push(Running {
@@ -431,6 +436,7 @@ impl Device {
             Step::Stage {
                 release, images, ..
             } => Some(self.stage(*release, images, scenario, registry, random)),
+            Step::RenewSecrets { id, .. } => Some(Outcome::SecretsRenewed { id: id.clone() }),
             Step::Stop { id, .. } => {
                 if let Some(live) = self.containers.get_mut(id)
                     && matches!(live.container.state, ContainerState::Running { .. })
@@ -568,6 +574,7 @@ impl Device {
             id: id.clone(),
             release: *release,
             service_digest: service_digest(service),
+            secrets: BTreeMap::new(),
             state: ContainerState::Running {
                 pid: 1,
                 started_ms: self.now(now).ms.0,
@@ -677,9 +684,10 @@ fn mutate(plan: &mut Plan, observed: &Observed, before: &History, mutation: Opti
             .steps
             .iter()
             .filter_map(|step| match step {
-                Step::Stop { id, .. } | Step::Remove { id } | Step::Start { id, .. } => {
-                    Some(id.service.clone())
-                }
+                Step::Stop { id, .. }
+                | Step::Remove { id }
+                | Step::Start { id, .. }
+                | Step::RenewSecrets { id, .. } => Some(id.service.clone()),
                 Step::Stage { .. } | Step::AbandonStaging { .. } | Step::Collect { .. } => None,
             })
             .collect();

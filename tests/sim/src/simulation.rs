@@ -589,6 +589,8 @@ impl Simulation {
             reported_seq: one.reported.as_ref().map_or(0, |reported| reported.seq),
             max_schema: 1,
             agent_version: "0.1.0".to_owned(),
+            secrets_key: None,
+            secrets: None,
         };
         let reported = one
             .reported
@@ -635,6 +637,8 @@ impl Simulation {
             reported_seq: 0,
             max_schema: 1,
             agent_version: "0.1.0".to_owned(),
+            secrets_key: None,
+            secrets: None,
         };
         self.retain(device, &Up::Presence(presence.clone()));
         let delay = self.random.between(5, self.scenario.delay);
@@ -740,6 +744,7 @@ impl Simulation {
             event_seq: 0,
             memory_mib: 0,
             load_centi: 0,
+            secrets: None,
         };
         self.send_up(device, &Up::Beacon(beacon));
     }

@@ -148,6 +148,8 @@ async fn session(
                     reported_seq: seq,
                     max_schema: frame::MAX_SCHEMA,
                     agent_version: "0.1.0".to_owned(),
+                    secrets_key: None,
+                    secrets: None,
                 };
                 publish(client, id, Leaf::Presence, &birth).await?;
                 seq += 1;

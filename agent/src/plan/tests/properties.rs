@@ -15,6 +15,8 @@ enum Op {
     HubReachable(bool),
     Kill(usize),
     LoseHistory,
+    Rotate(usize),
+    LoseSecret(usize),
 }
 
 const APPS: [&str; 2] = ["shop", "till"];
@@ -46,7 +48,30 @@ fn op() -> impl Strategy<Value = Op> {
         2 => any::<bool>().prop_map(Op::HubReachable),
         2 => (0..4_usize).prop_map(Op::Kill),
         1 => Just(Op::LoseHistory),
+        2 => (0..2_usize).prop_map(Op::Rotate),
+        1 => (0..2_usize).prop_map(Op::LoseSecret),
     ]
+}
+
+const SECRETS: [&str; 2] = ["live", "pin"];
+
+/// A secret has another value, or one again.
+fn rotate(world: &mut World, name: &str) {
+    world.rotations += 1;
+    world.secrets.insert(name.parse().unwrap(), world.rotations);
+}
+
+fn secret(
+    mut service: foreshore_protocol::manifest::Service,
+    name: &str,
+    on_rotate: &str,
+) -> foreshore_protocol::manifest::Service {
+    let mounts = format!(
+        "{{\"image\": \"x\", \"secrets\": [{{\"source\": \"{name}\", \"on_rotate\": \"{on_rotate}\"}}]}}"
+    );
+    let mounts: foreshore_protocol::manifest::Service = serde_json::from_str(&mounts).unwrap();
+    service.secrets = mounts.secrets;
+    service
 }
 
 fn of(app: u8, behaviour: u8, seed: u32) -> Release {
@@ -71,9 +96,9 @@ fn of(app: u8, behaviour: u8, seed: u32) -> Release {
         APPS[usize::from(app)],
         &[
             ("job", job("exit 0 300", 200 + seed % 2)),
-            ("other", other),
+            ("other", secret(other, "live", "SIGHUP")),
             ("steady", always("good", 100 + seed % 2)),
-            ("web", web),
+            ("web", secret(web, "pin", "restart")),
         ],
     )
 }
@@ -105,6 +130,8 @@ fn apply(world: &mut World, op: &Op) {
             }
         }
         Op::LoseHistory => world.lose_history(),
+        Op::Rotate(which) => rotate(world, SECRETS[*which]),
+        Op::LoseSecret(which) => _ = world.secrets.remove(SECRETS[*which]),
     }
 }
 
@@ -112,6 +139,9 @@ fn apply(world: &mut World, op: &Op) {
 fn heal(world: &mut World) {
     world.registry = None;
     world.hub_reachable = true;
+    for name in SECRETS {
+        rotate(world, name);
+    }
     world.run(HOUR);
     let wanted: Vec<Release> = world
         .desired
@@ -140,6 +170,7 @@ proptest! {
     #[test]
     fn settles_from_anywhere(ops in prop::collection::vec(op(), 0..40)) {
         let mut world = World::new();
+        SECRETS.iter().for_each(|name| rotate(&mut world, name));
         for op in &ops {
             apply(&mut world, op);
         }
@@ -162,6 +193,12 @@ proptest! {
                 prop_assert_eq!(status.running, status.last_known_good);
             }
         }
+        // Who runs has the newest values.
+        for (container, _, service) in &world.containers {
+            for mount in &service.secrets {
+                prop_assert_eq!(container.secrets.get(&mount.source), world.secrets.get(&mount.source));
+            }
+        }
         let known: Vec<_> = world.desired.apps.keys().collect();
         prop_assert!(world.containers.iter().all(|(container, ..)| known.contains(&&container.id.app)));
     }
@@ -170,6 +207,7 @@ proptest! {
     #[test]
     fn quiet_when_settled(ops in prop::collection::vec(op(), 0..30)) {
         let mut world = World::new();
+        SECRETS.iter().for_each(|name| rotate(&mut world, name));
         for op in &ops {
             apply(&mut world, op);
         }
@@ -192,6 +230,7 @@ proptest! {
     #[test]
     fn prefix_safe(cuts in prop::collection::vec((0..3_usize, 0..3_u8), 1..25), behaviour in 0..8_u8) {
         let mut world = settled(&release("shop", &[("steady", always("good", 100)), ("web", always("good", 1))]));
+        SECRETS.iter().for_each(|name| rotate(&mut world, name));
         world.assign(&of(0, behaviour, 2));
         for (cut, then) in &cuts {
             world.turn(*cut);

@@ -3,6 +3,7 @@
 //! Not being able to tell is an error and never an answer: taking a healthy container for a broken one would get it
 //! removed.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 
@@ -10,7 +11,7 @@ use foreshore_protocol::Digest;
 
 use super::OciRuntime;
 use crate::runtime::request::{EXIT, RECORD, Record, read_json};
-use crate::runtime::{Container, ContainerId, ContainerState, Exit};
+use crate::runtime::{Container, ContainerId, ContainerState, Exit, secrets};
 
 impl OciRuntime {
     /// The container's record; `None` when there is none or it makes no sense.
@@ -75,11 +76,14 @@ impl OciRuntime {
                 release: nothing,
                 service_digest: nothing,
                 state: ContainerState::Broken,
+                secrets: BTreeMap::new(),
             };
             return Ok(self.dir(&id).exists().then_some(id).map(broken));
         };
         let state = self.state(&id, &record)?;
+        let secrets = secrets::revisions(&self.dir(&id))?;
         Ok(Some(Container {
+            secrets,
             id,
             release: record.release,
             service_digest: record.service_digest,

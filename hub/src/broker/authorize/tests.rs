@@ -115,9 +115,9 @@ fn devices_may_do_exactly_this() {
         let topic = own("dev1", leaf);
         for action in ACTIONS {
             let expected = match (action, leaf) {
-                (Action::Subscribe, Leaf::Head | Leaf::Command) => Ok(()),
+                (Action::Subscribe, Leaf::Head | Leaf::Command | Leaf::Secrets) => Ok(()),
                 (Action::Subscribe, _) => Err(Denied::Topic),
-                (_, Leaf::Head | Leaf::Command) => Err(Denied::Topic),
+                (_, Leaf::Head | Leaf::Command | Leaf::Secrets) => Err(Denied::Topic),
                 (_, Leaf::Reported | Leaf::Presence) => Ok(()),
                 (
                     Action::Publish { retain } | Action::PublishWill { retain },

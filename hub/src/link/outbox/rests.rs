@@ -19,6 +19,8 @@ pub(super) enum Key {
     Release(Digest),
     /// A device's head of that version. The next one may be another matter, and does not rest.
     Head(DeviceId, Version),
+    /// A device's bundle of secrets of that version.
+    Secrets(DeviceId, Version),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -46,6 +48,12 @@ impl Rests {
             .range(Key::Head(device.clone(), version)..)
             .take_while(|(key, _)| matches!(key, Key::Head(of, _) if of == device))
             .any(|(_, rest)| rest.until > now)
+    }
+
+    /// The same for its bundle of secrets.
+    pub(super) fn holds_secrets(&self, device: &DeviceId, version: Version, now: Instant) -> bool {
+        let rest = self.rests.get(&Key::Secrets(device.clone(), version));
+        rest.is_some_and(|rest| rest.until > now)
     }
 
     /// Takes note of a refusal; true if it is the first one in a row.
