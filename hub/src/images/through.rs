@@ -32,7 +32,7 @@ const WAITING_MAX: usize = 256;
 /// How long a question for a manifest may take before what is known is served, or the client told to come again.
 const MANIFEST_WITHIN: Duration = Duration::from_secs(15);
 
-/// A registry that could not be reached is left alone for so long, where there is something to serve without it.
+/// A registry that could not be reached is asked for no manifest for so long.
 const REST: Duration = Duration::from_secs(15);
 
 /// Questions for manifests at once: those about one name wait for each other.
@@ -68,7 +68,7 @@ pub enum ThroughError {
     #[error("no manifest that was pulled through the hub names blob {0}; pull its manifest first")]
     Unnamed(Digest),
     /// The registry takes its time.
-    #[error("registry {0} did not answer in time; try again")]
+    #[error("registry {0} does not answer; try again in a moment")]
     Slow(String),
     /// Too many wait already.
     #[error("the hub fetches as many blobs as it can; try again")]
@@ -267,13 +267,14 @@ impl Images {
             Some((passed, Some(then))) if then.saturating_add(ttl_ms) > now.0 => return Ok(passed),
             Some((mut passed, Some(_))) => {
                 passed.stale = true;
-                if through.rests(host) {
-                    return Ok(passed);
-                }
                 Some(passed)
             }
             None => None,
         };
+        // Others just waited in vain for it; all who come now would, one after the other.
+        if through.rests(host) {
+            return known.ok_or_else(|| ThroughError::Slow(host.to_owned()));
+        }
         let (client, asked) = (Arc::clone(&through.client), reference.clone());
         let answer = tokio::task::spawn_blocking(move || client.manifest(&asked));
         let error = match tokio::time::timeout(MANIFEST_WITHIN, answer).await {

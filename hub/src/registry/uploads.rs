@@ -35,7 +35,7 @@ const CHUNKS: usize = 8;
 /// The room on the disk is looked at again after so many bytes.
 const LOOK_EVERY: u64 = 8 << 20;
 
-/// An upload for which nothing came for so long gives up its room when others need it.
+/// An upload for which nothing came for so long gives up its place and its room when others need them.
 const IDLE_MS: u64 = 10 * 60_000;
 
 /// How patient an upload is with who sends it.
@@ -298,12 +298,13 @@ impl Uploads {
         self.make_room(0, now).await?;
         File::create_new(&path).map_err(UploadError::io)?;
         killpoint::reached("upload", "created");
-        let (row, name, max) = (id.clone(), repository.to_owned(), self.inner.limits.open);
-        let begun = self.inner.store.write(move |connection| {
-            let begun = store::registry::begin_upload(connection, &row, &name, now.0, max)?;
-            Ok::<_, StoreError>(begun)
-        });
-        match begun.await {
+        let max = self.inner.limits.open;
+        let mut begun = self.enter(&id, repository, now).await;
+        // Those that were left alone make room for who comes now.
+        if matches!(begun, Ok(false)) && self.expire_idle(now).await? > 0 {
+            begun = self.enter(&id, repository, now).await;
+        }
+        match begun {
             Ok(true) => {}
             refused => {
                 fs::remove_file(&path).map_err(UploadError::io)?;
@@ -317,6 +318,15 @@ impl Uploads {
         let upload = Arc::new(tokio::sync::Mutex::new(upload));
         self.table().insert(id, Arc::clone(&upload));
         Ok(upload.lock_owned().await)
+    }
+
+    async fn enter(&self, id: &str, repository: &str, now: UnixMs) -> Result<bool, StoreError> {
+        let (id, name, max) = (id.to_owned(), repository.to_owned(), self.inner.limits.open);
+        let write = move |connection: &rusqlite::Connection| {
+            let begun = store::registry::begin_upload(connection, &id, &name, now.0, max)?;
+            Ok::<_, StoreError>(begun)
+        };
+        self.inner.store.write(write).await
     }
 
     /// An upload of a repository, for the caller alone. After a restart of the hub reads the whole file.
@@ -543,10 +553,14 @@ impl Uploads {
         let Err(short) = room(&self.inner.directory, bytes) else {
             return Ok(());
         };
-        if self.expire_before(now.0.saturating_sub(IDLE_MS)).await? == 0 {
+        if self.expire_idle(now).await? == 0 {
             return Err(short);
         }
         room(&self.inner.directory, bytes)
+    }
+
+    async fn expire_idle(&self, now: UnixMs) -> Result<usize, UploadError> {
+        self.expire_before(now.0.saturating_sub(IDLE_MS)).await
     }
 
     async fn expire_before(&self, before: u64) -> Result<usize, UploadError> {
@@ -742,8 +756,16 @@ mod tests {
             assert!(matches!(refused, Err(UploadError::TooMany(3))));
         }
         assert_eq!(fs::read_dir(dir.path().join("pushes")).unwrap().count(), 3);
+        let later = UnixMs(NOW.0 + IDLE_MS);
+        assert!(uploads.begin("demo", later).await.is_err());
+        drop(uploads.begin("demo", UnixMs(later.0 + 1)).await.unwrap());
+        assert_eq!(fs::read_dir(dir.path().join("pushes")).unwrap().count(), 1);
+        for _ in 1..LIMITS.open {
+            uploads.begin("demo", NOW).await.unwrap();
+        }
         assert_eq!(uploads.expire(UnixMs(NOW.0 + 1000)).await.unwrap(), 0);
-        assert_eq!(uploads.expire(UnixMs(NOW.0 + 1001)).await.unwrap(), 3);
+        assert_eq!(uploads.expire(UnixMs(NOW.0 + 1001)).await.unwrap(), 2);
+        assert_eq!(uploads.expire(UnixMs(later.0 + 1002)).await.unwrap(), 1);
         assert_eq!(fs::read_dir(dir.path().join("pushes")).unwrap().count(), 0);
         uploads.begin("demo", NOW).await.unwrap();
     }

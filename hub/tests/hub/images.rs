@@ -383,3 +383,25 @@ fn an_image_is_removed_once_no_app_needs_it() {
         );
     }
 }
+
+#[test]
+fn images_that_an_older_hub_imported_are_pulled_and_kept() {
+    let mut bed = Bed::start(Kind::Embedded);
+    bed.import("v1");
+    let used = blobs(&bed);
+    let digest = bed.get("/images")["items"][0]["digest"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    bed.stop_hub();
+    let database = rusqlite::Connection::open(bed.data().join("hub.db")).unwrap();
+    assert!(database.execute("DELETE FROM manifest", []).unwrap() > 0);
+    drop(database);
+    bed.start_hub();
+    let operator = format!("Bearer {}", bed.token());
+    for reference in ["v1", &digest] {
+        let path = format!("/v2/demo/manifests/{reference}");
+        assert_eq!(bed.request("GET", &path, Some(&operator), b"").0, 200);
+    }
+    assert_eq!(blobs(&bed), used);
+}
