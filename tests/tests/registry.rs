@@ -6,6 +6,7 @@ use e2e::bed::SmallDisk;
 use e2e::fleet::{Fleet, LONG, await_container, http_get, web_manifest};
 use e2e::hub::HubOptions;
 use e2e::image::Builder;
+use e2e::process::programs;
 use e2e::registry::Registry;
 use e2e::{Bed, Device, Hub, wait_for};
 
@@ -144,4 +145,73 @@ fn a_push_onto_a_full_disk_is_refused_and_the_hub_goes_on() {
         hub.api().get("/images").ok()["items"][0]["reference"],
         "hub.internal/acme/small:1"
     );
+}
+
+#[test]
+fn images_come_in_from_files_standard_input_and_layouts() {
+    let bed = Bed::new("import");
+    let builder = Builder::new(&bed);
+    builder.web("v1", "one", true);
+    let hub = Hub::start(&bed);
+    let copy = |target: &str| {
+        let source = format!("oci:{}:v1", builder.layout().display());
+        let mut command = Command::new("skopeo");
+        command.args(["--insecure-policy", "copy", "--quiet", &source, target]);
+        e2e::image::run(&mut command, "skopeo");
+    };
+    let place = |name: &str| bed.path(name).display().to_string();
+    let [oci, docker, layout] = ["oci.tar", "docker.tar", "single"].map(place);
+    copy(&format!("oci-archive:{oci}:v1"));
+    copy(&format!("docker-archive:{docker}:demo:v1"));
+    copy(&format!("oci:{layout}:v1"));
+    let mut gzip = Command::new("gzip");
+    e2e::image::run(gzip.args(["--keep", &docker]), "gzip");
+
+    let import = |arguments: &[&str], input: Option<&str>| {
+        let mut command = Command::new(programs().join("foreshore"));
+        command
+            .args(["--hub", hub.url(), "--token-file"])
+            .arg(hub.data().join("api-token"))
+            .args(["image", "import"])
+            .args(arguments)
+            .args(["-o", "json"]);
+        if let Some(path) = input {
+            command.stdin(std::fs::File::open(path).expect("it was just written"));
+        }
+        let output = command.output().expect("runs");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {stderr}");
+        let view: serde_json::Value = serde_json::from_slice(&output.stdout).expect("json");
+        view["digest"].clone()
+    };
+    let first = import(&[&oci, "--name", "demo:oci"], None);
+    for (arguments, input) in [
+        ([&*layout, "--name", "demo:layout"], None),
+        (["-", "--name", "demo:stdin"], Some(&*oci)),
+    ] {
+        assert_eq!(import(&arguments, input), first, "{arguments:?}");
+    }
+    // Docker's archives hold no manifest: the hub makes one, the same from the same.
+    let docker_digest = import(&[&docker, "--name", "demo:docker"], None);
+    let piped = format!("{docker}.gz");
+    assert_eq!(
+        import(&["-", "--name", "demo:gz"], Some(&piped)),
+        docker_digest
+    );
+
+    let host = hub.url().trim_start_matches("http://");
+    let token = std::fs::read_to_string(hub.data().join("api-token")).expect("it has a token");
+    for tag in ["oci", "layout", "stdin", "docker", "gz"] {
+        let mut pull = Command::new("skopeo");
+        pull.args([
+            "--insecure-policy",
+            "copy",
+            "--quiet",
+            "--src-tls-verify=false",
+        ])
+        .args(["--src-creds", &format!("operator:{}", token.trim())])
+        .arg(format!("docker://{host}/demo:{tag}"))
+        .arg(format!("oci:{}:{tag}", place("out")));
+        e2e::image::run(&mut pull, "skopeo");
+    }
 }
