@@ -20,6 +20,10 @@ use super::{
 /// A release during whose trial the device booted so often takes the device down.
 const MAX_TRIAL_BOOTS: u32 = 3;
 
+/// A release whose trial was broken into so often, by agents that ended and containers that were lost, brings that about.
+/// More than any operator or update of the agent does to one trial.
+const MAX_TRIAL_SETBACKS: u32 = 10;
+
 /// How many failed assignments are remembered of one app; only the newest can come again.
 const MAX_POISONED: usize = 8;
 
@@ -148,6 +152,9 @@ fn adopt(
 fn watch_again(draft: &Draft<'_>, history: &mut AppHistory) {
     let watching_since = draft.observed.watching_since;
     if let Some(trial) = &mut history.trial {
+        if trial.started < watching_since {
+            trial.setbacks = trial.setbacks.saturating_add(1);
+        }
         trial.soaking_since = trial.soaking_since.filter(|since| *since >= watching_since);
         trial.started = trial.started.max(watching_since);
     }
@@ -179,6 +186,7 @@ fn assign(draft: &mut Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
             trial.since = desired.since;
             trial.started = draft.now.ms;
             trial.boots = 0;
+            trial.setbacks = 0;
         }
     }
     if let Some(trial) = &mut history.trial
@@ -348,6 +356,7 @@ fn switch(draft: &Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
         started: draft.now.ms,
         soaking_since: None,
         boots: 0,
+        setbacks: 0,
         failed: None,
     });
 }
@@ -401,7 +410,8 @@ fn blind_verdict(draft: &mut Draft<'_>, history: &AppHistory, trial: &Trial) -> 
         .as_ref()
         .is_some_and(|good| good.release != trial.release && is_runnable(draft, &good.release));
     let deadline = trial.started.plus(trial.progress_deadline_ms);
-    if !can_go_back || (trial.boots < MAX_TRIAL_BOOTS && draft.is_later(deadline)) {
+    let shaken = trial.boots >= MAX_TRIAL_BOOTS || trial.setbacks >= MAX_TRIAL_SETBACKS;
+    if !can_go_back || (!shaken && draft.is_later(deadline)) {
         return Verdict::Wait;
     }
     let message = "its manifest was lost on this device and could not be fetched again in time";
@@ -422,6 +432,13 @@ fn verdict(
         let message = format!("the device booted {} times during the trial", trial.boots);
         return Verdict::Fail(reason(ReasonCode::DeadlineExceeded, None, &message));
     }
+    if trial.setbacks >= MAX_TRIAL_SETBACKS {
+        let message = format!(
+            "{} times during the trial the agent ended or a container was lost",
+            trial.setbacks
+        );
+        return Verdict::Fail(reason(ReasonCode::DeadlineExceeded, None, &message));
+    }
     let health = health(draft.observed, history, containers, target);
     let mut waiting = None;
     for health in health.into_values() {
@@ -429,7 +446,7 @@ fn verdict(
             Health::Ready => {}
             Health::Hopeless(why) => return Verdict::Fail(why),
             Health::Unwell(why) if trial.soaking_since.is_some() => return Verdict::Fail(why),
-            Health::Unwell(why) | Health::NotYet(why) => {
+            Health::Unwell(why) | Health::Lost(why) | Health::NotYet(why) => {
                 waiting.get_or_insert(why);
             }
         }

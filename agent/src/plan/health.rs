@@ -23,6 +23,8 @@ pub(super) enum Health {
     NotYet(Reason),
     /// It does not; that may pass.
     Unwell(Reason),
+    /// It does not, by no fault of its own; it is started again.
+    Lost(Reason),
     /// It does not and will not.
     Hopeless(Reason),
 }
@@ -145,6 +147,7 @@ fn service_health(
         (_, Resume::Never) if history.is_done() => Health::Ready,
         (_, Resume::Never) => Health::Hopeless(end_reason(name, history)),
         (Some(trouble), _) => Health::Unwell(trouble.clone()),
+        (None, Resume::At(_)) if history.was_lost() => Health::Lost(end_reason(name, history)),
         (None, Resume::At(_)) => Health::Unwell(end_reason(name, history)),
         (None, Resume::Now) => not_yet("not started yet"),
     }
@@ -178,7 +181,10 @@ fn end_reason(name: &ServiceName, history: &ServiceHistory) -> Reason {
         (None, Some(Exit { code, .. })) => {
             (ReasonCode::Exited, format!("ended with exit code {code}"))
         }
-        (None, None) => (ReasonCode::Exited, "its container is gone".to_owned()),
+        (None, None) => (
+            ReasonCode::Exited,
+            "its container was lost without an end of its own".to_owned(),
+        ),
     };
     reason(code, Some(name.clone()), &message)
 }

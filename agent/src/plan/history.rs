@@ -110,6 +110,9 @@ pub struct Trial {
     pub soaking_since: Option<BootMs>,
     /// How often the device booted during it. A release that takes the device down fails by this.
     pub boots: u32,
+    /// How often something else broke into it: an agent that ended, a container that was lost without an end of its
+    /// own making. One says nothing about the release; a release that brings them about again and again fails by this.
+    pub setbacks: u32,
     /// A failure that needs no deadline: set when a start was refused.
     pub failed: Option<Reason>,
 }
@@ -131,7 +134,7 @@ pub struct ServiceHistory {
     pub present: u64,
     /// Whether the end of that instance was taken note of: it does not run, or must not.
     pub ended: bool,
-    /// How it ended; `None` when it vanished, or is to be stopped for its probe.
+    /// How it ended by itself; `None` when it was lost, or is to be stopped.
     pub last_exit: Option<Exit>,
     /// Why it was stopped, when that was not for another to take its place.
     pub condemned: Option<Condemned>,
@@ -357,6 +360,7 @@ impl History {
             }
             for service in app.services.values_mut() {
                 service.present = 0;
+                service.ended = true;
                 service.began = false;
                 service.started = BootMs::default();
                 service.failures = 0;
@@ -379,12 +383,35 @@ impl ServiceHistory {
             && self.last_exit.is_some_and(|exit| exit.code == 0)
     }
 
+    /// Whether it is not known to have ended by itself nor stopped for a reason of its own.
+    #[must_use]
+    pub const fn was_lost(&self) -> bool {
+        self.ended && self.condemned.is_none() && self.last_exit.is_none()
+    }
+
     /// An instance is not there any more, or does not run.
     fn is_gone(&mut self, instance: u64) {
         if self.instance == instance {
             self.ended = true;
             self.present = 0;
         }
+    }
+
+    /// The agent is about to end this instance: how that goes says nothing about what runs in it.
+    pub(super) fn is_ended_by_us(&mut self, instance: u64) {
+        if self.instance == instance && !self.ended {
+            self.ended = true;
+            self.present = 0;
+            self.last_exit = None;
+        }
+    }
+
+    /// Whether an agent that is not there any more began to start its instance and nobody knows what came of it.
+    pub(super) fn was_cut_off(&self, watching_since: BootMs) -> bool {
+        !self.ended
+            && self.instance != 0
+            && self.present != self.instance
+            && self.started < watching_since
     }
 
     /// Whether the end of this instance was taken note of.

@@ -23,6 +23,9 @@ use crate::runtime::{Container, ContainerId, ContainerState, Exit};
 /// How a container is stopped when the release that it was started from is not known any more.
 const UNKNOWN_STOP: (i32, u64) = (15, 10_000);
 
+/// signal(7).
+const SIGKILL: u8 = 9;
+
 /// What an app's containers should be.
 #[derive(Debug)]
 pub(super) struct Target<'a> {
@@ -87,8 +90,11 @@ pub(super) fn observe(
     target: Option<&Target<'_>>,
     instance_floor: u64,
 ) {
+    let watching_since = draft.observed.watching_since;
+    let mut setbacks = 0;
     for seen in containers {
         let id = &seen.container.id;
+        let busy = draft.is_busy(app, &id.service);
         let service = history
             .services
             .entry(id.service.clone())
@@ -108,7 +114,7 @@ pub(super) fn observe(
             (spec.digest == seen.container.service_digest).then_some(spec)
         });
         let runs = matches!(seen.container.state, ContainerState::Running { .. });
-        if runs && spec.is_some_and(|spec| service.spec != Some(spec.digest)) {
+        if runs && !busy && spec.is_some_and(|spec| service.spec != Some(spec.digest)) {
             // An update that was begun beside it was given up.
             *service = ServiceHistory {
                 last_instance: service.last_instance,
@@ -149,32 +155,72 @@ pub(super) fn observe(
                 }
             }
             ContainerState::Exited(exit) if !service.ended => {
+                // Who kills a container in the middle of its start is the agent, clearing up.
+                let killed = exit.signal == Some(SIGKILL) && !exit.oom;
+                let end = if killed && service.was_cut_off(watching_since) {
+                    End::Gone
+                } else {
+                    End::Exited(exit)
+                };
                 service.ended = true;
                 service.present = 0;
-                service.last_exit = Some(exit);
+                service.last_exit = (end != End::Gone).then_some(exit);
                 if let Some(spec) = spec {
-                    note_end(
-                        draft,
-                        app,
-                        id,
-                        service,
-                        spec.service.restart,
-                        End::Exited(exit),
-                    );
+                    setbacks += u32::from(end == End::Gone);
+                    note_end(draft, app, id, service, spec.service.restart, end);
                 }
             }
             ContainerState::Exited(exit) if service.condemned.is_some() => {
                 service.last_exit = Some(exit);
             }
+            ContainerState::Broken if service.present == id.instance && !busy => {
+                service.ended = true;
+                service.present = 0;
+                service.last_exit = None;
+                if let Some(spec) = spec {
+                    setbacks += 1;
+                    note_end(draft, app, id, service, spec.service.restart, End::Lost);
+                }
+            }
             ContainerState::Exited(_) | ContainerState::Broken => {}
         }
     }
+    setbacks += note_lost(draft, app, history, containers, target);
+    if let Some(trial) = &mut history.trial {
+        trial.setbacks = trial.setbacks.saturating_add(setbacks);
+    }
+}
+
+/// Takes note of containers that are not there any more, and of starts that were cut off with the agent that was at
+/// them; how many of those were of `target`.
+fn note_lost(
+    draft: &mut Draft<'_>,
+    app: &AppName,
+    history: &mut AppHistory,
+    containers: &[&ObservedContainer],
+    target: Option<&Target<'_>>,
+) -> u32 {
+    let mut lost = 0;
     for (name, service) in &mut history.services {
         let there = containers.iter().any(|seen| {
             seen.container.id.service == *name && seen.container.id.instance == service.present
         });
-        let busy = draft.is_busy(app, name);
-        if service.present == 0 || there || busy {
+        if draft.is_busy(app, name) {
+            continue;
+        }
+        let spec = target.and_then(|target| target.services.get(name));
+        let of_target = spec.is_some_and(|spec| service.spec == Some(spec.digest));
+        let lives = containers.iter().any(|seen| {
+            seen.container.id.service == *name
+                && seen.container.id.instance == service.instance
+                && seen.container.state != ContainerState::Broken
+        });
+        if service.was_cut_off(draft.observed.watching_since) && !lives {
+            service.ended = true;
+            service.last_exit = None;
+            lost += u32::from(of_target);
+        }
+        if service.present == 0 || there {
             continue;
         }
         let id = ContainerId {
@@ -186,12 +232,12 @@ pub(super) fn observe(
         if !service.ended {
             service.ended = true;
             service.last_exit = None;
-            let policy = target
-                .and_then(|target| target.services.get(name))
-                .map_or(RestartPolicy::Always, |spec| spec.service.restart);
+            lost += u32::from(of_target);
+            let policy = spec.map_or(RestartPolicy::Always, |spec| spec.service.restart);
             note_end(draft, app, &id, service, policy, End::Gone);
         }
     }
+    lost
 }
 
 /// Why a running container has to end, if it has to.
@@ -247,8 +293,10 @@ fn failing_probe(seen: &ObservedContainer, service: &Service) -> Option<String> 
 enum End {
     /// By itself, or by somebody other than the agent.
     Exited(Exit),
-    /// It is not there any more.
+    /// It is not there any more, or was killed with the agent that started it.
     Gone,
+    /// The process that looked after it was killed, and it with it.
+    Lost,
     /// It is to be stopped.
     Condemned(Condemned),
 }
@@ -279,7 +327,7 @@ fn note_end(
     service.failures = service.failures.saturating_add(1);
     let failed = match &end {
         // It did not end as far as anyone knows; a job that was lost half-way is done again.
-        End::Gone => None,
+        End::Gone | End::Lost => None,
         End::Condemned(Condemned {
             cause: Cause::Evicted,
             ..
@@ -320,6 +368,10 @@ fn note_end(
             format!("container {id} ended with exit code {code}"),
         ),
         End::Gone => (EventKind::Exited, format!("container {id} is gone")),
+        End::Lost => (
+            EventKind::Exited,
+            format!("container {id} is stopped because its supervisor was killed"),
+        ),
         End::Condemned(Condemned { cause, why }) => (
             match cause {
                 Cause::Probe => EventKind::ProbeFailed,
@@ -332,7 +384,7 @@ fn note_end(
     };
     service.condemned = match end {
         End::Condemned(why) => Some(why),
-        End::Exited(_) | End::Gone => None,
+        End::Exited(_) | End::Gone | End::Lost => None,
     };
     draft.notices.push(Notice {
         kind,
@@ -466,13 +518,21 @@ pub(super) fn advance(
     let may_stop = |name: &ServiceName| !needed.names.contains(name) || needed.by_all;
     for (name, next) in steps {
         match next {
-            Next::Remove(id) => draft.steps.push(Step::Remove { id }),
+            Next::Remove(id) => {
+                let service = history.services.entry(name).or_default();
+                service.is_ended_by_us(id.instance);
+                draft.steps.push(Step::Remove { id });
+            }
             Next::Renew(id, release, signals) => draft.steps.push(Step::RenewSecrets {
                 id,
                 release,
                 signals,
             }),
-            Next::Stop(seen) if may_stop(&name) => draft.steps.push(stop(draft, seen)),
+            Next::Stop(seen) if may_stop(&name) => {
+                let service = history.services.entry(name).or_default();
+                service.is_ended_by_us(seen.container.id.instance);
+                draft.steps.push(stop(draft, seen));
+            }
             Next::Start(release, spec) if !needed.names.contains(&name) => {
                 let service = history.services.entry(name.clone()).or_default();
                 let step = start(draft, app, &name, service, release, spec);

@@ -79,7 +79,7 @@ fn services(
                     && matches!(seen.container.state, ContainerState::Running { .. })
             });
             let ready = health == Health::Ready;
-            if let Health::Unwell(why) | Health::Hopeless(why) = health {
+            if let Health::Unwell(why) | Health::Lost(why) | Health::Hopeless(why) = health {
                 trouble.get_or_insert(why);
             }
             ServiceStatus {

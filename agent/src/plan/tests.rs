@@ -889,6 +889,7 @@ fn one_app_s_change_does_not_touch_another() {
 mod disk;
 mod properties;
 mod secret;
+mod setbacks;
 
 #[test]
 fn a_release_that_the_devices_policy_denies_is_rejected_before_anything_is_staged() {

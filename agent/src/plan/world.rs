@@ -216,11 +216,23 @@ impl World {
         }
     }
 
+    /// As [`turn`](Self::turn) that does nothing, while a step is under way on a service.
+    pub(super) fn busy_turn(&mut self, app: &str, service: &str) -> Plan {
+        let mut observed = self.observed();
+        let busy = (app.parse().unwrap(), service.parse().unwrap());
+        observed.busy.services.insert(busy);
+        self.turn_on(&observed, 0)
+    }
+
     /// Plans, checks the plan, stores its history and does its first `cut` steps.
     pub(super) fn turn(&mut self, cut: usize) -> Plan {
         let observed = self.observed();
-        let plan = plan(&self.desired, &observed, &self.history, self.now);
-        let violations = check::check(&observed, &self.history, &plan);
+        self.turn_on(&observed, cut)
+    }
+
+    fn turn_on(&mut self, observed: &Observed, cut: usize) -> Plan {
+        let plan = plan(&self.desired, observed, &self.history, self.now);
+        let violations = check::check(observed, &self.history, &plan);
         assert!(violations.is_empty(), "{violations:?}\n{plan:#?}");
         self.history = plan.history.clone();
         let (refused, held) =

@@ -1,6 +1,7 @@
 //! What holds for every sequence of assignments, cuts, crashes, reboots and losses.
 
 use super::*;
+use crate::runtime::ContainerState;
 use proptest::prelude::*;
 
 #[derive(Debug, Clone)]
@@ -14,6 +15,8 @@ enum Op {
     Registry(Option<ReasonCode>),
     HubReachable(bool),
     Kill(usize),
+    /// Its supervisor, and so the container.
+    KillSupervisor(usize),
     LoseHistory,
     Rotate(usize),
     LoseSecret(usize),
@@ -47,6 +50,7 @@ fn op() -> impl Strategy<Value = Op> {
         ].prop_map(Op::Registry),
         2 => any::<bool>().prop_map(Op::HubReachable),
         2 => (0..4_usize).prop_map(Op::Kill),
+        2 => (0..4_usize).prop_map(Op::KillSupervisor),
         1 => Just(Op::LoseHistory),
         2 => (0..2_usize).prop_map(Op::Rotate),
         1 => (0..2_usize).prop_map(Op::LoseSecret),
@@ -127,6 +131,11 @@ fn apply(world: &mut World, op: &Op) {
         Op::Kill(which) => {
             if *which < world.containers.len() {
                 world.containers.remove(*which);
+            }
+        }
+        Op::KillSupervisor(which) => {
+            if let Some((container, ..)) = world.containers.get_mut(*which) {
+                container.state = ContainerState::Broken;
             }
         }
         Op::LoseHistory => world.lose_history(),
