@@ -157,6 +157,10 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
         fs::write(leaf.join("cgroup.procs"), "0").step(|| format!("enter {}", leaf.display()))?;
     }
     let run_dir = File::open(dir).step(|| format!("open {}", dir.display()))?;
+    // Goes with the descriptor, through the shim to its end: so it can be waited for by whoever has lost the record.
+    run_dir
+        .lock_shared()
+        .step(|| format!("lock {}", dir.display()))?;
     // A disk too full for logs is no reason not to run.
     let log_dir = open_log_dir(&request.logs).ok();
     let said = Said::listen().step(|| "make a file for messages".to_owned())?;

@@ -133,12 +133,13 @@ fn write_exit(status: i32) {
     }
     text[length] = b'\n';
     // A full run directory is the one thing that can stop this; whoever watches sees a shim that lives
-    // until it has said its word, or gives up after a minute and leaves a broken container.
+    // until it has said its word, or gives up after a minute and leaves a broken container. Once the directory
+    // is gone nobody listens any more.
     for _ in 0..60 {
-        if sys::write_file(RUN_DIR, b"exit.new\0", &text[..=length])
-            && sys::rename(RUN_DIR, b"exit.new\0", b"exit\0")
-        {
-            return;
+        match sys::write_file(RUN_DIR, b"exit.new\0", &text[..=length]) {
+            sys::Written::Whole if sys::rename(RUN_DIR, b"exit.new\0", b"exit\0") => return,
+            sys::Written::Nowhere => return,
+            sys::Written::Whole | sys::Written::Not => {}
         }
         sys::poll(&mut [], Some(1000));
     }

@@ -281,6 +281,10 @@ const O_NOFOLLOW: usize = 0o400_000;
 #[cfg(target_arch = "aarch64")]
 const O_NOFOLLOW: usize = 0o100_000;
 
+/// errno(3), as a call returns it.
+const ENOENT: i32 = -2;
+
+/// The new descriptor, or a negative error number.
 fn open(dir: i32, name: &[u8], flags: usize, mode: usize) -> i32 {
     // SAFETY: `name` ends with NUL (every caller's names do) and lives through the call.
     let fd = unsafe {
@@ -314,15 +318,27 @@ pub(crate) fn truncate(fd: i32) {
     unsafe { call(nr::FTRUNCATE, fd_arg(fd), 0, 0, 0, 0) };
 }
 
-/// Makes a file with these contents; whether all of it worked.
-pub(crate) fn write_file(dir: i32, name: &[u8], contents: &[u8]) -> bool {
+/// What came of [`write_file`].
+pub(crate) enum Written {
+    Whole,
+    /// In part or not at all; another try may do better.
+    Not,
+    /// The directory was deleted.
+    Nowhere,
+}
+
+/// Makes a file with these contents.
+pub(crate) fn write_file(dir: i32, name: &[u8], contents: &[u8]) -> Written {
     let fd = open(dir, name, O_WRONLY | O_CREAT | O_TRUNC, 0o644);
+    if fd == ENOENT {
+        return Written::Nowhere;
+    }
     if fd < 0 {
-        return false;
+        return Written::Not;
     }
     let done = write(fd, contents) == contents.len();
     close(fd);
-    done
+    if done { Written::Whole } else { Written::Not }
 }
 
 /// Renames within a directory, replacing what is there; whether it worked. Both names end with NUL.

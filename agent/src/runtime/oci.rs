@@ -405,7 +405,28 @@ impl OciRuntime {
             }
         }
         // What was in the middle of becoming a container, or of joining one.
-        self.empty_cgroup(&name).await
+        self.empty_cgroup(&name).await?;
+        if shim.is_none() {
+            self.await_unknown_shim(id).await;
+        }
+        Ok(())
+    }
+
+    /// Waits for a shim whose record is lost: it ends by itself when its container has, and holds a lock on the
+    /// directory until then. One that does not end is left alone, since nothing tells which process it is.
+    async fn await_unknown_shim(&self, id: &ContainerId) {
+        let mut pause = Duration::from_millis(1);
+        while let Ok(dir) = File::open(self.dir(id))
+            && matches!(dir.try_lock(), Err(fs::TryLockError::WouldBlock))
+        {
+            if pause > KILL_TIMEOUT / 2 {
+                tracing::warn!(container = %id, "its record is lost and its shim goes on");
+                return;
+            }
+            // A lock has no event.
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
     }
 
     async fn empty_cgroup(&self, name: &str) -> Result<(), StopError> {

@@ -269,7 +269,7 @@ proptest! {
 
     /// However a trial is broken into, it ends if that goes on.
     #[test]
-    fn a_trial_ends_whatever_breaks_into_it(events in prop::collection::vec((0..4_000_u64, setback()), 1..4)) {
+    fn a_trial_ends_whatever_breaks_into_it(events in prop::collection::vec((500..4_000_u64, setback()), 1..4)) {
         let (mut world, _) = about_to_start(RestartPolicy::Always);
         let mut rounds = 0;
         for (after, event) in events.iter().cycle() {
