@@ -118,7 +118,8 @@ pub struct AppStatus {
 pub enum Phase {
     /// Stored. Leaves to `Staging`.
     Accepted,
-    /// Will never be tried here (wrong architecture, unknown schema). Final.
+    /// Will not be tried here (wrong architecture, unknown schema). Final, but for [`ReasonCode::PolicyDenied`]: when the
+    /// device's owner allows it after all, it leaves to `Staging`.
     Rejected,
     /// Images are being fetched and unpacked. Leaves to `Activating`, `Blocked` or `Rejected`.
     Staging,

@@ -51,7 +51,7 @@ pub(super) fn advance(
     watch_again(draft, history);
     if let Some(desired) = desired {
         assign(draft, history, desired);
-        if is_open(history) {
+        if is_open(draft, history) {
             stage_and_switch(draft, app, history, desired);
         }
     }
@@ -198,11 +198,20 @@ fn assign(draft: &mut Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
     }
 }
 
-fn is_open(history: &AppHistory) -> bool {
+/// Whether the assignment is still to be switched to. One that the device's policy denied is again when its owner allows
+/// it: nothing of it was ever tried.
+fn is_open(draft: &Draft<'_>, history: &AppHistory) -> bool {
+    let allowed_now = |assignment: &Assignment| {
+        let reason = assignment.reason.as_ref();
+        assignment.phase == Phase::Rejected
+            && reason.is_some_and(|reason| reason.code == ReasonCode::PolicyDenied)
+            && draft.observed.releases.contains_key(&assignment.release)
+            && !draft.observed.verdicts.contains_key(&assignment.release)
+    };
     history
         .assignment
         .as_ref()
-        .is_some_and(|assignment| !assignment.phase.is_final())
+        .is_some_and(|assignment| !assignment.phase.is_final() || allowed_now(assignment))
         && history
             .trial
             .as_ref()

@@ -911,11 +911,48 @@ fn a_release_that_the_devices_policy_denies_is_rejected_before_anything_is_stage
     );
     assert_eq!(status.running, Some(good.digest()));
     assert!(world.stopped.is_empty() && world.started.len() == 1 && world.images.len() == 1);
-    // The owner allows it, and the hub assigns it again.
+    // A mistake in the file allows nothing.
+    let unknown = PolicyVerdict::Unknown("policy /p is not valid".to_owned());
+    world.verdicts.insert(bad.digest(), unknown);
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Rejected);
+    // The owner allows it: it goes on, without a word of the hub.
+    world.hub_reachable = false;
     world.verdicts.clear();
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Succeeded);
+    assert_eq!(status.running, Some(bad.digest()));
+}
+
+#[test]
+fn a_release_that_failed_is_not_tried_again_because_the_policy_changed() {
+    let good = web("good", 1);
+    let mut world = settled(&good);
+    let bad = web("never-ready", 2);
+    let denied = PolicyVerdict::Denied("it asks for the device's network".to_owned());
+    world.verdicts.insert(bad.digest(), denied.clone());
     world.assign(&bad);
     world.run(HOUR);
-    assert_eq!(world.status("shop").running, Some(bad.digest()));
+    assert_eq!(world.phase("shop"), Phase::Rejected);
+    world.verdicts.clear();
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    let starts = world.started.len();
+    world.verdicts.insert(bad.digest(), denied);
+    world.run(HOUR);
+    world.verdicts.clear();
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    assert_eq!(world.started.len(), starts);
+    // Nor is one that can never run here.
+    world.registry = Some(ReasonCode::NoMatchingPlatform);
+    world.assign(&web("good", 3));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Rejected);
+    world.registry = None;
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Rejected);
 }
 
 #[test]

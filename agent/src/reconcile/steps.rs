@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use foreshore_killpoint as killpoint;
 use foreshore_protocol::manifest::Service;
-use foreshore_protocol::message::{AppStatus, EventKind, ServiceState};
+use foreshore_protocol::message::{AppStatus, EventKind, ReasonCode, ServiceState};
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 use tokio::time::Instant;
@@ -30,6 +30,9 @@ enum May {
 
 /// How often an app is asked again whether it may be updated.
 const LOCK_RETRY: Duration = Duration::from_secs(2);
+
+/// How often the policy file is looked at while it keeps a release from being run, or is of no use.
+const POLICY_RETRY: Duration = Duration::from_secs(10);
 
 /// When the link is busy, what was not asked for is asked for after this.
 const FETCH_RETRY: Duration = Duration::from_secs(1);
@@ -152,6 +155,13 @@ impl<R: Runtime + 'static> Agent<R> {
             self.event(kind, app, service, message);
         }
         self.fetch(plan.fetch);
+        let is_denied = |status: &AppStatus| {
+            let reason = status.reason.as_ref();
+            reason.is_some_and(|reason| reason.code == ReasonCode::PolicyDenied)
+        };
+        if plan.status.iter().any(is_denied) {
+            self.wake_by(Instant::now() + POLICY_RETRY);
+        }
         self.settle_update_locks(&plan.update_locks);
         self.tell_status(plan.status, containers);
         for step in plan.steps {
