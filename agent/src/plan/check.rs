@@ -64,7 +64,7 @@ pub fn check(observed: &Observed, before: &History, plan: &Plan) -> Vec<Violatio
             }
             Step::Stop { id, .. } | Step::Remove { id } => {
                 touch(&mut touched, id, &mut found);
-                check_end(observed, before, plan, id, &mut found);
+                check_end(observed, plan, id, &mut found);
             }
             Step::RenewSecrets { id, .. } => {
                 touch(&mut touched, id, &mut found);
@@ -188,13 +188,7 @@ fn of_service<'a>(
     })
 }
 
-fn check_end(
-    observed: &Observed,
-    before: &History,
-    plan: &Plan,
-    id: &ContainerId,
-    found: &mut Vec<Violation>,
-) {
+fn check_end(observed: &Observed, plan: &Plan, id: &ContainerId, found: &mut Vec<Violation>) {
     let Some(seen) = observed
         .containers
         .iter()
@@ -220,14 +214,12 @@ fn check_end(
                 && matches!(other.container.state, ContainerState::Running { .. })
         })
         .count();
-    let service = |history: &History| {
-        let app = history.apps.get(&id.app);
-        app.and_then(|app| app.services.get(&id.service)).cloned()
-    };
-    // That it is to end is remembered by the plan that ends it, so only an earlier one or its own reason count.
-    let condemned = service(before).is_some_and(|service| service.has_ended(id.instance))
-        || service(&plan.history)
-            .is_some_and(|service| service.has_ended(id.instance) && service.condemned.is_some());
+    let condemned = plan
+        .history
+        .apps
+        .get(&id.app)
+        .and_then(|app| app.services.get(&id.service))
+        .is_some_and(|service| service.has_ended(id.instance));
     let runs = matches!(seen.container.state, ContainerState::Running { .. }) && !condemned;
     if runs && wanted == Some(seen.container.service_digest) && twins == 1 {
         found.push(Violation::NeedlessStop(id.clone()));

@@ -134,6 +134,8 @@ pub struct ServiceHistory {
     pub present: u64,
     /// Whether the end of that instance was taken note of: it does not run, or must not.
     pub ended: bool,
+    /// The instance that the agent is stopping so that another takes its place; 0 when there is none.
+    pub stopping: u64,
     /// How it ended by itself; `None` when it was lost, or is to be stopped.
     pub last_exit: Option<Exit>,
     /// Why it was stopped, when that was not for another to take its place.
@@ -397,8 +399,8 @@ impl ServiceHistory {
         }
     }
 
-    /// The agent is about to end this instance: how that goes says nothing about what runs in it.
-    pub(super) fn is_ended_by_us(&mut self, instance: u64) {
+    /// An instance ended because the agent ended it: that says nothing about what ran in it.
+    pub(super) fn was_stopped(&mut self, instance: u64) {
         if self.instance == instance && !self.ended {
             self.ended = true;
             self.present = 0;

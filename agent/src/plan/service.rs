@@ -129,6 +129,15 @@ pub(super) fn observe(
             // It says nothing about the one that counts.
             continue;
         }
+        let runs = matches!(seen.container.state, ContainerState::Running { .. });
+        if service.stopping == id.instance {
+            if !runs {
+                service.was_stopped(id.instance);
+            } else if !busy {
+                // Given up, or cut off; if it is still unwanted, that is decided anew.
+                service.stopping = 0;
+            }
+        }
         match seen.container.state {
             ContainerState::Running { .. } if service.ended => {}
             ContainerState::Running { started_ms, .. } => {
@@ -229,7 +238,9 @@ fn note_lost(
             instance: service.present,
         };
         service.present = 0;
-        if !service.ended {
+        if service.stopping == id.instance {
+            service.was_stopped(id.instance);
+        } else if !service.ended {
             service.ended = true;
             service.last_exit = None;
             lost += u32::from(of_target);
@@ -519,8 +530,9 @@ pub(super) fn advance(
     for (name, next) in steps {
         match next {
             Next::Remove(id) => {
+                // A broken one may come to life, and to its end, before it is gone.
                 let service = history.services.entry(name).or_default();
-                service.is_ended_by_us(id.instance);
+                service.was_stopped(id.instance);
                 draft.steps.push(Step::Remove { id });
             }
             Next::Renew(id, release, signals) => draft.steps.push(Step::RenewSecrets {
@@ -530,7 +542,7 @@ pub(super) fn advance(
             }),
             Next::Stop(seen) if may_stop(&name) => {
                 let service = history.services.entry(name).or_default();
-                service.is_ended_by_us(seen.container.id.instance);
+                service.stopping = seen.container.id.instance;
                 draft.steps.push(stop(draft, seen));
             }
             Next::Start(release, spec) if !needed.names.contains(&name) => {
