@@ -45,12 +45,16 @@ pub(super) fn health<'a>(
             let missing = || secret::missing(observed, name, spec.service);
             let health = match health {
                 // It cannot come up, and that is not its own fault.
-                Health::NotYet(_) | Health::Unwell(_) if !runs(name, containers, spec) => {
+                Health::NotYet(_) | Health::Unwell(_) | Health::Lost(_)
+                    if !runs(name, containers, spec) =>
+                {
                     missing().map_or(health, Health::Unwell)
                 }
-                Health::NotYet(_) | Health::Unwell(_) | Health::Ready | Health::Hopeless(_) => {
-                    health
-                }
+                Health::NotYet(_)
+                | Health::Unwell(_)
+                | Health::Lost(_)
+                | Health::Ready
+                | Health::Hopeless(_) => health,
             };
             (*name, health)
         })

@@ -38,6 +38,7 @@ fn left_behind(world: &mut World, state: ContainerState) {
         },
         release: service.release.unwrap(),
         service_digest: service.spec.unwrap(),
+        secrets: BTreeMap::new(),
         state,
     };
     world.containers.push((container, world.now.ms, spec));
