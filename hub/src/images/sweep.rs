@@ -15,7 +15,7 @@ use foreshore_images::manifest::{Document, MANIFEST_BYTES_MAX};
 use foreshore_images::{Digest, Reference};
 use tokio::sync::{Notify, OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
-use super::{HUB_HOST, Images, through};
+use super::{HUB_HOST, Images};
 use crate::rollout::UnixMs;
 use crate::store::cache::Blob;
 use crate::store::registry::Manifest;
@@ -259,7 +259,7 @@ impl Images {
         let (blobs, through) = (&self.inner.blobs, &self.inner.through);
         // What the hub's own images share with them is no part of the cache.
         let size = |digest: &Digest| blobs.size(digest).filter(|_| !reached.contains(digest));
-        let gone = through::evicted(&cached, through.bytes(), size, |digest| {
+        let gone = evicted(&cached, through.bytes(), size, |digest| {
             fetched.contains(digest)
         });
         if !gone.is_empty() {
@@ -372,6 +372,38 @@ fn follow(
     Ok(())
 }
 
+/// Which of `rows` go, so that no more than `limit` bytes stay of those that `size` finds here; those first that no
+/// release needs, the longest unused first.
+fn evicted(
+    rows: &[Blob],
+    limit: u64,
+    size: impl Fn(&Digest) -> Option<u64>,
+    needed: impl Fn(&Digest) -> bool,
+) -> BTreeSet<Digest> {
+    let mut here: Vec<(bool, u64, Digest, u64)> = rows
+        .iter()
+        .filter_map(|row| {
+            Some((
+                needed(&row.digest),
+                row.used_ms,
+                row.digest,
+                size(&row.digest)?,
+            ))
+        })
+        .collect();
+    here.sort_unstable();
+    let mut total: u64 = here.iter().map(|(.., bytes)| bytes).sum();
+    let mut gone = BTreeSet::new();
+    for (_, _, digest, bytes) in here {
+        if total <= limit {
+            break;
+        }
+        total -= bytes;
+        gone.insert(digest);
+    }
+    gone
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -433,5 +465,30 @@ mod tests {
         broom.wanted.notified().await;
         drop(apply);
         assert!(free());
+    }
+
+    #[test]
+    fn what_was_used_longest_ago_goes_first_and_what_a_release_needs_last() {
+        let row = |name: &str, used_ms| Blob {
+            digest: Digest::of(name.as_bytes()),
+            media_type: String::new(),
+            size_bytes: 10,
+            used_ms,
+        };
+        let rows = [
+            row("needed", 1),
+            row("old", 2),
+            row("absent", 2),
+            row("new", 3),
+        ];
+        let of = |name: &str| Digest::of(name.as_bytes());
+        let gone = |limit| {
+            let size = |digest: &Digest| (*digest != of("absent")).then_some(10);
+            evicted(&rows, limit, size, |digest| *digest == of("needed"))
+        };
+        assert!(gone(30).is_empty());
+        assert_eq!(gone(29), [of("old")].into());
+        assert_eq!(gone(10), [of("old"), of("new")].into());
+        assert_eq!(gone(9).len(), 3);
     }
 }

@@ -185,4 +185,16 @@ mod tests {
             assert_eq!(parse(bad), None, "{bad}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_path_leads_out(parts in proptest::collection::vec("[a-z]{0,3}|\\.{1,2}|[:@%\\x00A-Z_-]{1,2}|manifests|blobs|uploads|tags|list|r\\.lan:5|sha256:[0-9a-f]{64}", 0..8)) {
+            let path = parts.join("/");
+            if let Some(name) = parse(&path).as_ref().and_then(Target::repository) {
+                assert!(path.starts_with(name), "{path}");
+                assert!(name.split('/').all(|part| part != ".." && part != "." && !part.is_empty()), "{path}");
+                assert!(name.len() <= 255 && !name.contains(['%', '@', '\0']), "{path}");
+            }
+        }
+    }
 }

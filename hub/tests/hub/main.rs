@@ -8,6 +8,7 @@ mod device;
 mod images;
 mod peers;
 mod push;
+mod remove;
 mod repair;
 mod rollout;
 mod upstream;
