@@ -162,7 +162,7 @@ proptest! {
     /// Whatever a medium makes of any file, the agent starts, and says so unless the file reads the same.
     #[test]
     fn any_damage_is_survived(
-        name in prop::sample::select(vec!["head", "history", "counters", "events"]),
+        name in prop::sample::select(vec!["head", "history", "counters", "events", "secrets.box", "secrets.key"]),
         cut in 0_usize..200,
         flip in any::<prop::sample::Index>(),
         bit in 0_u8..8,
@@ -173,6 +173,9 @@ proptest! {
         state.accept(&head(version(1, 1)), None).unwrap();
         state.remember(&History { instance_floor: 7, ..History::default() }).unwrap();
         loaded.outbox.push(event("something")).unwrap();
+        let sealed = SealedSecrets { sealed: vec![7; 90] };
+        state.store_secrets(&sealed).unwrap();
+        let key = loaded.secrets_key.as_ref().unwrap().public();
         drop((state, loaded));
 
         let path = dir.path().join(name);
@@ -192,6 +195,10 @@ proptest! {
         if name != "events" {
             prop_assert_eq!(loaded.damage.is_empty(), bad == good);
         }
+        prop_assert_eq!(loaded.secrets.as_ref() == Some(&sealed), name != "secrets.box" || bad == good);
+        // Without its key a device makes another, and never has a wrong one.
+        let same = loaded.secrets_key.as_ref().unwrap().public() == key;
+        prop_assert_eq!(same, name != "secrets.key" || bad == good);
         state.remember(&History::default()).unwrap();
     }
 }

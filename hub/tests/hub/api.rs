@@ -65,6 +65,14 @@ fn every_wrong_call_has_its_own_code() {
     let large = format!("# {}\n", "x".repeat((256 << 10) + 10));
     let unknown_key = app("a:1").replace("services:", "servces:");
     for (method, path, body, status, code) in [
+        ("PUT", "/secrets/pin", "", 400, "empty-secret"),
+        ("PUT", "/secrets/pin", &huge, 413, "secret-too-large"),
+        ("PUT", "/secrets/pin", &large, 413, "secret-too-large"),
+        ("PUT", "/secrets/Pin", "x", 400, "bad-request"),
+        ("GET", "/secrets/pin", "", 404, "unknown-secret"),
+        ("DELETE", "/secrets/pin", "", 404, "unknown-secret"),
+        ("POST", "/secrets/pin", "x", 405, "method-not-allowed"),
+        ("POST", "/devices/gw-9/trust-key", "", 404, "unknown-device"),
         ("PUT", "/apps/shop", "", 400, "bad-manifest"),
         ("PUT", "/apps/shop", "\u{0}", 400, "bad-manifest"),
         (
@@ -377,4 +385,52 @@ fn only_one_hub_uses_a_data_directory() {
     assert!(!output.status.success());
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(stderr.contains("another hub is using"), "{stderr}");
+}
+
+#[test]
+fn secrets_go_in_and_never_come_out() {
+    let bed = Bed::start(Kind::Embedded);
+    let value = "correct-horse-battery";
+    let set = |value: &[u8]| {
+        let (status, view) = bed.call("PUT", "/secrets/pin", value);
+        assert_eq!(status, 200, "{view}");
+        view
+    };
+    // The same again is no change; another value is.
+    let (first, again) = (set(value.as_bytes()), set(value.as_bytes()));
+    assert_eq!(again["revision"], first["revision"]);
+    let other = set(b"another-value");
+    assert!(other["revision"].as_u64() > first["revision"].as_u64());
+    assert_eq!((&other["size"], &other["apps"]), (&json!(13), &json!([])));
+    // Any bytes will do; they are taken as they are.
+    assert_eq!(bed.call("PUT", "/secrets/key", b"\x00\xff\n").1["size"], 3);
+    let list = bed.get("/secrets");
+    let names: Vec<_> = list["items"].as_array().unwrap().iter().collect();
+    assert_eq!(
+        (&names[0]["name"], &names[1]["name"]),
+        (&json!("key"), &json!("pin"))
+    );
+    for answer in [
+        first,
+        again,
+        other,
+        list,
+        bed.get("/secrets/pin"),
+        bed.get("/events"),
+    ] {
+        let text = answer.to_string();
+        assert!(
+            !text.contains(value) && !text.contains("another-value"),
+            "{text}"
+        );
+    }
+    assert_eq!(bed.call("DELETE", "/secrets/pin", b"").0, 204);
+    assert_eq!(bed.call("GET", "/secrets/pin", b"").0, 404);
+    let kinds = bed.event_kinds();
+    let of = |kind: &str| kinds.iter().filter(|found| *found == kind).count();
+    assert_eq!(
+        (of("secret-set"), of("secret-removed")),
+        (3, 1),
+        "{kinds:?}"
+    );
 }
