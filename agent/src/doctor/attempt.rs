@@ -47,6 +47,8 @@ pub(super) enum Said {
     Synced { why: Option<String>, ms: u64 },
     /// An overlay was mounted.
     Overlay { why: Option<String> },
+    /// A mount got the ids of a user namespace.
+    Idmap { why: Option<String> },
     /// A name was looked up.
     Addresses {
         found: Vec<String>,
@@ -75,6 +77,8 @@ pub(super) enum LockSaid {
 pub(super) enum Try<'a> {
     Namespace(Namespace),
     Seccomp,
+    /// A program as limits containers to their devices on cgroup v2 is given to the kernel.
+    DeviceFilter,
     /// The child becomes foreshore-shim, which says nothing and ends with 0.
     Shim,
     /// Of this state directory: space, sync, overlay, lock.
@@ -90,6 +94,7 @@ impl Try<'_> {
         match self {
             Self::Namespace(kind) => vec!["namespace".into(), kind.name().into()],
             Self::Seccomp => vec!["seccomp".into()],
+            Self::DeviceFilter => vec!["device-filter".into()],
             Self::Shim => vec!["shim".into()],
             Self::State(dir) => vec!["state".into(), dir.into()],
             Self::Hub(config) => vec!["hub".into(), config.into()],
@@ -100,7 +105,7 @@ impl Try<'_> {
     /// How long it may take.
     const fn seconds(self) -> u64 {
         match self {
-            Self::Namespace(_) | Self::Seccomp | Self::Shim => 5,
+            Self::Namespace(_) | Self::Seccomp | Self::DeviceFilter | Self::Shim => 5,
             Self::State(_) => 15,
             // Some 12 s for the name (see `RESOLVER`), then 5 s each for the connection and for TLS.
             Self::Hub(_) => 24,

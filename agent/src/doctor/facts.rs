@@ -19,6 +19,8 @@ pub(crate) struct Facts {
     /// Debian's `kernel.unprivileged_userns_clone`.
     pub(crate) unprivileged_userns: Option<bool>,
     pub(crate) seccomp: Tried,
+    /// Giving the kernel a program that limits devices (cgroup v2).
+    pub(crate) device_filter: Tried,
     /// Running the program that watches over each container.
     pub(crate) shim: Tried,
     pub(crate) state: StateDir,
@@ -320,6 +322,8 @@ pub(crate) struct StateDir {
     /// How long that took.
     pub(crate) sync_ms: u64,
     pub(crate) overlay: Tried,
+    /// Mounting with the ids of a user namespace.
+    pub(crate) idmap: Tried,
     pub(crate) lock: StateLock,
 }
 

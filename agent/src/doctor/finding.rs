@@ -47,6 +47,7 @@ pub enum CheckId {
     StateInodes,
     StateSync,
     StateOverlay,
+    StateIdmap,
     StateLock,
     RunFilesystem,
     MemorySwap,
@@ -63,7 +64,7 @@ pub enum CheckId {
 
 impl CheckId {
     /// Every check, in the order of the report.
-    pub const ALL: [Self; 37] = [
+    pub const ALL: [Self; 38] = [
         Self::ConfigFile,
         Self::ConfigSecrets,
         Self::HostKernel,
@@ -89,6 +90,7 @@ impl CheckId {
         Self::StateInodes,
         Self::StateSync,
         Self::StateOverlay,
+        Self::StateIdmap,
         Self::StateLock,
         Self::RunFilesystem,
         Self::MemorySwap,
@@ -132,6 +134,7 @@ impl CheckId {
             Self::StateInodes => "state.inodes",
             Self::StateSync => "state.sync",
             Self::StateOverlay => "state.overlay",
+            Self::StateIdmap => "state.idmap",
             Self::StateLock => "state.lock",
             Self::RunFilesystem => "run.filesystem",
             Self::MemorySwap => "memory.swap",

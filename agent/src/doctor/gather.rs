@@ -48,6 +48,7 @@ pub(crate) fn gather(program: &Path, config_path: &Path) -> Facts {
         .collect();
     let state = Attempt::start(program, Try::State(&paths.state));
     let seccomp = Attempt::start(program, Try::Seccomp);
+    let device_filter = root.then(|| Attempt::start(program, Try::DeviceFilter));
     let shim = root.then(|| Attempt::start(program, Try::Shim));
     let namespaces: Vec<(Namespace, Option<Attempt>)> = Namespace::ALL
         .into_iter()
@@ -86,6 +87,7 @@ pub(crate) fn gather(program: &Path, config_path: &Path) -> Facts {
             })
             .collect(),
         seccomp: seccomp.finish().tried(),
+        device_filter: device_filter.map_or_else(only_root, |attempt| attempt.finish().tried()),
         shim: shim.map_or_else(only_root, |attempt| attempt.finish().ended_well()),
         run: run_dir(&tree, &paths),
         state: state_dir(&tree, &paths, &state.finish()),
@@ -205,6 +207,18 @@ fn state_dir(tree: &Tree, paths: &Paths, outcome: &Outcome) -> StateDir {
         Tried::Fails(_) if !nix::unistd::geteuid().is_root() => only_root(),
         overlay => overlay,
     };
+    let idmap = if matches!(sync, Tried::Works) {
+        outcome.part(|said| match said {
+            Said::Idmap { why } => Some(why.clone()),
+            _ => None,
+        })
+    } else {
+        Tried::Skipped("see state.sync".to_owned())
+    };
+    let idmap = match idmap {
+        Tried::Fails(_) if !nix::unistd::geteuid().is_root() => only_root(),
+        idmap => idmap,
+    };
     StateDir {
         path: paths.state.clone(),
         mount: dir.as_ref().and_then(|dir| mount_of(&mounts, dir)).cloned(),
@@ -220,6 +234,7 @@ fn state_dir(tree: &Tree, paths: &Paths, outcome: &Outcome) -> StateDir {
             })
             .unwrap_or(0),
         overlay,
+        idmap,
         lock: state_lock(tree, outcome),
     }
 }

@@ -251,6 +251,15 @@ pub(crate) fn attach(cgroup: &Path, rules: &[Rule]) -> io::Result<()> {
     bpf(ATTACH, &attributes).map(drop)
 }
 
+/// Whether the kernel takes such a program, without using it for anything.
+///
+/// # Errors
+///
+/// As [`attach`].
+pub(crate) fn try_it() -> io::Result<()> {
+    load_program(&program(&[])).map(drop)
+}
+
 fn load_program(program: &[Instruction]) -> io::Result<OwnedFd> {
     let attributes = LoadAttributes {
         program_type: CGROUP_DEVICE_PROGRAM,

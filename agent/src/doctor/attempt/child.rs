@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 use super::{Said, hub, registry, shim, state};
 use crate::doctor::chain;
 use crate::doctor::facts::Namespace;
+use crate::runtime::device_filter;
 use crate::runtime::seccomp::Filter;
 
 /// Runs the hidden subcommand with the arguments after its name. Must be called before any thread exists.
@@ -33,6 +34,10 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
                 .map_err(io::Error::from)
                 .and_then(|()| Filter::new().install());
             say_tried(filtered);
+        }
+        ([Some("device-filter")], _) => {
+            die_with_the_doctor();
+            say_tried(device_filter::try_it());
         }
         ([Some("shim")], _) => {
             die_with_the_doctor();

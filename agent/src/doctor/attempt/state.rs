@@ -3,6 +3,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -18,10 +19,15 @@ use super::{LockSaid, Said};
 use crate::doctor::chain;
 use crate::doctor::facts::Space;
 use crate::runtime::backstage::{Backstage, ROOTFS};
+use crate::runtime::mounts::Detached;
 use crate::runtime::rootfs::{Seclusion, StepError};
+use crate::runtime::userns::UserNamespace;
 
 /// What begins the names of scratch directories.
 const PREFIX: &str = ".foreshore-doctor-";
+
+/// The first of the ids that mapping is tried with; any will do.
+const TRIED_ID: u32 = 1 << 20;
 
 /// Entries of a directory that are looked at for what a killed doctor left.
 const SWEEP_MAX: usize = 10_000;
@@ -65,6 +71,8 @@ pub(super) fn examine(state: &Path) {
             say(&Said::Synced { why, ms });
             let why = overlay(&scratch.path).err();
             say(&Said::Overlay { why });
+            let why = idmap(&scratch.path).err();
+            say(&Said::Idmap { why });
         }
     }
 }
@@ -212,6 +220,16 @@ fn overlay(scratch: &Path) -> Result<(), String> {
     let _not_mounted = umount2(merged, MntFlags::MNT_DETACH);
     let left = seclusion.leave().map_err(step);
     mounted.and(left)
+}
+
+/// Gives a copy of the mount that the directory is on the ids of a user namespace, as layers and volumes of containers
+/// get them. The copy is mounted nowhere.
+fn idmap(scratch: &Path) -> Result<(), String> {
+    let namespace = UserNamespace::create(TRIED_ID)
+        .map_err(|error| format!("no user namespace can be made: {error}"))?;
+    let copy = Detached::copy(scratch).map_err(|error| format!("copy the mount: {error}"))?;
+    copy.map_ids(namespace.as_fd())
+        .map_err(|error| format!("map the ids of the mount: {error}"))
 }
 
 fn prepare(scratch: &Path) -> io::Result<Vec<PathBuf>> {

@@ -1,6 +1,7 @@
 //! Which cgroups there are, and whether limits can be set at the configured parent.
 
-use super::boot;
+use super::host::{SEE_PRIVILEGES, may_too_little};
+use super::{boot, unless_failed};
 use crate::doctor::facts::{Cgroups, Facts, InitKind, Layout, Place};
 use crate::doctor::finding::{Check, CheckId};
 
@@ -68,12 +69,6 @@ pub(super) fn controller(id: CheckId, name: &str, facts: &Facts) -> Check {
         Layout::Missing { .. } => {
             return Check::info(id, "not looked at: no cgroups are mounted");
         }
-        Layout::Unified { .. } if name == "devices" => {
-            return Check::info(
-                id,
-                "cgroup v2 has no such controller; containers lack CAP_MKNOD and have a /dev of their own",
-            );
-        }
         Layout::Unified { .. } => match unified(name, facts) {
             Ok(_) if blocker(&facts.cgroups, name).is_some() => {
                 let parent = &facts.cgroups.parent;
@@ -105,6 +100,28 @@ pub(super) fn controller(id: CheckId, name: &str, facts: &Facts) -> Check {
         }
         Err((found, fix)) => Check::error(id, found, fix),
     }
+}
+
+/// On v1 a controller, on v2 a program that the kernel runs at every open.
+pub(super) fn devices(facts: &Facts) -> Check {
+    let id = CheckId::CgroupDevices;
+    if !matches!(facts.cgroups.layout, Layout::Unified { .. }) {
+        return controller(id, "devices", facts);
+    }
+    let works = "a BPF program limits containers to their devices, as cgroup v2 has it";
+    let slow = "see why processes do not end: dmesg | tail";
+    unless_failed(id, &facts.device_filter, works, slow).unwrap_or_else(|why| {
+        let fix = if may_too_little(facts) {
+            SEE_PRIVILEGES.to_owned()
+        } else {
+            match &facts.host.container {
+                Some(kind) => super::privileged(kind),
+                None => "use a kernel that is built with CONFIG_CGROUP_BPF=y (zgrep CGROUP_BPF /proc/config.gz), and forbid the agent's unit no bpf(2) (SystemCallFilter=)".to_owned(),
+            }
+        };
+        let found = format!("the kernel takes no BPF program for devices, and no container starts on cgroup v2 without one: {why}");
+        Check::error(id, found, fix)
+    })
 }
 
 /// Whether a controller of cgroup v2 is at hand for the parent, else what is in the way and how to be rid of it.

@@ -62,7 +62,7 @@ pub(super) fn kernel(facts: &Facts) -> Check {
     }
 }
 
-fn parse_version(release: &str) -> Option<(u32, u32)> {
+pub(super) fn parse_version(release: &str) -> Option<(u32, u32)> {
     let mut parts = release.split(|at: char| !at.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }

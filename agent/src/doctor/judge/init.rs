@@ -65,7 +65,7 @@ pub(super) fn unit(facts: &Facts) -> Check {
 pub(super) fn notify(facts: &Facts) -> Check {
     let id = CheckId::InitNotify;
     match (facts.init.kind, facts.init.notify_socket) {
-        (_, true) => Check::ok(id, "systemd's notify socket is there"),
+        (_, true) => watched(id, facts),
         (InitKind::Systemd, false) => Check::warning(
             id,
             "systemd runs, but its notify socket is not there",
@@ -76,6 +76,32 @@ pub(super) fn notify(facts: &Facts) -> Check {
             "no systemd: nobody is told whether the agent makes progress",
         ),
     }
+}
+
+/// Whether the agent's unit has systemd listen to the progress that the agent tells (`sd_notify`(3)).
+fn watched(id: CheckId, facts: &Facts) -> Check {
+    let Some(unit) = &facts.init.unit else {
+        return Check::ok(id, "systemd's notify socket is there");
+    };
+    let value = |key: &str| unit.service.get(key).map(String::as_str);
+    let listens = matches!(value("Type"), Some("notify" | "notify-reload"));
+    let seconds = value("WatchdogSec").filter(|value| !matches!(*value, "" | "0" | "infinity"));
+    if let (true, Some(seconds)) = (listens, seconds) {
+        return Check::ok(
+            id,
+            format!(
+                "systemd starts the agent anew when it makes no progress (WatchdogSec={seconds})"
+            ),
+        );
+    }
+    Check::hint(
+        id,
+        format!(
+            "{} lacks Type=notify or WatchdogSec=: an agent that hangs stays so, while its containers run on",
+            unit.path
+        ),
+        "mkdir -p /etc/systemd/system/foreshore-agent.service.d && printf '[Service]\\nType=notify\\nWatchdogSec=60\\n' > /etc/systemd/system/foreshore-agent.service.d/watchdog.conf && systemctl daemon-reload",
+    )
 }
 
 pub(super) fn watchdog(facts: &Facts) -> Check {

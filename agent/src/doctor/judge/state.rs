@@ -1,6 +1,6 @@
 //! The state directory and what it is on, and the run directory.
 
-use super::host::{SEE_PRIVILEGES, may_too_little};
+use super::host::{SEE_PRIVILEGES, may_too_little, parse_version};
 use super::{quoted, size, unless_failed};
 use crate::doctor::facts::{Facts, InitKind, Mount, Space, StateLock};
 use crate::doctor::finding::{Check, CheckId, Level};
@@ -208,6 +208,43 @@ pub(super) fn overlay(facts: &Facts) -> Check {
             overlay_fix(facts, &why),
         )
     })
+}
+
+/// The first Linux whose overlays take layers that are mounted with mapped ids.
+const KERNEL_IDMAP: (u32, u32) = (5, 19);
+
+pub(super) fn idmap(facts: &Facts) -> Check {
+    let id = CheckId::StateIdmap;
+    let slow = "see what the kernel says of it: dmesg | tail -50";
+    let kernel = &facts.host.kernel;
+    let old = parse_version(kernel).is_some_and(|version| version < KERNEL_IDMAP);
+    let works = "containers can have user namespaces on it";
+    let why = match unless_failed(id, &facts.state.idmap, works, slow) {
+        Ok(check) if old && check.level == Level::Ok => {
+            format!("Linux {kernel} cannot mount overlays of layers with mapped ids")
+        }
+        Ok(check) => return check,
+        Err(why) => why,
+    };
+    let mount = facts.state.mount.as_ref();
+    let fix = if may_too_little(facts) {
+        SEE_PRIVILEGES.to_owned()
+    } else if why.contains("no user namespace") {
+        "see namespace.user: the same is in the way here".to_owned()
+    } else if old {
+        "use Linux 5.19 or later; Debian 12 has 6.1".to_owned()
+    } else if let Some(kind) = &facts.host.container {
+        super::privileged(kind)
+    } else if let Some(Mount { kind, .. }) = mount {
+        format!("{kind} may not be able to; {}", elsewhere(facts))
+    } else {
+        elsewhere(facts)
+    };
+    Check::warning(
+        id,
+        format!("containers run without user namespaces, root inside is root outside: {why}"),
+        fix,
+    )
 }
 
 fn overlay_fix(facts: &Facts, why: &str) -> String {

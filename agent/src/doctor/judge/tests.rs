@@ -99,6 +99,7 @@ pub(in crate::doctor) fn debian() -> Facts {
         namespaces_max: Namespace::ALL.map(|kind| (kind, 15_000)).into(),
         unprivileged_userns: Some(true),
         seccomp: Tried::Works,
+        device_filter: Tried::Works,
         shim: Tried::Works,
         state: StateDir {
             path: "/var/lib/foreshore".into(),
@@ -114,6 +115,7 @@ pub(in crate::doctor) fn debian() -> Facts {
             sync: Tried::Works,
             sync_ms: 12,
             overlay: Tried::Works,
+            idmap: Tried::Works,
             lock: StateLock::Free,
         },
         run: RunDir {

@@ -323,3 +323,25 @@ fn on_v2_a_controller_may_be_kept_by_a_v1_hierarchy() {
         "s/^GRUB_CMDLINE_LINUX=\"/&cgroup_no_v1=all /' /etc/default/grub && update-grub && reboot",
     );
 }
+
+#[test]
+fn cgroup_v2_needs_bpf_for_devices() {
+    let mut facts = debian();
+    finding(&facts, CheckId::CgroupDevices, Level::Ok, "BPF", "");
+    facts.device_filter = Tried::Fails("Function not implemented (os error 38)".to_owned());
+    finding(
+        &facts,
+        CheckId::CgroupDevices,
+        Level::Error,
+        "not implemented",
+        "CONFIG_CGROUP_BPF",
+    );
+    facts.host.container = Some("docker".to_owned());
+    finding(
+        &facts,
+        CheckId::CgroupDevices,
+        Level::Error,
+        "",
+        "--privileged",
+    );
+}

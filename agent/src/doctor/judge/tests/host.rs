@@ -292,6 +292,29 @@ fn a_unit_that_would_take_the_containers_along_is_told() {
         "no unit",
         "systemctl enable",
     );
+    let service = &mut debian().init.unit.expect("it has one").service;
+    service.insert("Type".to_owned(), "notify".to_owned());
+    let mut watched = debian();
+    let unit = watched.init.unit.as_mut().expect("it has one");
+    unit.service = service.clone();
+    unit.service.remove("WatchdogSec");
+    finding(
+        &watched,
+        CheckId::InitNotify,
+        Level::Info,
+        "WatchdogSec=",
+        "WatchdogSec=60",
+    );
+    let unit = watched.init.unit.as_mut().expect("it has one");
+    unit.service
+        .insert("WatchdogSec".to_owned(), "60".to_owned());
+    finding(
+        &watched,
+        CheckId::InitNotify,
+        Level::Ok,
+        "WatchdogSec=60",
+        "",
+    );
     facts.init.notify_socket = false;
     finding(
         &facts,

@@ -198,3 +198,52 @@ fn an_agent_that_runs_already_is_told_with_its_process() {
         "`run = \"/run/foreshore\"`",
     );
 }
+
+#[test]
+fn user_namespaces_take_a_kernel_and_a_file_system_that_map_ids() {
+    let failed = || Tried::Fails("map the ids of the mount: Invalid argument".to_owned());
+    let mut facts = debian();
+    finding(
+        &facts,
+        CheckId::StateIdmap,
+        Level::Ok,
+        "user namespaces",
+        "",
+    );
+    facts.host.kernel = "5.15.0".to_owned();
+    finding(
+        &facts,
+        CheckId::StateIdmap,
+        Level::Warning,
+        "5.15.0",
+        "5.19",
+    );
+    facts.state.idmap = failed();
+    finding(
+        &facts,
+        CheckId::StateIdmap,
+        Level::Warning,
+        "Invalid",
+        "5.19",
+    );
+    let mut facts = debian();
+    facts.state.idmap = failed();
+    facts.state.mount = Some(mount("zfs", "/", "rw"));
+    finding(
+        &facts,
+        CheckId::StateIdmap,
+        Level::Warning,
+        "root outside",
+        "zfs may not",
+    );
+    facts.state.idmap = Tried::Fails("no user namespace can be made: EPERM".to_owned());
+    finding(
+        &facts,
+        CheckId::StateIdmap,
+        Level::Warning,
+        "",
+        "namespace.user",
+    );
+    facts.state.idmap = Tried::Skipped("see state.sync".to_owned());
+    finding(&facts, CheckId::StateIdmap, Level::Info, "not tried", "");
+}
