@@ -30,15 +30,3 @@ pub use finding::{Check, CheckId, Level, Report};
 pub fn examine(program: &Path, config: &Path) -> Report {
     judge::judge(&gather::gather(program, config))
 }
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    text
-}

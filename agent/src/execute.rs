@@ -13,6 +13,7 @@ use foreshore_protocol::message::{Reason, ReasonCode};
 use foreshore_protocol::release::service_digest;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
+use crate::causes::chain;
 use crate::plan::Outcome;
 use crate::runtime::secrets::Values;
 use crate::runtime::{ContainerId, ContainerSpec, ImageConfig, Runtime, StartError};
@@ -290,16 +291,4 @@ async fn collect<R>(tools: &Tools<R>, keep: BTreeSet<Digest>) {
         }
         Err(error) => tracing::error!(%error, "collecting garbage broke off"),
     }
-}
-
-/// An error with its causes, on one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    text
 }

@@ -28,6 +28,7 @@
 //! | [`watchdog`] | signs of life for the supervisor and the hardware |
 //! | [`config`], [`inventory`], [`clock`] | the configuration, the device, its clocks |
 
+pub(crate) mod causes;
 pub mod clock;
 pub mod config;
 pub mod disk;

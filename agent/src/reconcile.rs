@@ -25,9 +25,10 @@ use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
+use crate::causes::chain;
 use crate::clock;
 use crate::config::Config;
-use crate::execute::{Tools, chain};
+use crate::execute::Tools;
 use crate::inventory;
 use crate::link::{Birth, Incoming, Link, Outgoing, Receipt};
 use crate::plan::{BootId, BootMs, Busy, History, Outcome};

@@ -35,6 +35,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::unistd::{Gid, Pid, Uid};
 use serde_json::{Value, json};
 
+use crate::causes::chain;
 use crate::runtime::backstage::{Backstage, BackstageError, CONFIGS, ROOTFS, SECRETS, lacks};
 use crate::runtime::device_filter;
 use crate::runtime::devices::{self, AccessError};
@@ -123,18 +124,6 @@ impl From<BackstageError> for Failure {
             BackstageError::Unmappable(reason) => Self::Unmappable(reason),
         }
     }
-}
-
-/// An error and all its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 fn start(dir: &Path) -> Result<Infallible, Failure> {

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 
+use crate::causes::chain;
 use crate::config::Config;
 use crate::images;
 use crate::plan::BootId;
@@ -232,18 +233,6 @@ fn print(line: &Line) {
     text.push(b'\n');
     // The agent may be gone; then nobody needs to know.
     let _nobody_reads = std::io::stdout().lock().write_all(&text);
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    text
 }
 
 fn reason(code: ReasonCode, message: &str) -> Reason {

@@ -13,11 +13,11 @@ use nix::time::{ClockId, clock_gettime};
 
 use self::files::Tree;
 use super::attempt::{Attempt, End, LockSaid, Outcome, Said, Try, no_result};
-use super::chain;
 use super::facts::{
     Broker, Clock, ConfigFile, ConfigProblem, Connect, Facts, Handshake, Host, Hub, Namespace,
     RegistryAnswer, RunDir, SecretFile, StateDir, StateLock, Swap, Tried, mount_of, parse_mounts,
 };
+use crate::causes::chain;
 use crate::config::{Cgroup, Config, ConfigError, HUB_REGISTRY, Paths};
 
 /// 2026-11-01, when this program was young. A build with `SOURCE_DATE_EPOCH` (reproducible-builds.org) says it more

@@ -186,7 +186,7 @@ impl Watched {
         self.now = self
             .source
             .load()
-            .map_err(|error| crate::execute::chain(&error));
+            .map_err(|error| crate::causes::chain(&error));
         true
     }
 

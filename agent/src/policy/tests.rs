@@ -200,7 +200,7 @@ fn mistakes_in_the_file_are_named_with_their_place() {
         ("[max]\nmem_limit = \"much\"\n", "much"),
         ("[max]\nmemory = \"1g\"\n", "memory"),
     ] {
-        let error = crate::execute::chain(&load(text).expect_err(text));
+        let error = crate::causes::chain(&load(text).expect_err(text));
         assert!(
             error.contains(named) && error.contains("policy.toml"),
             "{text}: {error}"

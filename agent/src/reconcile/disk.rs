@@ -17,9 +17,9 @@ use foreshore_protocol::release::{Release, service_digest};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::causes::chain;
 use crate::config::Config;
 use crate::disk::{Ballast, Measured, Usage, measure};
-use crate::execute::chain;
 use crate::plan::{Disk, DiskUsage};
 use crate::runtime::{Container, ContainerId, ContainerState};
 

@@ -9,7 +9,7 @@ use foreshore_protocol::release::{Release, ReleaseError};
 use tokio::time::Instant;
 
 use super::{Agent, Next, Offered, RETRY};
-use crate::execute::chain;
+use crate::causes::chain;
 use crate::link::{Incoming, Outgoing, Receipt};
 use crate::plan::Outcome;
 use crate::runtime::Runtime;

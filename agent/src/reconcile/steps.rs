@@ -11,8 +11,9 @@ use foreshore_protocol::{AppName, Digest, ServiceName};
 use tokio::time::Instant;
 
 use super::{Agent, Ended, RETRY, Work};
+use crate::causes::chain;
 use crate::clock;
-use crate::execute::{Task, chain, execute};
+use crate::execute::{Task, execute};
 use crate::link::Outgoing;
 use crate::plan::{
     self, BootMs, Desired, History, Notice, Observed, ObservedContainer, Outcome, Plan, Step,

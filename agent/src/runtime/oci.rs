@@ -246,7 +246,7 @@ impl OciRuntime {
         match self.config.policy.load() {
             Ok(policy) => Ok(policy.grant(&spec.id.app)),
             Err(_) if !policy::is_privileged(&spec.service) => Ok(Grant::default()),
-            Err(error) => Err(StartError::Denied(crate::execute::chain(&error))),
+            Err(error) => Err(StartError::Denied(crate::causes::chain(&error))),
         }
     }
 

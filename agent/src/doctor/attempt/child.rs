@@ -9,7 +9,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 
 use super::{Said, hub, registry, shim, state};
-use crate::doctor::chain;
+use crate::causes::chain;
 use crate::doctor::facts::Namespace;
 use crate::runtime::device_filter;
 use crate::runtime::seccomp::Filter;

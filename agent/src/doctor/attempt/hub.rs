@@ -12,8 +12,8 @@ use rustls::{CertificateError, ClientConnection};
 
 use super::Said;
 use super::child::say;
+use crate::causes::chain;
 use crate::config::{BrokerUrl, Config, HubConfig};
-use crate::doctor::chain;
 use crate::doctor::facts::{Connect, Handshake};
 use crate::link;
 

@@ -8,8 +8,8 @@ use foreshore_images::registry::{Client, FetchError, Timeouts};
 
 use super::Said;
 use super::child::say;
+use crate::causes::chain;
 use crate::config::{Config, HUB_REGISTRY};
-use crate::doctor::chain;
 use crate::doctor::facts::RegistryAnswer;
 
 /// An image that no registry has: its absence proves that a registry answers.

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{close, dup2, execve, pipe2};
 
-use crate::doctor::chain;
+use crate::causes::chain;
 use crate::runtime::process::PidFd;
 use crate::runtime::rootfs::{Seclusion, mount_scratch};
 

@@ -16,7 +16,7 @@ use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use super::child::say;
 use super::{LockSaid, Said};
-use crate::doctor::chain;
+use crate::causes::chain;
 use crate::doctor::facts::Space;
 use crate::runtime::backstage::{Backstage, ROOTFS};
 use crate::runtime::mounts::Detached;
