@@ -161,3 +161,46 @@ fn the_power_may_be_cut_at_every_kill_point() {
         made.values().sum::<u64>()
     );
 }
+
+/// The checks are only worth what they notice: with each fault in the way state is written, a cut at the right moment must
+/// make one of them fail, and without it the same cut must not.
+#[test]
+fn each_fault_in_writing_state_is_noticed_by_the_checks_after_a_cut() {
+    for (number, (fault, point, said)) in [
+        // Half a file under the name that counts.
+        ("in-place:head", "head.torn", "neither old nor new"),
+        ("in-place:history", "history.torn", "neither old nor new"),
+        // Acknowledged, and never on the disk. Long after, so that the hub has heard of it for sure.
+        ("lost:head", "collect.begun", "was acknowledged"),
+        // A container before its number.
+        ("lost:history", "start.done", "its number is not remembered"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for fault in [None, Some(fault)] {
+            let mut device = Device::new(100 + number);
+            device.assign();
+            device.start(None);
+            device.await_settled();
+            device.kill();
+            device.assign();
+            device.fault = fault;
+            device.start(Some(&format!("{point}#1")));
+            assert_eq!(device.await_cut(), (Life::Cut, true), "{point}");
+            let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                device.check_disk(false);
+            }));
+            let complaint = checked.err().map(|panic| {
+                let text = panic.downcast_ref::<String>().cloned();
+                text.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()))
+                    .unwrap()
+            });
+            match (fault, complaint) {
+                (None, None) => {}
+                (Some(_), Some(complaint)) if complaint.contains(said) => {}
+                (fault, complaint) => panic!("{point} with {fault:?}: {complaint:?}"),
+            }
+        }
+    }
+}

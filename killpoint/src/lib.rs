@@ -168,6 +168,23 @@ pub const fn failure() -> std::io::Result<()> {
     Ok(())
 }
 
+/// Whether `FORESHORE_FAULT` asks for this fault in the writing of `object`, as `KIND:OBJECT`: a test puts it into the
+/// program to see that its checks notice.
+#[cfg(any(debug_assertions, feature = "failpoints"))]
+#[must_use]
+pub fn fault(kind: &str, object: &str) -> bool {
+    let asked = std::env::var("FORESHORE_FAULT");
+    asked.is_ok_and(|asked| asked.split_once(':') == Some((kind, object)))
+}
+
+/// Whether a test asks for a fault; never in this build.
+#[cfg(not(any(debug_assertions, feature = "failpoints")))]
+#[inline(always)]
+#[must_use]
+pub const fn fault(_kind: &str, _object: &str) -> bool {
+    false
+}
+
 /// What a child whose environment is cleared must be given to have kill points too; nothing in a build without.
 #[cfg(any(debug_assertions, feature = "failpoints"))]
 pub fn passed_on() -> impl Iterator<Item = (&'static str, std::ffi::OsString)> {

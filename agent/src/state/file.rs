@@ -183,7 +183,14 @@ pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileErro
     use std::os::unix::fs::OpenOptionsExt as _;
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(TEMPORARY);
-    let temporary = PathBuf::from(temporary);
+    let mut temporary = PathBuf::from(temporary);
+    let object = object(path);
+    if killpoint::fault("lost", object) {
+        return Ok(());
+    }
+    if killpoint::fault("in-place", object) {
+        path.clone_into(&mut temporary);
+    }
     let write = || -> io::Result<()> {
         if bytes.len() > MAX_FILE_BYTES {
             // What cannot be read back must not replace what can.
@@ -191,7 +198,6 @@ pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileErro
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
         }
         killpoint::failure()?;
-        let object = object(path);
         let mut file = File::options()
             .create(true)
             .truncate(true)

@@ -39,6 +39,8 @@ pub struct Device {
     release: Option<Digest>,
     since: Option<Version>,
     read_only: bool,
+    /// What the agent does wrong from its next start on, as `FORESHORE_FAULT` has it.
+    pub fault: Option<&'static str>,
     /// Dropped after everything else, the newest first.
     kept: Vec<Box<dyn std::any::Any + Send>>,
 }
@@ -84,6 +86,7 @@ impl Device {
             release: None,
             since: None,
             read_only: false,
+            fault: None,
             kept: Vec::new(),
         }
     }
@@ -195,6 +198,9 @@ impl Device {
             .stderr(log);
         if let Some(order) = order {
             command.env("FORESHORE_KILL_AT", order);
+        }
+        if let Some(fault) = self.fault {
+            command.env("FORESHORE_FAULT", fault);
         }
         self.agent = Some(command.spawn().unwrap());
     }
