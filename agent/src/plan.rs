@@ -17,6 +17,7 @@
 //! | file | decides |
 //! |---|---|
 //! | `plan/app.rs` | how an assignment goes: staging, switching, trial, return to the last-known-good |
+//! | `plan/ends.rs` | what became of containers, and when they may be started again |
 //! | `plan/service.rs` | which containers are stopped, removed, started |
 //! | `plan/secret.rs` | whose secrets are missing, and who must get new ones |
 //! | `plan/health.rs` | how well services are, and what they wait for |
@@ -42,6 +43,7 @@ mod app;
 mod backoff;
 pub mod check;
 mod collect;
+mod ends;
 mod evict;
 mod health;
 mod history;

@@ -9,6 +9,7 @@ use foreshore_protocol::message::{EventKind, HeadApp, Phase, Reason, ReasonCode}
 use foreshore_protocol::quantity::Span;
 use foreshore_protocol::{AppName, Digest};
 
+use super::ends;
 use super::health::{Health, health};
 use super::history::reason;
 use super::secret;
@@ -40,7 +41,7 @@ pub(super) fn advance(
         adopt(draft, history, containers, desired);
     }
     let before = target(draft, history.current);
-    service::observe(
+    ends::observe(
         draft,
         app,
         history,
@@ -89,7 +90,7 @@ pub(super) fn remove(
     containers: &[&ObservedContainer],
     instance_floor: u64,
 ) -> bool {
-    service::observe(draft, app, history, containers, None, instance_floor);
+    ends::observe(draft, app, history, containers, None, instance_floor);
     history.trial = None;
     history.current = None;
     if let Some(assignment) = &mut history.assignment {
