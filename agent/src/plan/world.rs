@@ -87,6 +87,8 @@ pub(super) struct World {
     pub(super) started: Vec<(ContainerId, Digest)>,
     /// Every container that was ever told to stop.
     pub(super) stopped: Vec<ContainerId>,
+    /// Services that a step is under way on.
+    pub(super) busy: Busy,
     generation: u64,
 }
 
@@ -119,6 +121,7 @@ impl World {
             busy_apps: BTreeSet::new(),
             started: Vec::new(),
             stopped: Vec::new(),
+            busy: Busy::default(),
             generation: 0,
         }
     }
@@ -212,7 +215,7 @@ impl World {
             usage: self.usage.clone(),
             verdicts: self.verdicts.clone(),
             secrets: self.secrets.clone(),
-            busy: Busy::default(),
+            busy: self.busy.clone(),
         }
     }
 
@@ -255,6 +258,75 @@ impl World {
             }
         }
         plan
+    }
+
+    /// Plans, and does the first step on a service half: what it is to end runs or is broken until somebody looked,
+    /// and is then ended by SIGKILL; what it is to start is half made. Then the agent ends, or with `lives` looks
+    /// once more and the step comes to its end. Whether there was such a step, and whether it was a start.
+    pub(super) fn cut_inside(&mut self, lives: bool) -> Option<bool> {
+        let plan = self.turn(0);
+        let (step, id) = plan.steps.iter().find_map(|step| match step {
+            Step::Stop { id, .. } | Step::Remove { id } | Step::Start { id, .. } => {
+                Some((step.clone(), id.clone()))
+            }
+            _ => None,
+        })?;
+        let is_start = matches!(step, Step::Start { .. });
+        if lives {
+            self.busy
+                .services
+                .insert((id.app.clone(), id.service.clone()));
+        }
+        let outcome = if is_start {
+            let outcome = self.execute(&step);
+            self.set_state(&id, ContainerState::Broken);
+            outcome
+        } else {
+            // It has come up since it was taken for broken.
+            let up = ContainerState::Running {
+                pid: 1,
+                started_ms: self.now.ms.0,
+            };
+            self.set_state(&id, up);
+            if lives {
+                self.turn(0);
+            }
+            let killed = Exit {
+                code: 137,
+                oom: false,
+                signal: Some(9),
+            };
+            self.set_state(&id, ContainerState::Exited(killed));
+            None
+        };
+        if !lives {
+            self.now.ms = self.now.ms.plus(1);
+            self.crash();
+            return Some(is_start);
+        }
+        self.turn(0);
+        self.busy = Busy::default();
+        let outcome = match (is_start, self.containers.iter().any(|seen| seen.0.id == id)) {
+            (true, true) => {
+                let up = ContainerState::Running {
+                    pid: 1,
+                    started_ms: self.now.ms.0,
+                };
+                self.set_state(&id, up);
+                outcome
+            }
+            _ => self.execute(&step),
+        };
+        self.history.record(&outcome?, self.now);
+        Some(is_start)
+    }
+
+    fn set_state(&mut self, id: &ContainerId, state: ContainerState) {
+        for (container, ..) in &mut self.containers {
+            if container.id == *id {
+                container.state = state;
+            }
+        }
     }
 
     fn execute(&mut self, step: &Step) -> Option<Outcome> {

@@ -295,4 +295,48 @@ proptest! {
             prop_assert!(status.services.iter().all(|service| service.ready), "{:?}", status);
         }
     }
+
+    /// A release is judged by ends of its own making: whatever the agent ends, or leaves half made when it ends itself,
+    /// a good release is not given up for it.
+    #[test]
+    fn ends_that_the_agent_caused_are_held_against_nobody(
+        cuts in prop::collection::vec((any::<bool>(), 0..3_u8, 0..1_000_u64), 1..16),
+        start_first in any::<bool>(),
+        restart in 0..3_u8,
+    ) {
+        let web = |seed| {
+            let mut web = always("good", seed);
+            web.restart = match restart {
+                0 => RestartPolicy::Always,
+                1 => RestartPolicy::No,
+                _ => RestartPolicy::OnFailure { max_retries: Some(1) },
+            };
+            if start_first {
+                web.deploy.update_config.order = UpdateOrder::StartFirst;
+            }
+            release("shop", &[("steady", always("good", 100)), ("web", web)])
+        };
+        let mut world = settled(&web(1));
+        let wanted = world.assign(&web(2));
+        // Fetched and staged.
+        world.turn(usize::MAX);
+        world.turn(usize::MAX);
+        let mut crashes = 0;
+        for (lives, then, ms) in cuts {
+            let lives = lives || crashes == 3;
+            if world.cut_inside(lives).is_some() && !lives {
+                crashes += 1;
+            }
+            match then {
+                0 => {}
+                1 => drop(world.turn(1)),
+                _ => drop(world.run(ms)),
+            }
+        }
+        world.run(HOUR);
+        let status = world.status("shop");
+        prop_assert_eq!(status.phase, Phase::Succeeded, "{:?}", status);
+        prop_assert_eq!(status.running, Some(wanted));
+        prop_assert!(status.services.iter().all(|service| service.ready), "{:?}", status);
+    }
 }
