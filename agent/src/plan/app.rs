@@ -530,6 +530,8 @@ fn fail(
     let (phase, kind, message) = match good {
         Some(good) => {
             history.current = Some(good);
+            // What is there was looked at as the other release's so far: whether its secrets are new enough, say.
+            draft.wake_at = Some(draft.now.ms);
             (
                 Phase::RolledBack,
                 EventKind::RolledBack,
