@@ -269,7 +269,10 @@ impl World {
             Step::Stop { id, .. } | Step::Remove { id } | Step::Start { id, .. } => {
                 Some((step.clone(), id.clone()))
             }
-            _ => None,
+            Step::Stage { .. }
+            | Step::AbandonStaging { .. }
+            | Step::RenewSecrets { .. }
+            | Step::Collect { .. } => None,
         })?;
         let is_start = matches!(step, Step::Start { .. });
         if lives {
