@@ -136,7 +136,9 @@ fn check_order(rollout: &Rollout, findings: &mut Findings) {
             WaveState::Skipped => {
                 before_over || super::budget::Tally::of_wave(rollout, ordinal).devices == 0
             }
-            _ => before_over,
+            WaveState::Open | WaveState::Baking | WaveState::Passed | WaveState::Failed => {
+                before_over
+            }
         };
         findings.require(in_order, Rule::WaveOrder, || {
             format!(
