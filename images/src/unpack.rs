@@ -41,6 +41,8 @@ pub const PATH_BYTES_MAX: usize = 4096;
 pub const DEPTH_MAX: usize = 512;
 /// Bytes of paths, of directories and whiteouts, remembered until the end.
 const PATH_BYTES_TOTAL_MAX: usize = 64 << 20;
+/// Bytes of paths of opaque directories: a hundred times what images have.
+const OPAQUE_BYTES_MAX: usize = 1 << 20;
 /// Notes kept for people; more are only counted.
 const NOTES_MAX: usize = 16;
 
@@ -531,6 +533,13 @@ impl Unpacking {
         }
         let (leans, opaque) = self.tree.into_parts();
         self.done.leans = leans;
+        // They are kept in the layer's record, which is bounded.
+        if opaque.iter().map(Vec::len).sum::<usize>() > OPAQUE_BYTES_MAX {
+            return Err(entry_error(
+                b".wh..wh..opq",
+                "stands in too many directories",
+            ));
+        }
         self.done.opaque = Some(Paths(opaque));
         Ok(self.done)
     }

@@ -93,7 +93,13 @@ impl DockerConfig {
             .map_err(|error| format!("line {}, column {}", error.line(), error.column()))?;
         let mut credentials = BTreeMap::new();
         for (name, entry) in document.auths {
-            let host = host_of(&name);
+            let Some(host) = host_of(&name) else {
+                tracing::debug!(
+                    name,
+                    "a login that is not for a whole registry is passed over"
+                );
+                continue;
+            };
             if !entry.identitytoken.is_empty() {
                 return Err(format!(
                     "the login at \"{host}\" is an identity token, which only docker can use; log in with a password or an \
@@ -134,16 +140,19 @@ fn decode(auth: &str) -> Option<Credentials> {
     Some(Credentials::new(username, password.trim_end_matches('\0')))
 }
 
-/// `https://index.docker.io/v1/` is docker's own name for its registry; others may have a scheme and a path as well.
-fn host_of(name: &str) -> String {
+/// `https://index.docker.io/v1/` is docker's own name for its registry; others may have a scheme as well. `None` for logins
+/// that are for something below a registry (containers-auth.json(5)) or no passwords (`…/v1/refresh-token`).
+fn host_of(name: &str) -> Option<String> {
     let name = name
         .strip_prefix("https://")
         .or_else(|| name.strip_prefix("http://"))
         .unwrap_or(name);
-    match name.split('/').next().unwrap_or_default() {
+    let (host, path) = name.split_once('/').unwrap_or((name, ""));
+    let whole = matches!(path.trim_end_matches('/'), "" | "v1" | "v2");
+    whole.then(|| match host {
         "index.docker.io" | "registry-1.docker.io" => DEFAULT_HOST.to_owned(),
         host => host.to_owned(),
-    }
+    })
 }
 
 #[cfg(test)]
@@ -158,6 +167,8 @@ mod tests {
                 "https://index.docker.io/v1/": {{"auth": "{encoded}"}},
                 "ghcr.io": {{"username": "u", "password": "p"}},
                 "registry.lan:5000": {{"auth": "{encoded}"}},
+                "https://index.docker.io/v1/refresh-token": {{"username": "u", "password": "token"}},
+                "ghcr.io/org": {{"username": "org", "password": "other"}},
                 "kept.elsewhere": {{}}
             }}, "credsStore": "desktop", "HttpHeaders": {{"a": "b"}}}}"#
         );

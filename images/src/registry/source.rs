@@ -229,19 +229,20 @@ impl Client {
             match ask(mirror) {
                 Ok(answer) => return Ok(answer),
                 Err(error) if error.is_ours() => return Err(error),
-                Err(error) => self.passed_over(mirror, &error),
+                Err(error) => self.passed_over(mirror, &error, false),
             }
         }
         ask(itself)
     }
 
-    /// A mirror did not serve: says so, and lets it rest if it would only cost time again.
-    pub(super) fn passed_over(&self, source: &Endpoint, error: &FetchError) {
+    /// A mirror did not serve: says so, and lets it rest if it would only cost time again; not one that `brought` something.
+    pub(super) fn passed_over(&self, source: &Endpoint, error: &FetchError, brought: bool) {
         tracing::info!(mirror = source.shown, %error, "a mirror does not serve this");
-        if matches!(
+        let silent = matches!(
             error,
             FetchError::Unreachable { .. } | FetchError::TimedOut { .. }
-        ) {
+        );
+        if silent && !brought {
             self.lock_resting()
                 .insert(source.shown.clone(), Instant::now() + REST);
         }

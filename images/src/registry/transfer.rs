@@ -166,10 +166,25 @@ impl Client {
         reference: &Reference,
         blob: &Descriptor,
     ) -> Result<Vec<u8>, FetchError> {
+        let what = what(reference, blob);
         self.retrying(|| {
-            let mut bytes = Vec::new();
-            self.blob(reference, blob, &mut bytes, &mut |_| {})?;
-            Ok(bytes)
+            self.ask_any(reference, |endpoint| {
+                let ask = self.ask(endpoint, reference, &what, blob.size);
+                self.passable(endpoint, &what)?;
+                let (_, body) = self.open(&ask, endpoint, blob, 0)?;
+                let mut bytes = Vec::new();
+                self.copy(&ask, endpoint, body, blob.size, &mut |piece| {
+                    bytes.extend_from_slice(piece);
+                    Ok(())
+                })?;
+                if bytes.len() as u64 != blob.size {
+                    return Err(ask.size_mismatch(blob.size, bytes.len() as u64));
+                }
+                match Digest::of(&bytes) {
+                    found if found == blob.digest => Ok(bytes),
+                    found => Err(ask.digest_mismatch(found)),
+                }
+            })
         })
     }
 
@@ -194,29 +209,28 @@ impl Client {
         let until = Instant::now() + budget;
         loop {
             let before = partial.size();
-            let mut restarted = false;
             let mut last = None;
             let sources = self.sources(reference)?;
             for (index, source) in sources.iter().enumerate() {
-                let mut attempt = || {
+                let had = partial.size();
+                let mut attempt = |partial: &mut PartialBlob| {
                     let ask = self.ask(source, reference, &what, blob.size);
                     self.attempt(&ask, source, blob, partial, watch)
                 };
-                let mut result = attempt();
-                // What was there before may have been wrong, which is no fault of the registry: once more, all of it.
+                let mut result = attempt(partial);
+                // What was there before, of an earlier time or from a mirror, may have been wrong, which is no fault of this
+                // source: once more, all of it.
                 if let Err(FetchError::DigestMismatch { .. }) = result
-                    && before > 0
-                    && !restarted
+                    && had > 0
                 {
-                    restarted = true;
-                    result = attempt();
+                    result = attempt(partial);
                 }
                 match result {
                     Ok(()) => return Ok(()),
                     Err(error) if error.is_ours() => return Err(error),
                     Err(error) => {
                         if index + 1 < sources.len() {
-                            self.passed_over(source, &error);
+                            self.passed_over(source, &error, partial.size() > had);
                         }
                         last = Some(error);
                     }

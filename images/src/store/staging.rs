@@ -15,7 +15,7 @@ use super::survey::Extent;
 use super::{Progress, StageError, Store, chain_id, io_error};
 use crate::manifest::Descriptor;
 use crate::room::Shortage;
-use crate::unpack::job::{Job, LowerLayer, perform};
+use crate::unpack::job::{Job, LowerLayer, opaque_in, perform};
 use crate::unpack::{Bomb, Budget, UnpackError, Unpacked};
 use crate::{Digest, Reference};
 
@@ -54,6 +54,15 @@ pub(super) struct Staging<'a> {
     placed: Vec<PlacedLayer>,
 }
 
+/// Stops the threads that fetch, so that nobody waits for them for ever.
+struct StopsAtEnd<'f>(&'f Fetching<'f>);
+
+impl Drop for StopsAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
 impl<'a> Staging<'a> {
     pub(super) fn new(
         store: &'a Store,
@@ -80,15 +89,17 @@ impl<'a> Staging<'a> {
 
     pub(super) fn run(mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
         let wanted = self.plan(progress)?;
+        // What was begun of other images may have made room since.
+        let again = Self::new(self.store, self.origin, self.reference, self.selected)?;
+        (self.budget, self.bound_by_disk) = (again.budget, again.bound_by_disk);
         let layers = &self.selected.manifest.layers;
         let fetching = Fetching::new(self.store, self.origin, self.reference, layers, &wanted);
         std::thread::scope(|scope| {
             for _ in 0..AT_ONCE.min(layers.len()) {
                 scope.spawn(|| fetching.work());
             }
-            let done = self.layers(&fetching, progress);
-            fetching.stop();
-            done
+            let _stop_in_any_case = StopsAtEnd(&fetching);
+            self.layers(&fetching, progress)
         })?;
         self.record()?;
         self.store.forget_pull(&self.selected.root.digest);
@@ -242,7 +253,14 @@ impl<'a> Staging<'a> {
                 .tempdir_in(store.blobs.tmp())
                 .map_err(|source| io_error("create a directory in", store.blobs.tmp(), source))?;
             let source = match self.unpack_into(fetching, index, staging.path(), &mut tell)? {
-                Ok((unpacked, found)) => break (staging, unpacked, found),
+                Ok((unpacked, found)) => {
+                    // Who unpacked it may have stopped reading early; what is right is known when all has come.
+                    fetching.finished(index, &mut tell)?;
+                    if fetching.restarts(index) == restarts {
+                        break (staging, unpacked, found);
+                    }
+                    continue;
+                }
                 Err(source) => source,
             };
             // This disk is not well: whatever else is to come does not matter.
@@ -311,7 +329,7 @@ impl<'a> Staging<'a> {
         fs::create_dir(&tree).map_err(|source| io_error("create", &tree, source))?;
         let job = Job {
             target: tree,
-            lowers: self.lower_layers(),
+            lowers: self.lower_layers()?,
             budget: self.budget,
             // Headers and padding come on top of the content: two blocks an entry, and a few for long names.
             stream_bytes_max: self.budget.bytes.saturating_add(self.budget.entries * 4096),
@@ -321,27 +339,26 @@ impl<'a> Staging<'a> {
         };
         let blob = fetching.reader(index, tell)?;
         Ok(match &store.config.unpacker {
-            Some(unpacker) if job.lowers.iter().all(|lower| lower.opaque.is_some()) => {
-                unpacker.perform(&store.root, job, blob)
-            }
-            // Who cannot look at attributes could not tell what is opaque below.
-            _ => perform(&job, blob),
+            Some(unpacker) => unpacker.perform(&store.root, job, blob),
+            None => perform(&job, blob),
         })
     }
 
     /// The layers below the next one with what a process without privileges cannot see, topmost first.
-    fn lower_layers(&self) -> Vec<LowerLayer> {
-        self.placed
-            .iter()
-            .rev()
-            .map(|placed| LowerLayer {
-                path: self.store.layer_path(&placed.key),
-                opaque: self
-                    .store
-                    .layer(&placed.key)
-                    .and_then(|record| record.unpacked.opaque),
+    fn lower_layers(&self) -> Result<Vec<LowerLayer>, StageError> {
+        let lower = |placed: &PlacedLayer| {
+            let path = self.store.layer_path(&placed.key);
+            let record = self.store.layer(&placed.key);
+            let opaque = match record.and_then(|record| record.unpacked.opaque) {
+                Some(noted) => noted,
+                None => opaque_in(&path).map_err(|source| io_error("look at", &path, source))?,
+            };
+            Ok(LowerLayer {
+                path,
+                opaque: Some(opaque),
             })
-            .collect()
+        };
+        self.placed.iter().rev().map(lower).collect()
     }
 
     /// Flushes the tree and gives it its name, the record first: a record alone is swept.

@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 use crate::unpack::UnpackError;
 use crate::unpack::job::{ANSWER_BYTES_MAX, Answer, Job, Outcome, set_opaque, write_job};
 
+/// More notes than the unpacker of this crate makes.
+const NOTES_MAX: usize = 32;
+
 /// A program that does one [`Job`] and ends: it is given `arguments` and the store's root, reads
 /// [the job](crate::unpack::job::read_job) and the blob from standard input, and
 /// [answers](crate::unpack::job::serve) on standard output.
@@ -106,7 +109,10 @@ impl Unpacker {
         };
         drop(input);
         if let Err(source) = fed {
-            return Err(UnpackError::Archive(Box::new(source)));
+            return Err(match source.raw_os_error() {
+                Some(_) => failed("read a layer for", source),
+                None => UnpackError::Archive(Box::new(source)),
+            });
         }
         let answer = patience.while_it(|| read_answer(output));
         let status = running
@@ -114,9 +120,16 @@ impl Unpacker {
             .wait()
             .map_err(|source| failed("wait for", source))?;
         match answer {
-            Some(Answer::Done(unpacked, diff_id)) => {
-                let opaque = unpacked.opaque.clone().unwrap_or_default();
-                set_opaque(&job.target, &opaque)
+            Some(Answer::Done(unpacked, _))
+                if unpacked.bytes > job.budget.bytes || unpacked.entries > job.budget.entries =>
+            {
+                let more = io::Error::other("it says it unpacked more than it may");
+                Err(failed("believe", more))
+            }
+            Some(Answer::Done(mut unpacked, diff_id)) => {
+                unpacked.notes.truncate(NOTES_MAX);
+                let opaque = unpacked.opaque.get_or_insert_default();
+                set_opaque(&job.target, opaque)
                     .map_err(|source| failed("make directories opaque for", source))?;
                 Ok((*unpacked, diff_id))
             }

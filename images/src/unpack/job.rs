@@ -128,6 +128,34 @@ pub fn set_opaque(target: &std::path::Path, paths: &Paths) -> io::Result<()> {
     Ok(())
 }
 
+/// The opaque directories of a tree whose record does not name them. Takes `CAP_SYS_ADMIN`.
+///
+/// # Errors
+/// Any error of reading the tree.
+pub(crate) fn opaque_in(tree: &std::path::Path) -> io::Result<Paths> {
+    let mut found = Paths::default();
+    let mut ahead = vec![(tree.to_owned(), Vec::new())];
+    while let Some((dir, path)) = ahead.pop() {
+        let mut value = [0; 1];
+        if rustix::fs::lgetxattr(&dir, OPAQUE, &mut value[..]).is_ok() && value == *b"y" {
+            found.0.insert(path.clone());
+        }
+        for entry in std::fs::read_dir(&dir)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                let name = entry.file_name();
+                let mut below = path.clone();
+                if !below.is_empty() {
+                    below.push(b'/');
+                }
+                below.extend(name.as_encoded_bytes());
+                ahead.push((entry.path(), below));
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// What [`serve`] writes.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
@@ -309,6 +337,10 @@ mod tests {
         for good in [&b"a/b"[..], b"", b"/a"] {
             set_opaque(&inside, &one(good)).unwrap();
         }
+        assert_eq!(
+            opaque_in(&inside).unwrap(),
+            Paths([vec![], b"a".to_vec(), b"a/b".to_vec()].into())
+        );
         for bad in [&b"link"[..], b"../out/x", b"nothing"] {
             assert!(set_opaque(&inside, &one(bad)).is_err(), "{bad:?}");
         }

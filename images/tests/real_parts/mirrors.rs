@@ -7,8 +7,9 @@ use foreshore_images::store::Store;
 use foreshore_images::{Digest, Fault, Platform, Reference};
 
 use crate::bed::TIMEOUTS;
+use crate::compose::{Blobs, Layer, digest};
 use crate::hostile::{chain, honest, simple};
-use crate::server::{Reply, Request, Server, ok, status, with_header};
+use crate::server::{Reply, Request, Server, ok, ranged, status, with_header};
 
 /// `upstream` as `registry.example`, which no name server knows, behind mirrors.
 fn client(upstream: &Server, mirrors: Vec<String>, more: &[(String, RegistryConfig)]) -> Client {
@@ -171,4 +172,43 @@ fn https_goes_through_the_proxy_unless_its_host_is_excepted() {
         };
         assert!(Client::new(config).is_err(), "{bad}");
     }
+}
+
+/// What a mirror left half done and wrong is no fault of the registry.
+#[test]
+fn a_mirror_that_sends_wrong_bytes_and_breaks_does_not_spoil_the_registry() {
+    let mut blobs = Blobs::default();
+    let content: Vec<u8> = (0..900_000_u32)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0] | 1)
+        .collect();
+    let layer = Layer::plain(&[("f", &content)]);
+    let image = digest(&blobs.image(("amd64", ""), std::slice::from_ref(&layer)));
+    let (hex, served) = (Digest::of(&layer.blob).hex(), blobs.clone());
+    let mirror = Server::start("127.0.0.1", move |request| {
+        if request.path.contains(&hex) {
+            let mut wrong = layer.blob.clone();
+            wrong[10] ^= 1;
+            return ranged(&wrong, request, 600_000);
+        }
+        // The config goes wrong in the middle, too.
+        match honest(&served, request) {
+            Reply::Full(200, _, body) if request.path.contains("/blobs/") => {
+                Reply::Truncated(body[..body.len() / 2].to_vec(), body.len())
+            }
+            other => other,
+        }
+    });
+    let upstream = Server::start("127.0.0.1", move |request| {
+        let name = request.path.rsplit('/').next().unwrap();
+        let found = name.parse().ok().and_then(|digest| blobs.0.get(&digest));
+        match found {
+            Some(bytes) if request.path.contains("/blobs/") => ranged(bytes, request, usize::MAX),
+            _ => honest(&blobs, request),
+        }
+    });
+    stage(
+        &client(&upstream, vec![format!("http://{}", mirror.host)], &[]),
+        image,
+    )
+    .unwrap();
 }
