@@ -13,6 +13,7 @@
 //! | `list` | tags, repositories, referrers |
 //! | [`uploads`] | blobs on their way in |
 //! | `push` | uploads over HTTP, mounts, manifests |
+//! | `rest` | what refused requests still send |
 //! | `remove` | tags, manifests, blobs |
 //! | `through` | other registries, seen through this one |
 
@@ -39,6 +40,7 @@ mod pull;
 mod push;
 mod refusal;
 mod remove;
+mod rest;
 mod target;
 mod through;
 pub mod uploads;
@@ -96,7 +98,7 @@ async fn guard(State(api): State<Api>, mut request: Request, next: middleware::N
         }
         Some(caller) => {
             request.extensions_mut().insert(caller);
-            next.run(request).await
+            rest::take(request, next).await
         }
     };
     let version = HeaderValue::from_static("registry/2.0");

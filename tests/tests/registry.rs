@@ -124,14 +124,8 @@ fn a_push_onto_a_full_disk_is_refused_and_the_hub_goes_on() {
     for _ in 0..2 {
         let refused = push(&hub, &builder, "big", "acme/big:1");
         let said = String::from_utf8_lossy(&refused.stderr);
-        assert!(
-            // Whether the client still reads the refusal after it was cut off in the middle of a request is its own affair.
-            !refused.status.success()
-                && (said.contains("no room")
-                    || said.contains("broken pipe")
-                    || said.contains("connection reset")),
-            "{said}"
-        );
+        assert!(!refused.status.success(), "{said}");
+        assert!(said.contains("no room"), "{said}");
     }
     // What came of it takes no room from others.
     wait_for("the refused uploads to be gone", LONG, || {

@@ -26,10 +26,6 @@ use crate::store::{self, Store, StoreError};
 /// Bodies that are taken in at once; each has a thread and a few chunks in memory.
 const WRITERS: usize = 32;
 
-/// How long what a refused upload still sends is taken and thrown away, and how much of it in bytes.
-const LINGER: Duration = Duration::from_secs(10);
-const LINGER_BYTES: u64 = 1 << 30;
-
 /// How long a body may wait for its turn, or for another request that writes to the same upload.
 const TURN_WITHIN: Duration = Duration::from_secs(10);
 
@@ -461,18 +457,7 @@ impl Uploads {
             }
             came += chunk.len() as u64;
             if sender.send(chunk).await.is_err() {
-                // The writer gave up and knows why. Clients look for an answer when they have sent all, and find a broken
-                // pipe if nobody takes it.
-                let rest = async {
-                    let mut left = LINGER_BYTES;
-                    while let Some(Ok(chunk)) = stream.next().await {
-                        left = left.saturating_sub(chunk.len() as u64);
-                        if left == 0 {
-                            break;
-                        }
-                    }
-                };
-                let _refused_in_any_case = tokio::time::timeout(LINGER, rest).await;
+                // The writer gave up and knows why.
                 return Ok(came);
             }
         }

@@ -453,6 +453,54 @@ fn two_at_once_push_one_blob_and_who_writes_to_the_others_upload_waits() {
 }
 
 #[test]
+fn who_is_refused_reads_why_whatever_it_still_sends() {
+    let bed = Bed::start(Kind::Embedded);
+    let gone = format!("/v2/demo/blobs/uploads/{}", "0".repeat(32));
+    // More than all buffers on the way hold.
+    let content = vec![7; 32 << 20];
+    let refused = [
+        (format!("PATCH {gone}"), "HTTP/1.1 404"),
+        (
+            "POST /v2/demo/blobs/uploads/?digest=none".to_owned(),
+            "HTTP/1.1 400",
+        ),
+    ];
+    for (request, answer) in refused {
+        let mut stream = TcpStream::connect(&bed.api).unwrap();
+        let head = format!(
+            "{request} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n\r\n",
+            bed.token(),
+            content.len()
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(&content).unwrap();
+        let line = status_line(&mut stream);
+        assert!(line.starts_with(answer), "{request}: {line}");
+    }
+
+    // Who asks before it sends is answered before it sends.
+    let mut stream = TcpStream::connect(&bed.api).unwrap();
+    let head = format!(
+        "PATCH {gone} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n",
+        bed.token()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    let waited = std::time::Duration::from_secs(8);
+    stream.set_read_timeout(Some(waited)).unwrap();
+    assert!(status_line(&mut stream).starts_with("HTTP/1.1 404"));
+}
+
+fn status_line(stream: &mut TcpStream) -> String {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        line.push(byte[0]);
+    }
+    String::from_utf8(line).unwrap()
+}
+
+#[test]
 fn an_upload_goes_on_after_the_hub_was_killed_in_the_middle_of_it() {
     let mut bed = Bed::start(Kind::Embedded);
     let content: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();

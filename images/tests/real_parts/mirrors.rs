@@ -100,7 +100,7 @@ fn mirrors_are_asked_in_order_and_the_registry_last() {
 #[test]
 fn a_mirror_gets_its_own_credentials_and_nobody_else_s() {
     let (blobs, image, _) = simple();
-    let challenge = |blobs: crate::compose::Blobs| {
+    let challenge = |blobs: Blobs| {
         move |request: &Request| {
             if request.authorization.is_none() {
                 return with_header(401, "WWW-Authenticate", "Basic realm=\"x\"");
