@@ -13,7 +13,6 @@
 //! | `list` | tags, repositories, referrers |
 //! | [`uploads`] | blobs on their way in |
 //! | `push` | uploads over HTTP, mounts, manifests |
-//! | `rest` | what refused requests still send |
 //! | `remove` | tags, manifests, blobs |
 //! | `through` | other registries, seen through this one |
 
@@ -40,7 +39,6 @@ mod pull;
 mod push;
 mod refusal;
 mod remove;
-mod rest;
 mod target;
 mod through;
 pub mod uploads;
@@ -98,7 +96,7 @@ async fn guard(State(api): State<Api>, mut request: Request, next: middleware::N
         }
         Some(caller) => {
             request.extensions_mut().insert(caller);
-            rest::take(request, next).await
+            next.run(request).await
         }
     };
     let version = HeaderValue::from_static("registry/2.0");

@@ -15,11 +15,11 @@ use axum::middleware::Next;
 use axum::response::Response;
 use futures_util::{Stream, StreamExt as _};
 
-/// The most that is read and dropped, in bytes.
-const DROPPED_MAX: u64 = 64 << 20;
+/// The most that is read and dropped, in bytes: layers of images are pushed whole.
+const DROPPED_MAX: u64 = 1 << 30;
 
 /// How long that may take.
-const DROPPED_WITHIN: Duration = Duration::from_secs(5);
+const DROPPED_WITHIN: Duration = Duration::from_secs(10);
 
 /// Passes a request on, and after a refusal reads what the handler left of its body.
 pub(super) async fn drain(request: Request, next: Next) -> Response {

@@ -457,7 +457,7 @@ fn who_is_refused_reads_why_whatever_it_still_sends() {
     let bed = Bed::start(Kind::Embedded);
     let gone = format!("/v2/demo/blobs/uploads/{}", "0".repeat(32));
     // More than all buffers on the way hold.
-    let content = vec![7; 32 << 20];
+    let content = vec![7; 96 << 20];
     let refused = [
         (format!("PATCH {gone}"), "HTTP/1.1 404"),
         (
