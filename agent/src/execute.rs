@@ -15,6 +15,7 @@ use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use crate::causes::chain;
 use crate::plan::Outcome;
+use crate::pulling::{Pulling, Tally};
 use crate::runtime::secrets::Values;
 use crate::runtime::{ContainerId, ContainerSpec, ImageConfig, Runtime, StartError};
 use crate::stage::Staging;
@@ -33,6 +34,8 @@ pub struct Tools<R> {
     pub program: PathBuf,
     /// The configuration file that the child reads.
     pub config: PathBuf,
+    /// Where it is shown how far staging is.
+    pub pulling: Pulling,
 }
 
 impl<R> Clone for Tools<R> {
@@ -42,6 +45,7 @@ impl<R> Clone for Tools<R> {
             images: Arc::clone(&self.images),
             program: self.program.clone(),
             config: self.config.clone(),
+            pulling: self.pulling.clone(),
         }
     }
 }
@@ -129,7 +133,7 @@ pub async fn execute<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
 
 async fn perform<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
     match task {
-        Task::Stage { release, images } => match stage(tools, &images).await {
+        Task::Stage { release, images } => match stage(tools, release, &images).await {
             Ok(()) => Outcome::Staged { release },
             Err(reason) => Outcome::StagingFailed { release, reason },
         },
@@ -229,15 +233,17 @@ async fn prepare_stop<R: Runtime>(
     left().max(LAST_GRACE.min(grace))
 }
 
-async fn stage<R>(tools: &Tools<R>, images: &[String]) -> Result<(), Reason> {
+async fn stage<R>(tools: &Tools<R>, release: Digest, images: &[String]) -> Result<(), Reason> {
     let staging =
         Staging::start(&tools.program, &tools.config, images).map_err(|error| Reason {
             code: ReasonCode::Internal,
             service: None,
             message: format!("failed to start {}: {error}", tools.program.display()),
         })?;
+    let now = Instant::now();
+    let tally = tools.pulling.show(Tally::new(release, images, now));
     staging
-        .finish(|fetched, total| tracing::debug!(fetched, total, "staging"))
+        .finish(|line| tally.borrow_mut().note(&line, Instant::now()))
         .await
 }
 

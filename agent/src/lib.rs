@@ -48,6 +48,7 @@ pub mod plan;
 pub mod policy;
 pub mod probe;
 pub mod pull;
+pub mod pulling;
 pub mod reconcile;
 pub mod removal;
 pub mod runtime;

@@ -16,7 +16,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use foreshore_protocol::message::{Beacon, Command, Event, Head, HubInfo, Presence, Reported};
+use foreshore_protocol::message::{
+    Beacon, Command, Event, Head, HubInfo, Presence, PullProgress, Reported,
+};
 use foreshore_protocol::secret::{PublicKey, SealedSecrets};
 use foreshore_protocol::topic::{self, Leaf, Topic};
 use foreshore_protocol::{DeviceId, Digest, Version, frame};
@@ -72,6 +74,8 @@ pub enum Outgoing {
     Reported(Reported),
     /// A sign of life.
     Beacon(Beacon),
+    /// How far a pull is.
+    Pull(PullProgress),
     /// Something that happened.
     Event(Event),
     /// Ask for the manifest of a release; it arrives as [`Incoming::Release`].
@@ -458,6 +462,9 @@ fn send(client: &AsyncClient, device: &DeviceId, message: Outgoing) -> Result<()
         ),
         Outgoing::Beacon(beacon) => {
             publish(Leaf::Beacon, frame::encode(&beacon), QoS::AtMostOnce, false)
+        }
+        Outgoing::Pull(progress) => {
+            publish(Leaf::Pull, frame::encode(&progress), QoS::AtMostOnce, false)
         }
         Outgoing::Event(event) => {
             publish(Leaf::Event, frame::encode(&event), QoS::AtLeastOnce, false)

@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use foreshore_agent::config::{Config, DEFAULT_PATH};
 use foreshore_agent::execute::Tools;
 use foreshore_agent::plan::{Busy, Desired, Observed, ObservedContainer, ProbeStates, UpdateLocks};
+use foreshore_agent::pulling::Pulling;
 use foreshore_agent::reconcile::{Agent, Memory, Parts};
 use foreshore_agent::runtime::Runtime as _;
 use foreshore_agent::runtime::oci::{self, OciConfig, OciRuntime};
@@ -333,6 +334,7 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
                 program: std::env::current_exe()
                     .context("failed to find the agent's own program")?,
                 config: path.to_owned(),
+                pulling: Pulling::default(),
             },
             config,
             memory,

@@ -487,6 +487,8 @@ impl<R: Runtime + 'static> Agent<R> {
     fn flush(&mut self) {
         let config = &self.config;
         let secrets = self.vault.version();
+        let (pulling, boot) = (&self.tools.pulling, self.memory.state.borrow().boot());
+        self.uplink.set_pulling(self.staging.is_some());
         self.uplink.flush(
             &self.outbox,
             || inventory::inventory(&config.paths.state, &config.labels),
@@ -495,6 +497,7 @@ impl<R: Runtime + 'static> Agent<R> {
                 load_centi: inventory::load_centi(),
                 secrets,
             },
+            || pulling.progress(boot, std::time::Instant::now()),
         );
         let version = self.head.as_ref().map(|head| head.version);
         self.memory.seen.set(Seen {

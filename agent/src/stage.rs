@@ -10,6 +10,7 @@ use std::io::Write as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 use foreshore_images::registry::Client;
 use foreshore_images::store::{Progress, Store};
@@ -24,6 +25,9 @@ use crate::config::Config;
 use crate::images;
 use crate::plan::BootId;
 
+/// How often the child tells how far it is.
+const TELL_EVERY: Duration = Duration::from_millis(500);
+
 /// A child that prints more than this in one line is not ours.
 const LINE_BYTES_MAX: u64 = 16 * 1024;
 
@@ -34,13 +38,20 @@ const STAGE_OOM_SCORE_ADJ: &str = "200";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "line", rename_all = "kebab-case")]
 pub enum Line {
-    /// So far, over all images.
-    Progress {
-        /// Compressed bytes fetched.
-        fetched: u64,
-        /// Compressed bytes known to be needed.
-        total: u64,
+    /// An image is begun.
+    Planned {
+        /// As it was asked for.
+        image: String,
+        /// Compressed bytes that are missing.
+        bytes: u64,
     },
+    /// More of it came.
+    Fetched {
+        /// Compressed bytes since it was begun.
+        bytes: u64,
+    },
+    /// It is there.
+    Staged,
     /// All images are there. The last line.
     Done,
     /// One image cannot be staged. The last line.
@@ -118,14 +129,14 @@ impl Staging {
         Ok(Self { child, output })
     }
 
-    /// Waits for the end; `progress` is told bytes fetched and needed.
+    /// Waits for the end; `progress` is told what the child says before it.
     ///
     /// Cancel safe in that dropping the future and the staging kills the child; it cannot be resumed.
     ///
     /// # Errors
     ///
     /// With the reason when an image could not be staged.
-    pub async fn finish(mut self, mut progress: impl FnMut(u64, u64)) -> Result<(), Reason> {
+    pub async fn finish(mut self, mut progress: impl FnMut(Line)) -> Result<(), Reason> {
         let mut end = None;
         loop {
             let mut line = Vec::new();
@@ -137,7 +148,9 @@ impl Staging {
                 break;
             }
             match serde_json::from_slice(&line) {
-                Ok(Line::Progress { fetched, total }) => progress(fetched, total),
+                Ok(line @ (Line::Planned { .. } | Line::Fetched { .. } | Line::Staged)) => {
+                    progress(line);
+                }
                 Ok(Line::Done) => end = Some(Ok(())),
                 Ok(Line::Failed { code, message }) => end = Some(Err(reason(code, &message))),
                 Err(_) => break,
@@ -202,30 +215,36 @@ fn stage(config: &Config, references: &[String]) -> Result<(), (Fault, String)> 
         .map_err(|error| (Fault::Config, chain(&error)))?;
     let client = Client::new(client).map_err(|error| (Fault::Config, chain(&error)))?;
     let store = images::open(config).map_err(|error| (error.fault(), chain(&error)))?;
-    let (mut fetched, mut total, mut told) = (0, 0, 0);
-    let unique: BTreeSet<&String> = references.iter().collect();
-    for image in unique {
+    for image in in_order(references) {
         let reference = Reference::parse(image)
             .map_err(|error| (Fault::BadImage, format!("{image}: {}", chain(&error))))?;
-        let mut progress = |progress: Progress| {
-            match progress {
-                Progress::Planned { bytes, .. } => total += bytes,
-                Progress::Fetched { bytes } => fetched += bytes,
-                Progress::Unpacked { .. } => return,
+        let (mut fetched, mut told) = (0_u64, Instant::now());
+        let mut progress = |progress: Progress| match progress {
+            Progress::Planned { bytes, .. } => print(&Line::Planned {
+                image: image.clone(),
+                bytes,
+            }),
+            Progress::Fetched { bytes } => {
+                fetched = fetched.saturating_add(bytes);
+                if told.elapsed() >= TELL_EVERY {
+                    told = Instant::now();
+                    print(&Line::Fetched { bytes: fetched });
+                }
             }
-            // A line for each megabyte, not for each read.
-            if fetched - told >= 1 << 20 || fetched == 0 {
-                told = fetched;
-                print(&Line::Progress { fetched, total });
-            }
+            Progress::Unpacked { .. } => {}
         };
         store
-            .stage(&client, &reference, &Platform::host(), &mut |step| {
-                progress(step)
-            })
+            .stage(&client, &reference, &Platform::host(), &mut progress)
             .map_err(|error| (error.fault(), chain(&error)))?;
+        print(&Line::Staged);
     }
     Ok(())
+}
+
+/// The images of a release in the order in which they are staged, each once.
+#[must_use]
+pub fn in_order(images: &[String]) -> BTreeSet<&String> {
+    images.iter().collect()
 }
 
 fn print(line: &Line) {
@@ -261,7 +280,6 @@ const fn code(fault: Fault) -> ReasonCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     /// A program in place of the child: prints what it is told to.
     fn child(dir: &Path, script: &str) -> PathBuf {
@@ -272,7 +290,7 @@ mod tests {
         path
     }
 
-    fn finish(script: &str) -> (Result<(), Reason>, Vec<(u64, u64)>) {
+    fn finish(script: &str) -> (Result<(), Reason>, Vec<Line>) {
         let dir = tempfile::tempdir().unwrap();
         let program = child(dir.path(), script);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -284,7 +302,7 @@ mod tests {
             let staging = Staging::start(&program, Path::new("/none"), &["a".to_owned()]).unwrap();
             let end = tokio::time::timeout(
                 Duration::from_secs(20),
-                staging.finish(|a, b| seen.push((a, b))),
+                staging.finish(|line| seen.push(line)),
             );
             (end.await.unwrap(), seen)
         })
@@ -292,9 +310,16 @@ mod tests {
 
     #[test]
     fn progress_and_end_are_read() {
-        let (end, seen) =
-            finish(r#"echo '{"line":"progress","fetched":1,"total":2}'; echo '{"line":"done"}'"#);
-        assert_eq!((end, seen), (Ok(()), vec![(1, 2)]));
+        let (end, seen) = finish(
+            r#"echo '{"line":"planned","image":"a","bytes":2}'; echo '{"line":"fetched","bytes":1}'
+               echo '{"line":"staged"}'; echo '{"line":"done"}'"#,
+        );
+        let planned = Line::Planned {
+            image: "a".to_owned(),
+            bytes: 2,
+        };
+        let fetched = Line::Fetched { bytes: 1 };
+        assert_eq!((end, seen), (Ok(()), vec![planned, fetched, Line::Staged]));
         let (end, _) =
             finish(r#"echo '{"line":"failed","code":"disk-full","message":"no room"}'; exit 1"#);
         assert_eq!(end, Err(reason(ReasonCode::DiskFull, "no room")));

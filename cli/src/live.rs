@@ -8,6 +8,7 @@ use foreshore_protocol::message::Phase;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::output::{elapsed, printable, word};
+use crate::pulling;
 
 /// How many devices of a wave are named while it is open.
 const NAMED: usize = 6;
@@ -89,7 +90,12 @@ pub(crate) fn wave_line(rollout: &RolloutView, wave: &WaveView, now_ms: u64) -> 
     let named: Vec<String> = busy
         .iter()
         .take(NAMED)
-        .map(|part| format!("{} {}", part.device, state_word(part.state)))
+        .map(|part| {
+            let pull = part.pull.as_ref().map(pulling::brief);
+            let pull = pull.filter(|text| !text.is_empty());
+            let pull = pull.map_or_else(String::new, |text| format!(" {text}"));
+            format!("{} {}{pull}", part.device, state_word(part.state))
+        })
         .collect();
     if !named.is_empty() {
         text.push_str("  ");
@@ -276,6 +282,15 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_fetches_says_how_far_it_is() {
+        let mut rollout = samples::rollout();
+        rollout.assignments[1].state = AssignmentState::Device(Phase::Staging);
+        rollout.assignments[1].pull = Some(samples::pull());
+        let line = wave_line(&rollout, &rollout.waves[1], samples::NOW_MS);
+        assert!(line.contains("gw-1 staging 45%, 1m10s left"), "{line}");
+    }
+
+    #[test]
     fn only_changes_are_told() {
         let old = samples::rollout();
         insta::assert_snapshot!(changes(None, &old).join("\n"));
@@ -298,6 +313,7 @@ mod tests {
                 wave: 2,
                 state: AssignmentState::Offered,
                 message: None,
+                pull: None,
             });
         }
         let line = wave_line(&rollout, &rollout.waves[1], samples::NOW_MS);

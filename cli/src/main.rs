@@ -17,6 +17,7 @@ mod command;
 mod failure;
 mod live;
 mod output;
+mod pulling;
 
 use std::process::ExitCode;
 

@@ -31,6 +31,7 @@ use crate::config::BrokerKind;
 use crate::controller::Controller;
 use crate::images::Images;
 use crate::link::LinkCounters;
+use crate::pulls::Pulls;
 use crate::registry::uploads::Uploads;
 use crate::secrets::Secrets;
 
@@ -65,6 +66,8 @@ pub struct Api {
     pub uploads: Uploads,
     /// Who may call.
     pub secrets: Secrets,
+    /// What devices fetch right now.
+    pub pulls: Pulls,
     /// What the link counts.
     pub counters: Arc<LinkCounters>,
     /// For `/info`.

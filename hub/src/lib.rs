@@ -35,6 +35,7 @@ pub mod http;
 pub mod images;
 pub mod link;
 pub mod process;
+pub mod pulls;
 pub mod registry;
 #[deny(
     clippy::disallowed_methods,

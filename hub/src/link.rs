@@ -27,6 +27,7 @@ use rumqttc::{
 use tokio::sync::{mpsc, watch};
 
 use crate::controller::{Controller, Listening};
+use crate::pulls::Pulls;
 use crate::secrets::Secret;
 
 pub mod commands;
@@ -94,11 +95,16 @@ enum LinkError {
 }
 
 /// Keeps the hub connected until the future is dropped.
-pub async fn run(config: LinkConfig, controller: Controller, counters: Arc<LinkCounters>) {
+pub async fn run(
+    config: LinkConfig,
+    controller: Controller,
+    counters: Arc<LinkCounters>,
+    pulls: Pulls,
+) {
     let mut pause = Pause::default();
     loop {
         let begun = Instant::now();
-        let result = session(&config, &controller, &counters).await;
+        let result = session(&config, &controller, &counters, &pulls).await;
         counters.connected.store(false, Ordering::Relaxed);
         controller.set_listening(Listening::default());
         let error = result.err().unwrap_or(LinkError::Closed);
@@ -147,6 +153,7 @@ async fn session(
     config: &LinkConfig,
     controller: &Controller,
     counters: &Arc<LinkCounters>,
+    pulls: &Pulls,
 ) -> Result<(), LinkError> {
     let (client, eventloop) = AsyncClient::builder(options(config)).capacity(256).build();
     let (packets, inbound) = mpsc::channel(INBOUND_MAX);
@@ -154,7 +161,7 @@ async fn session(
     let (connected, is_connected) = watch::channel(false);
     let commands = commands::Commands::default();
     let drive = drive(eventloop, packets, canary, connected);
-    let receive = inbound::run(inbound, controller, &commands, counters);
+    let receive = inbound::run(inbound, controller, &commands, counters, pulls);
     let serve = async {
         subscribe(&client, is_connected).await?;
         counters.connections.fetch_add(1, Ordering::Relaxed);
@@ -219,8 +226,8 @@ async fn subscribe(
         .await
         .map_err(|_| LinkError::NoAnswer)?
         .map_err(|_| LinkError::Closed)?;
-    let live =
-        [Leaf::Beacon, Leaf::Event].map(|leaf| format!("{}/+/+/{}", topic::PREFIX, leaf.as_str()));
+    let live = [Leaf::Beacon, Leaf::Pull, Leaf::Event]
+        .map(|leaf| format!("{}/+/+/{}", topic::PREFIX, leaf.as_str()));
     let mut rounds = vec![vec![topic::HUB.to_owned()], live.to_vec()];
     for shard in 0..=255 {
         rounds.push(

@@ -19,6 +19,7 @@ use crate::controller::{ControlError, Controller};
 use crate::http;
 use crate::images::{Images, OpenError};
 use crate::link::{self, LinkConfig, LinkCounters};
+use crate::pulls::Pulls;
 use crate::registry::uploads::{self, UploadError, Uploads};
 use crate::registry::{self, BLOBS_AT_ONCE, READERS_AT_ONCE};
 use crate::secrets::{SecretError, Secrets};
@@ -175,6 +176,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
             .await?;
     }
     let counters = Arc::new(LinkCounters::default());
+    let pulls = Pulls::default();
     let (stop, stopping) = watch::channel(false);
     let link = LinkConfig {
         host,
@@ -188,6 +190,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
         images,
         uploads,
         secrets,
+        pulls: pulls.clone(),
         counters: Arc::clone(&counters),
         broker: if embedded.is_some() {
             BrokerKind::Embedded
@@ -203,7 +206,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
     tasks.spawn(http::serve(listener, router, stopping.clone()));
     tasks.spawn(until(
         stopping.clone(),
-        link::run(link, controller.clone(), Arc::clone(&counters)),
+        link::run(link, controller.clone(), Arc::clone(&counters), pulls),
     ));
     tasks.spawn(until(stopping.clone(), async move {
         tidy.keep_tidy(move || now.now()).await

@@ -33,7 +33,7 @@ use crate::id::{
     AppName, DeviceId, Epoch, LabelKey, LabelValue, Labels, SecretName, ServiceName, Version,
 };
 use crate::manifest::{App, WaveTarget};
-use crate::message::{AppStatus, Inventory, Phase};
+use crate::message::{AppStatus, Inventory, Phase, PullProgress, PullState};
 
 /// A list, so that fields can be added beside it later.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -227,9 +227,90 @@ pub struct DeviceView {
     /// The key that its secrets are sealed to: a fingerprint. Missing before it showed one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secrets_key: Option<String>,
+    /// What it fetches right now. Known for a few seconds after it last said so, and not kept by the hub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pull: Option<PullView>,
     /// Another key that it shows now. It gets no secrets until an operator trusts that one, or it shows the old one again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub untrusted_key: Option<String>,
+}
+
+/// The images of a release that a device is fetching.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PullView {
+    /// What needs them.
+    pub release: Digest,
+    /// Bytes a second, over the last ten seconds.
+    pub rate_bytes: u64,
+    /// In the order in which they are fetched.
+    pub images: Vec<ImagePullView>,
+}
+
+/// How far one image of a [`PullView`] is. Bytes are of compressed layers, and only of those that the device did not
+/// have when it began.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ImagePullView {
+    /// As the release names it.
+    pub image: String,
+    /// How far it is.
+    pub state: ImagePullState,
+    /// Bytes that came; missing before it is known what must come, and once all is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fetched_bytes: Option<u64>,
+    /// Bytes that must come; missing as above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_bytes: Option<u64>,
+    /// Seconds until they are here at the rate of now; missing as above, and while nothing comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remaining_s: Option<u64>,
+}
+
+/// What a device does with one image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImagePullState {
+    /// Nothing yet: others come first, or its manifest is being fetched.
+    Waiting,
+    /// Its layers are fetched and unpacked.
+    Fetching,
+    /// It is on disk.
+    Staged,
+}
+
+impl From<&PullProgress> for PullView {
+    fn from(progress: &PullProgress) -> Self {
+        let rate_bytes = progress.rate_bytes;
+        let image = |pull: &crate::message::ImagePull| {
+            let (state, bytes) = match pull.state {
+                PullState::Waiting => (ImagePullState::Waiting, None),
+                // What came wrong came twice.
+                PullState::Fetching {
+                    fetched_bytes,
+                    total_bytes,
+                } => (
+                    ImagePullState::Fetching,
+                    Some((fetched_bytes.min(total_bytes), total_bytes)),
+                ),
+                PullState::Staged => (ImagePullState::Staged, None),
+            };
+            ImagePullView {
+                image: pull.image.clone(),
+                state,
+                fetched_bytes: bytes.map(|(fetched, _)| fetched),
+                total_bytes: bytes.map(|(_, total)| total),
+                remaining_s: bytes
+                    .filter(|_| rate_bytes > 0)
+                    .map(|(fetched, total)| (total - fetched).div_ceil(rate_bytes)),
+            }
+        };
+        Self {
+            release: progress.release,
+            rate_bytes,
+            images: progress.images.iter().map(image).collect(),
+        }
+    }
 }
 
 /// A secret, without its value: that is told to nobody but the devices that need it.
@@ -370,6 +451,9 @@ pub struct AssignmentView {
     pub state: AssignmentState,
     /// Why, if not well.
     pub message: Option<String>,
+    /// What the device fetches of the release right now, as in [`DeviceView::pull`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pull: Option<PullView>,
 }
 
 /// How far one device's part in a rollout is.

@@ -287,6 +287,45 @@ pub struct Beacon {
     pub secrets: Option<Version>,
 }
 
+/// Up, QoS 0, while images are fetched, at most once in two seconds: how far the device is. What is not heard of again
+/// within a few of these is over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PullProgress {
+    /// As in [`Reported::boot`].
+    pub boot: u64,
+    /// What needs the images.
+    pub release: Digest,
+    /// All images of the release, in the order in which they are fetched.
+    pub images: Vec<ImagePull>,
+    /// Bytes a second, over the last ten seconds.
+    pub rate_bytes: u64,
+}
+
+/// How far one image of a [`PullProgress`] is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImagePull {
+    /// As the release names it; at most 512 bytes of it.
+    pub image: String,
+    /// How far it is.
+    pub state: PullState,
+}
+
+/// What a device does with one image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PullState {
+    /// Nothing yet: others come first, or its manifest is being fetched.
+    Waiting,
+    /// Its layers are fetched and unpacked.
+    Fetching {
+        /// Compressed bytes that came.
+        fetched_bytes: u64,
+        /// Compressed bytes that were missing when it began.
+        total_bytes: u64,
+    },
+    /// It is on disk.
+    Staged,
+}
+
 /// Up, retained, birth and Will: whether the device is connected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Presence {

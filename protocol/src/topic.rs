@@ -26,6 +26,8 @@ pub enum Leaf {
     Reported,
     /// Up, QoS 0: [`crate::message::Beacon`].
     Beacon,
+    /// Up, QoS 0: [`crate::message::PullProgress`].
+    Pull,
     /// Up, QoS 1: [`crate::message::Event`].
     Event,
     /// Up, QoS 1, retained, birth and Will: [`crate::message::Presence`].
@@ -34,12 +36,13 @@ pub enum Leaf {
 
 impl Leaf {
     /// Every leaf.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Head,
         Self::Command,
         Self::Secrets,
         Self::Reported,
         Self::Beacon,
+        Self::Pull,
         Self::Event,
         Self::Presence,
     ];
@@ -53,6 +56,7 @@ impl Leaf {
             Self::Secrets => "secrets",
             Self::Reported => "reported",
             Self::Beacon => "beacon",
+            Self::Pull => "pull",
             Self::Event => "event",
             Self::Presence => "presence",
         }

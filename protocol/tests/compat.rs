@@ -14,8 +14,9 @@ use foreshore_protocol::frame::{self, MAX_SCHEMA, Message};
 use foreshore_protocol::id::{Epoch, Version};
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
-    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, HubInfo, Inventory, Phase,
-    Presence, Reason, ReasonCode, Reported, ServiceState, ServiceStatus,
+    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull, Inventory,
+    Phase, Presence, PullProgress, PullState, Reason, ReasonCode, Reported, ServiceState,
+    ServiceStatus,
 };
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::secret::{
@@ -102,7 +103,7 @@ fn downlinks() {
         unix_ms: 1_790_000_000_000,
         beacon_interval_ms: 900_000,
         reconnect_spread_ms: 30_000,
-        schema_range: (1, 8),
+        schema_range: (1, 9),
     };
     message("hub-info.bin", &info);
     // The frame; what is in the box is not the same twice, see the test below.
@@ -131,12 +132,33 @@ fn uplinks() {
         boot: 3,
         version: None,
         reported_seq: 0,
-        max_schema: 8,
+        max_schema: 9,
         agent_version: "0.1.0".to_owned(),
         secrets_key: Some(PublicKey::from_bytes([7; 32])),
         secrets: Some(version(5)),
     };
     message("presence.bin", &presence);
+    let pull = |image: &str, state| ImagePull {
+        image: image.to_owned(),
+        state,
+    };
+    let progress = PullProgress {
+        boot: 3,
+        release: digest("web"),
+        images: vec![
+            pull("registry.example/a:1", PullState::Staged),
+            pull(
+                "registry.example/b:2",
+                PullState::Fetching {
+                    fetched_bytes: 1 << 20,
+                    total_bytes: 1 << 33,
+                },
+            ),
+            pull("registry.example/c:3", PullState::Waiting),
+        ],
+        rate_bytes: 300_000,
+    };
+    message("pull.bin", &progress);
 }
 
 /// Every phase, reason code, service state and event kind, so that none can be reordered.

@@ -3,13 +3,14 @@
 #[path = "properties/strategy.rs"]
 mod strategy;
 
+use foreshore_protocol::api::PullView;
 use foreshore_protocol::digest::Digest;
 use foreshore_protocol::frame::{self, FrameError, HEADER_LEN, Message};
 use foreshore_protocol::id::{LabelKey, LabelValue};
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
-    Beacon, Command, Event, EventKind, Head, HubInfo, MAX_TEXT_BYTES, Presence, Reason, ReasonCode,
-    Reported,
+    Beacon, Command, Event, EventKind, Head, HubInfo, MAX_TEXT_BYTES, Presence, PullProgress,
+    Reason, ReasonCode, Reported,
 };
 use foreshore_protocol::quantity::{Bytes, Cpus, Span};
 use foreshore_protocol::release::Release;
@@ -53,6 +54,7 @@ fn decode_all(bytes: &[u8]) {
     let _ = frame::decode::<Command>(bytes);
     let _ = frame::decode::<Reported>(bytes);
     let _ = frame::decode::<Beacon>(bytes);
+    let _ = frame::decode::<PullProgress>(bytes).map(|pull| PullView::from(&pull));
     let _ = frame::decode::<Presence>(bytes);
     let _ = frame::decode::<Event>(bytes);
     let _ = frame::decode::<HubInfo>(bytes);
@@ -78,6 +80,16 @@ proptest! {
     #[test]
     fn beacons_round_trip(message in strategy::beacon()) {
         round_trip(&message)?;
+    }
+
+    #[test]
+    fn pull_progress_round_trips(message in strategy::pull_progress()) {
+        round_trip(&message)?;
+        // Any numbers can be shown.
+        let view = PullView::from(&message);
+        for image in view.images {
+            prop_assert!(image.fetched_bytes <= image.total_bytes);
+        }
     }
 
     #[test]

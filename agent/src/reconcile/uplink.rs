@@ -1,4 +1,4 @@
-//! What goes up to the hub and when: reports, events, beacons, and sending again what the hub did not
+//! What goes up to the hub and when: reports, events, beacons, the progress of pulls, and sending again what the hub did not
 //! acknowledge.
 //!
 //! Owns the pace, not the content. Everything waits while there is no connection; nothing here is needed for
@@ -9,7 +9,7 @@ use std::time::Duration;
 use foreshore_killpoint as killpoint;
 use foreshore_protocol::Version;
 use foreshore_protocol::frame::MAX_FRAME_BYTES;
-use foreshore_protocol::message::{AppStatus, Beacon, Event, Inventory, Reported};
+use foreshore_protocol::message::{AppStatus, Beacon, Event, Inventory, PullProgress, Reported};
 use tokio::time::Instant;
 
 use crate::link::{Link, Outgoing, Receipt};
@@ -26,6 +26,9 @@ const RESEND_LAST: Duration = Duration::from_mins(15);
 
 /// When the link's queue is full.
 const BUSY_PAUSE: Duration = Duration::from_secs(1);
+
+/// How often it is told how far a pull is; the first time after as long.
+const PULL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What a beacon says besides its numbers.
 #[derive(Debug, Clone, Copy, Default)]
@@ -60,6 +63,8 @@ pub(super) struct Uplink {
     beacon_interval: Duration,
     beacon_at: Option<Instant>,
     beacon_seq: u64,
+    /// While images are fetched.
+    pull_at: Option<Instant>,
     /// Of heads that are stored or old; each holds one of the few places that the broker has for us.
     receipts: Vec<Receipt>,
 }
@@ -91,6 +96,7 @@ impl Uplink {
             beacon_interval,
             beacon_at: None,
             beacon_seq: 0,
+            pull_at: None,
             receipts: Vec::new(),
         }
     }
@@ -122,6 +128,13 @@ impl Uplink {
         self.urgent |= apps.iter().any(ended);
         self.version = version;
         self.apps = apps;
+    }
+
+    /// Whether images are fetched from now on.
+    pub(super) fn set_pulling(&mut self, pulling: bool) {
+        if pulling != self.pull_at.is_some() {
+            self.pull_at = pulling.then(|| Instant::now() + PULL_INTERVAL);
+        }
     }
 
     pub(super) fn connected(&mut self) {
@@ -166,6 +179,7 @@ impl Uplink {
         outbox: &Outbox,
         inventory: impl FnOnce() -> Inventory,
         gauges: impl FnOnce() -> Gauges,
+        pull: impl FnOnce() -> Option<PullProgress>,
     ) {
         let now = Instant::now();
         if !self.connected || self.busy_until.is_some_and(|until| now < until) {
@@ -181,7 +195,8 @@ impl Uplink {
         let sent = self.flush_receipts()
             && self.flush_report(now, inventory)
             && self.flush_events(outbox)
-            && self.flush_beacon(now, outbox, gauges);
+            && self.flush_beacon(now, outbox, gauges)
+            && self.flush_pull(now, pull);
         if !sent {
             self.busy_until = Some(now + BUSY_PAUSE);
         }
@@ -281,6 +296,14 @@ impl Uplink {
         }))
     }
 
+    fn flush_pull(&mut self, now: Instant, pull: impl FnOnce() -> Option<PullProgress>) -> bool {
+        if self.pull_at.is_none_or(|at| now < at) {
+            return true;
+        }
+        self.pull_at = Some(now + PULL_INTERVAL);
+        pull().is_none_or(|progress| self.link.send(Outgoing::Pull(progress)))
+    }
+
     /// When [`Self::flush`] has something to do next; `None` is never.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         if !self.connected {
@@ -293,7 +316,7 @@ impl Uplink {
             self.reported_at
                 .map_or_else(Instant::now, |at| at + self.report_interval)
         });
-        [report, self.resend_at, self.beacon_at]
+        [report, self.resend_at, self.beacon_at, self.pull_at]
             .into_iter()
             .flatten()
             .min()

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use foreshore_agent::config::Config;
 use foreshore_agent::execute::Tools;
+use foreshore_agent::pulling::Pulling;
 use foreshore_agent::reconcile::{Agent, Memory, Parts};
 use foreshore_agent::runtime::ContainerState;
 use foreshore_agent::runtime::fake::{Call, FakeRuntime};
@@ -140,6 +141,7 @@ impl<'a> Device<'a> {
                 images,
                 program: env!("CARGO_BIN_EXE_foreshore-agent").into(),
                 config: path,
+                pulling: Pulling::default(),
             },
             config,
             memory,

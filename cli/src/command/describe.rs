@@ -14,6 +14,7 @@ use crate::client::Hub;
 use crate::failure::{Failure, Outcome, code};
 use crate::live;
 use crate::output::{self, Table, age, bytes, elapsed, now_ms, printable, timestamp, word};
+use crate::pulling;
 
 pub(super) fn run(
     hub: &Hub,
@@ -190,6 +191,9 @@ fn device(view: &DeviceView, now_ms: u64, out: &mut dyn Write) -> io::Result<()>
             ),
         )?;
     }
+    if let Some(pull) = &view.pull {
+        line(out, "Fetches", &pulling::whole(pull))?;
+    }
     for app in &view.apps {
         writeln!(out)?;
         app_on_device(app, out)?;
@@ -272,7 +276,11 @@ fn rollout(view: &RolloutView, now_ms: u64, out: &mut dyn Write) -> io::Result<(
             assignment.device.to_string(),
             assignment.wave.to_string(),
             live::state_word(assignment.state),
-            assignment.message.clone().unwrap_or_default(),
+            match (&assignment.message, &assignment.pull) {
+                (Some(message), _) => message.clone(),
+                (None, Some(pull)) => pulling::whole(pull),
+                (None, None) => String::new(),
+            },
         ]);
     }
     table.print(out)

@@ -1,8 +1,8 @@
 //! One of each API object, for snapshot tests.
 
 use foreshore_protocol::api::{
-    AppView, AssignmentState, AssignmentView, DeviceView, EventView, ImageView, RolloutState,
-    RolloutSummary, RolloutView, WaveState, WaveView,
+    AppView, AssignmentState, AssignmentView, DeviceView, EventView, ImagePullState, ImagePullView,
+    ImageView, PullView, RolloutState, RolloutSummary, RolloutView, WaveState, WaveView,
 };
 use foreshore_protocol::manifest::{self, WaveTarget};
 use foreshore_protocol::message::{
@@ -30,6 +30,7 @@ pub(crate) fn rollout() -> RolloutView {
         wave,
         state,
         message: message.map(str::to_owned),
+        pull: None,
     };
     RolloutView {
         id: 7,
@@ -97,8 +98,33 @@ pub(crate) fn device() -> DeviceView {
                 restarts: 2,
             }],
         }],
+        pull: None,
         secrets_key: Some("0123456789abcdef".to_owned()),
         untrusted_key: None,
+    }
+}
+
+/// In the middle of the second of three images.
+pub(crate) fn pull() -> PullView {
+    let image = |name: &str, state, bytes: Option<(u64, u64)>| ImagePullView {
+        image: format!("registry.example/{name}"),
+        state,
+        fetched_bytes: bytes.map(|(fetched, _)| fetched),
+        total_bytes: bytes.map(|(_, total)| total),
+        remaining_s: bytes.map(|_| 70),
+    };
+    PullView {
+        release: Digest::of(b"v2"),
+        rate_bytes: 512 << 10,
+        images: vec![
+            image("db:1", ImagePullState::Staged, None),
+            image(
+                "web:2",
+                ImagePullState::Fetching,
+                Some((29 << 20, 64 << 20)),
+            ),
+            image("x:3", ImagePullState::Waiting, None),
+        ],
     }
 }
 

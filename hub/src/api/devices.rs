@@ -8,6 +8,7 @@ use axum::http::StatusCode;
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::api::{DeviceView, LabelPatch, List};
 use rusqlite::Connection;
+use tokio::time::Instant;
 
 use super::{Api, Failure, Hub, Segment};
 use crate::controller::{ControlError, apps, secrets};
@@ -25,16 +26,21 @@ fn device_id(text: &str) -> Result<DeviceId, Failure> {
 /// When the store fails.
 pub async fn list(State(api): Hub) -> Result<Json<List<DeviceView>>, Failure> {
     let read = |connection: &Connection| Ok::<_, StoreError>(store::device::views(connection)?);
-    Ok(Json(List {
-        items: api.controller.store().read(read).await?,
-    }))
+    let mut items = api.controller.store().read(read).await?;
+    let now = Instant::now();
+    for device in &mut items {
+        device.pull = api.pulls.of(&device.id, now);
+    }
+    Ok(Json(List { items }))
 }
 
 async fn view(api: &Api, device: DeviceId) -> Result<Json<DeviceView>, Failure> {
     let read = move |connection: &Connection| {
         store::device::view(connection, &device)?.ok_or(ControlError::UnknownDevice(device))
     };
-    Ok(Json(api.controller.store().read(read).await?))
+    let mut view = api.controller.store().read(read).await?;
+    view.pull = api.pulls.of(&view.id, Instant::now());
+    Ok(Json(view))
 }
 
 /// `GET /devices/{device}`.

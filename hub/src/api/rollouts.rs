@@ -6,6 +6,7 @@ use axum::extract::{Query, State};
 use foreshore_protocol::api::{AssignmentView, List, RolloutView, WaveView};
 use rusqlite::Connection;
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use super::apps::app_name;
 use super::{Api, Failure, Hub, Segment};
@@ -56,9 +57,11 @@ pub async fn list(
         }
         Ok::<_, store::StoreError>(views)
     };
-    Ok(Json(List {
-        items: api.controller.store().read(read).await?,
-    }))
+    let mut items = api.controller.store().read(read).await?;
+    for view in &mut items {
+        show_pulls(&api, view);
+    }
+    Ok(Json(List { items }))
 }
 
 fn rollout_id(text: &str) -> Result<u64, Failure> {
@@ -84,7 +87,16 @@ async fn view(api: &Api, id: u64) -> Result<Json<RolloutView>, Failure> {
             store::rollout::get(connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
         Ok::<_, ControlError>(render(&rollout, Devices::Listed))
     };
-    Ok(Json(api.controller.store().read(read).await?))
+    let mut view = api.controller.store().read(read).await?;
+    show_pulls(api, &mut view);
+    Ok(Json(view))
+}
+
+fn show_pulls(api: &Api, view: &mut RolloutView) {
+    let now = Instant::now();
+    for part in &mut view.assignments {
+        part.pull = api.pulls.of_release(&part.device, view.to, now);
+    }
 }
 
 async fn command(api: &Api, id: &str, command: Command) -> Result<Json<RolloutView>, Failure> {
@@ -181,6 +193,7 @@ fn render(rollout: &Rollout, devices: Devices) -> RolloutView {
                 wave: assignment.wave,
                 state: assignment.state,
                 message: assignment.message.clone(),
+                pull: None,
             })
             .collect(),
         created_ms: rollout.created.0,

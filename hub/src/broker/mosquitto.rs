@@ -308,6 +308,7 @@ mod tests {
              topic read fs/v1/{shard}/gateway-1/secrets\n\
              topic write fs/v1/{shard}/gateway-1/reported\n\
              topic write fs/v1/{shard}/gateway-1/beacon\n\
+             topic write fs/v1/{shard}/gateway-1/pull\n\
              topic write fs/v1/{shard}/gateway-1/event\n\
              topic write fs/v1/{shard}/gateway-1/presence\n\
              topic read fs/v1/hub\n\

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::Version;
 use foreshore_protocol::frame::{self, FrameError};
-use foreshore_protocol::message::{Beacon, Event, Presence, Reported};
+use foreshore_protocol::message::{Beacon, Event, Presence, PullProgress, Reported};
 use foreshore_protocol::topic::{Leaf, Topic};
 use rumqttc::Publish;
 use tokio::sync::mpsc;
@@ -16,6 +16,7 @@ use super::LinkCounters;
 use super::commands::Commands;
 use crate::controller::Controller;
 use crate::controller::ingest::{self, Inbound, Message, Receipts};
+use crate::pulls::Pulls;
 
 /// The most messages that share a transaction.
 const BATCH_MAX: usize = 512;
@@ -43,12 +44,22 @@ pub enum Unreadable {
     Counter(DeviceId),
 }
 
+/// What a packet says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    /// For the store.
+    Inbound(Inbound),
+    /// How far a device's pull is; not kept.
+    Pull(DeviceId, PullProgress),
+}
+
 /// Takes in packets until the sender is gone.
 pub async fn run(
     mut packets: mpsc::Receiver<Publish>,
     controller: &Controller,
     commands: &Commands,
     counters: &LinkCounters,
+    pulls: &Pulls,
 ) {
     let mut complaints = Complaints::default();
     let mut buffer = Vec::with_capacity(BATCH_MAX);
@@ -57,7 +68,10 @@ pub async fn run(
         for packet in buffer.drain(..) {
             counters.received.fetch_add(1, Ordering::Relaxed);
             match decode(&packet.topic, &packet.payload, packet.retain) {
-                Ok(Some(inbound)) => batch.push(inbound),
+                Ok(Some(Heard::Inbound(inbound))) => batch.push(inbound),
+                Ok(Some(Heard::Pull(device, progress))) => {
+                    pulls.note(device, progress, tokio::time::Instant::now());
+                }
                 Ok(None) => {}
                 Err(why) => {
                     counters.refused.fetch_add(1, Ordering::Relaxed);
@@ -109,7 +123,7 @@ async fn take_in(controller: &Controller, batch: Vec<Inbound>) -> Receipts {
 /// # Errors
 ///
 /// See [`Unreadable`]. No input panics.
-pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Inbound>, Unreadable> {
+pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Heard>, Unreadable> {
     let topic = std::str::from_utf8(topic).map_err(|_| Unreadable::Topic)?;
     let Some(Topic::Device(device, leaf)) = Topic::parse(topic) else {
         return Err(Unreadable::Topic);
@@ -146,16 +160,21 @@ pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Inb
             let counters = [event.boot, event.seq, 0, 0];
             (Message::Event(event), counters)
         }
+        Leaf::Pull => {
+            let progress: PullProgress = frame::decode(payload).map_err(unreadable)?;
+            // What a broker kept is over.
+            return Ok((!retained).then_some(Heard::Pull(device, progress)));
+        }
         Leaf::Head | Leaf::Command | Leaf::Secrets => return Err(Unreadable::Topic),
     };
     if counters.iter().any(|counter| *counter >= COUNTER_MAX) {
         return Err(Unreadable::Counter(device));
     }
-    Ok(Some(Inbound {
+    Ok(Some(Heard::Inbound(Inbound {
         device,
         retained,
         message,
-    }))
+    })))
 }
 
 fn generation(version: Option<Version>) -> u64 {

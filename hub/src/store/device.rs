@@ -354,6 +354,7 @@ pub fn views(connection: &Connection) -> rusqlite::Result<Vec<DeviceView>> {
 fn read_view(row: &Row<'_>) -> rusqlite::Result<DeviceView> {
     let (operator, own): (Labels, Labels) = (column::json(row, 3)?, column::json(row, 4)?);
     Ok(DeviceView {
+        pull: None,
         id: column::parsed(row, 0)?,
         online: row.get(1)?,
         last_seen_ms: row.get(2)?,

@@ -2,7 +2,9 @@
 //!
 //! A frame is small, but numbers of things and lengths of texts end up in tables, logs and pages.
 
-use super::{AppStatus, Beacon, Command, Event, Head, HubInfo, Inventory, Presence, Reported};
+use super::{
+    AppStatus, Beacon, Command, Event, Head, HubInfo, Inventory, Presence, PullProgress, Reported,
+};
 use crate::id::AppName;
 use crate::manifest::MAX_SERVICES;
 
@@ -129,6 +131,18 @@ impl Event {
         ensure(
             self.message.len() <= MAX_TEXT_BYTES,
             "a text of more than 512 bytes",
+        )
+    }
+}
+
+impl PullProgress {
+    pub(crate) fn bounds(&self) -> Bounds {
+        ensure(self.images.len() <= MAX_SERVICES, "more than 32 images")?;
+        ensure(
+            self.images
+                .iter()
+                .all(|pull| pull.image.len() <= MAX_TEXT_BYTES),
+            "the name of an image of more than 512 bytes",
         )
     }
 }

@@ -9,8 +9,9 @@ use foreshore_protocol::id::{
 };
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
-    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, HubInfo, Inventory, Phase,
-    Presence, Reason, ReasonCode, Reported, ServiceState, ServiceStatus,
+    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull, Inventory,
+    Phase, Presence, PullProgress, PullState, Reason, ReasonCode, Reported, ServiceState,
+    ServiceStatus,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::secret::{PublicKey, SealedSecrets};
@@ -303,6 +304,29 @@ pub(crate) fn beacon() -> impl Strategy<Value = Beacon> {
             }
         },
     )
+}
+
+pub(crate) fn pull_progress() -> impl Strategy<Value = PullProgress> {
+    let state = prop_oneof![
+        Just(PullState::Waiting),
+        any::<[u64; 2]>().prop_map(|[fetched_bytes, total_bytes]| PullState::Fetching {
+            fetched_bytes,
+            total_bytes,
+        }),
+        Just(PullState::Staged),
+    ];
+    let image = (".{0,100}", state).prop_map(|(image, state)| ImagePull { image, state });
+    (
+        any::<[u64; 2]>(),
+        digest(),
+        proptest::collection::vec(image, 0..=32),
+    )
+        .prop_map(|([boot, rate_bytes], release, images)| PullProgress {
+            boot,
+            release,
+            images,
+            rate_bytes,
+        })
 }
 
 pub(crate) fn presence() -> impl Strategy<Value = Presence> {

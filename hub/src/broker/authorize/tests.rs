@@ -121,7 +121,7 @@ fn devices_may_do_exactly_this() {
                 (_, Leaf::Reported | Leaf::Presence) => Ok(()),
                 (
                     Action::Publish { retain } | Action::PublishWill { retain },
-                    Leaf::Beacon | Leaf::Event,
+                    Leaf::Beacon | Leaf::Pull | Leaf::Event,
                 ) => {
                     if retain {
                         Err(Denied::Retain)
