@@ -2,20 +2,30 @@
 //!
 //! What comes in was made by somebody else, and nobody has checked it yet when it is unpacked as it comes. So this process
 //! sees nothing but the image store, may write nothing but the one new directory in it, and has no network; its
-//! user namespace gives it no rights over anything outside, so that it can make no device nodes; it may make about fifty
-//! system calls; memory, files and CPU time are bounded. What it answers is believed no further than what it unpacked.
+//! user namespace gives it no rights over anything outside, so that it can make no device nodes; its PID namespace has no
+//! process that it could signal; it may make about fifty system calls; memory, files and CPU time are bounded. What it
+//! answers is believed no further than what it unpacked.
 //!
-//! Where the kernel allows no user namespace it works without, with five capabilities.
+//! It is three processes: the one that was started waits for the first of the PID namespace, and that for the one that
+//! works. The kernel ends a namespace with its first process, and that ends with the one that was started, so nothing that
+//! the last does to itself lets it live on.
+//!
+//! Where the kernel allows no user namespace it works without, with five capabilities; where it allows no PID namespace,
+//! without the system calls that send signals. Both are said on standard error.
 
 use std::ffi::OsString;
-use std::io::{self, Write as _};
+use std::io::{self, Read, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use foreshore_images::unpack::job::{Job, read_job, serve};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::prctl::{set_dumpable, set_no_new_privs, set_pdeathsig};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, raise};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::runtime::seccomp::Filter;
@@ -28,8 +38,14 @@ pub const SUBCOMMAND: &str = "unpack";
 const MEMORY_MAX: u64 = 768 << 20;
 /// Seconds of CPU time: a layer of 16 GiB takes a slow device a quarter of this.
 const CPU_MAX: u64 = 4 * 3600;
+/// Seconds between the signal that says so (SIGXCPU) and the one that says nothing.
+const CPU_GRACE: u64 = 60;
 /// A descriptor for each of 512 nested directories, and 127 layers below.
 const FILES_MAX: u64 = 1024;
+/// The exit code of a panic, whether it unwinds or not: told apart from an abort, which is memory that is not there.
+const PANICKED: i32 = 101;
+/// The first process of a PID namespace cannot die by most signals: it ends with this and the signal's number instead.
+const SIGNALLED: i32 = 128;
 
 /// Runs the subcommand with the arguments after its name. Must be called before any thread exists.
 #[must_use]
@@ -40,7 +56,23 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         eprintln!("usage: foreshore-agent unpack ROOT TARGET < JOB");
         return ExitCode::FAILURE;
     };
-    match work(&root, &target) {
+    confined(&root, &target, |job, stdin| {
+        let mut stdout = io::stdout().lock();
+        serve(job, stdin, &mut stdout)?;
+        stdout.flush()
+    })
+}
+
+/// Confines this process to what unpacking into `target` takes, reads the job from standard input and does `work` with it;
+/// what follows the job is still to be read. Paths of the job are as they are seen then. Must be called before any
+/// thread exists.
+#[must_use]
+pub fn confined(
+    root: &Path,
+    target: &Path,
+    work: impl FnOnce(&Job, &mut dyn Read) -> io::Result<()>,
+) -> ExitCode {
+    match prepare(root, target).and_then(|(job, mut stdin)| work(&job, &mut stdin)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("foreshore-agent unpack: {error}");
@@ -49,10 +81,14 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn work(root: &Path, target: &Path) -> io::Result<()> {
+fn prepare(root: &Path, target: &Path) -> io::Result<(Job, io::StdinLock<'static>)> {
     // It works for whoever started it and must not outlive that; and nobody looks into its memory.
-    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-    nix::sys::prctl::set_dumpable(true)?;
+    set_pdeathsig(Signal::SIGKILL)?;
+    set_dumpable(true)?;
+    // Its files under /proc belong to root, who writes the namespace's maps; and /proc shows the processes out here.
+    let namespace = UserNamespace::identity();
+    let alone = leave_processes()?;
+    std::panic::set_hook(Box::new(give_up));
     let mut stdin = io::stdin().lock();
     let mut job = read_job(&mut stdin)?;
     job.target = inside(root, target)?;
@@ -60,8 +96,6 @@ fn work(root: &Path, target: &Path) -> io::Result<()> {
         lower.path = inside(root, &lower.path)?;
     }
     limit(&job)?;
-    // Its files under /proc belong to root, who writes the namespace's maps.
-    let namespace = UserNamespace::identity();
     confine(root, target)?;
     let mut capabilities = CapabilitySet::CHOWN
         | CapabilitySet::DAC_OVERRIDE
@@ -76,7 +110,7 @@ fn work(root: &Path, target: &Path) -> io::Result<()> {
             capabilities |= CapabilitySet::MKNOD;
         }
     }
-    nix::sys::prctl::set_dumpable(false)?;
+    set_dumpable(false)?;
     rustix::thread::set_capabilities(
         None,
         CapabilitySets {
@@ -85,11 +119,64 @@ fn work(root: &Path, target: &Path) -> io::Result<()> {
             inheritable: CapabilitySet::empty(),
         },
     )?;
-    nix::sys::prctl::set_no_new_privs()?;
-    filter().install()?;
-    let mut stdout = io::stdout().lock();
-    serve(&job, stdin, &mut stdout)?;
-    stdout.flush()
+    set_no_new_privs()?;
+    filter(alone).install()?;
+    Ok((job, stdin))
+}
+
+#[expect(
+    clippy::exit,
+    reason = "an abort would look like memory that is not there"
+)]
+fn give_up(panic: &std::panic::PanicHookInfo<'_>) {
+    eprintln!("foreshore-agent unpack: {panic}");
+    std::process::exit(PANICKED);
+}
+
+/// Goes on in a PID namespace of its own, as its second process; whether there is one. This process and the namespace's
+/// first stay behind and end as that one does.
+fn leave_processes() -> io::Result<bool> {
+    // For children only, unshare(2).
+    if let Err(error) = unshare(CloneFlags::CLONE_NEWPID) {
+        eprintln!("foreshore-agent unpack: no PID namespace ({error}); going on without");
+        return Ok(false);
+    }
+    go_on_in_child()?;
+    go_on_in_child()?;
+    Ok(true)
+}
+
+fn go_on_in_child() -> io::Result<()> {
+    #[expect(unsafe_code, reason = "fork(2)")]
+    // SAFETY: this process has one thread, so the child's memory is whole.
+    match unsafe { fork() }? {
+        ForkResult::Parent { child } => end_as(child),
+        // A parent that was gone before leaves a closed standard input behind.
+        ForkResult::Child => Ok(set_pdeathsig(Signal::SIGKILL)?),
+    }
+}
+
+/// Waits for a child and ends in the same way.
+#[expect(clippy::exit, reason = "it is all that is left to do here")]
+fn end_as(child: Pid) -> ! {
+    let (code, signal) = loop {
+        match waitpid(child, None) {
+            Ok(WaitStatus::Exited(_, code)) => {
+                break (code, Signal::try_from(code - SIGNALLED).ok());
+            }
+            Ok(WaitStatus::Signaled(_, signal, _)) => {
+                break (SIGNALLED + signal as i32, Some(signal));
+            }
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(_) => break (1, None),
+        }
+    };
+    if let Some(signal) = signal {
+        let _only_a_core_dump_more = set_dumpable(false);
+        // The first of a namespace lives on.
+        let _it_may_not_end = raise(signal);
+    }
+    std::process::exit(code)
 }
 
 /// A path as it will be seen.
@@ -99,16 +186,15 @@ fn inside(root: &Path, path: &Path) -> io::Result<PathBuf> {
 }
 
 fn limit(job: &Job) -> io::Result<()> {
-    for (resource, most) in [
-        (Resource::RLIMIT_AS, MEMORY_MAX),
-        (Resource::RLIMIT_CORE, 0),
-        (Resource::RLIMIT_CPU, CPU_MAX),
-        (Resource::RLIMIT_FSIZE, job.budget.bytes),
-        (Resource::RLIMIT_NOFILE, FILES_MAX),
+    for (resource, most, grace) in [
+        (Resource::RLIMIT_AS, MEMORY_MAX, 0),
+        (Resource::RLIMIT_CORE, 0, 0),
+        (Resource::RLIMIT_CPU, CPU_MAX, CPU_GRACE),
+        (Resource::RLIMIT_FSIZE, job.budget.bytes, 0),
+        (Resource::RLIMIT_NOFILE, FILES_MAX, 0),
     ] {
         let (_, hard) = getrlimit(resource)?;
-        let most = most.min(hard);
-        setrlimit(resource, most, most)?;
+        setrlimit(resource, most.min(hard), (most + grace).min(hard))?;
     }
     Ok(())
 }
@@ -140,10 +226,10 @@ fn confine(root: &Path, target: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// What unpacking takes. Anything else answers EPERM.
+/// What unpacking takes; to signal itself only in a PID namespace where there is nobody else. Anything else answers EPERM.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[rustfmt::skip]
-fn filter() -> Filter {
+fn filter(alone: bool) -> Filter {
     let mut calls = vec![
         libc::SYS_brk, libc::SYS_clock_gettime, libc::SYS_close, libc::SYS_copy_file_range, libc::SYS_dup,
         libc::SYS_exit, libc::SYS_exit_group, libc::SYS_fchmod, libc::SYS_fchmodat, libc::SYS_fchown,
@@ -155,11 +241,14 @@ fn filter() -> Filter {
         libc::SYS_pread64, libc::SYS_read, libc::SYS_readlinkat, libc::SYS_readv, libc::SYS_renameat2,
         libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask, libc::SYS_rt_sigreturn, libc::SYS_sched_yield,
         libc::SYS_sendfile, libc::SYS_sigaltstack, libc::SYS_splice, libc::SYS_statfs, libc::SYS_statx,
-        libc::SYS_symlinkat, libc::SYS_tgkill, libc::SYS_unlinkat, libc::SYS_utimensat, libc::SYS_write,
+        libc::SYS_symlinkat, libc::SYS_unlinkat, libc::SYS_utimensat, libc::SYS_write,
         libc::SYS_writev,
         // openat2, fchmodat2
         437, 452,
     ];
+    if alone {
+        calls.extend([libc::SYS_tgkill, libc::SYS_tkill]);
+    }
     #[cfg(target_arch = "x86_64")]
     calls.extend([libc::SYS_open, libc::SYS_stat, libc::SYS_lstat]);
     Filter::only(&calls)
@@ -167,6 +256,6 @@ fn filter() -> Filter {
 
 /// What containers may make.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn filter() -> Filter {
+fn filter(_alone: bool) -> Filter {
     Filter::new()
 }

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use foreshore_images::Platform;
 use foreshore_protocol::Digest;
@@ -114,4 +115,52 @@ fn images_are_loaded_listed_and_let_go_without_hub_and_registry() {
         assert!(text.contains(named), "{arguments:?}: {text}");
         assert_eq!(text.trim().lines().count(), 1, "one clear error: {text}");
     }
+}
+
+/// Killed while it reads: nothing is left once the store is opened again, and nobody was held up meanwhile.
+#[test]
+fn a_load_that_is_killed_while_it_reads_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("agent.toml");
+    fs::write(dir.path().join("token"), "t").unwrap();
+    let text = format!(
+        "device = \"d\"\n[hub]\nbroker = \"mqtt://127.0.0.1:1\"\njoin_token_file = \"{0}/token\"\n[paths]\n\
+         state = \"{0}/state\"\nrun = \"{0}/run\"\n",
+        dir.path().display()
+    );
+    fs::write(&config, text).unwrap();
+    let archive = dir.path().join("layout");
+    layout(&archive);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_foreshore-agent"))
+        .args(["image", "load", "-", "--config"])
+        .arg(&config)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    // The header of a file of 10,000 bytes, and some of them.
+    let mut header = tar::Header::new_gnu();
+    header.set_path("blobs/sha256/x").unwrap();
+    header.set_size(10_000);
+    header.set_cksum();
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(header.as_bytes()).unwrap();
+    input.write_all(&[1; 5000]).unwrap();
+    let loading = dir.path().join("state/images/loading");
+    let left = || fs::read_dir(&loading).map_or(0, Iterator::count);
+    let until = Instant::now() + Duration::from_secs(20);
+    while left() == 0 {
+        assert!(Instant::now() < until, "it never began");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Another goes by it.
+    let other = image(&config, &["load", archive.to_str().unwrap()], b"");
+    assert!(other.status.success(), "{other:?}");
+    assert_eq!(left(), 1, "the one that still reads");
+    assert!(child.try_wait().unwrap().is_none());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let listed = image(&config, &["list"], b"");
+    assert!(listed.status.success(), "{listed:?}");
+    assert_eq!(left(), 0);
 }

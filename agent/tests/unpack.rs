@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -80,6 +81,47 @@ impl Bed {
     }
 }
 
+fn children(parent: u32) -> Vec<u32> {
+    let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let name = entry.unwrap().file_name();
+        name.to_str()?.parse::<u32>().ok()
+    });
+    let is_its = |pid: &u32| {
+        // It may have ended since.
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.lines().any(|line| {
+            line.split_ascii_whitespace()
+                .eq(["PPid:", &parent.to_string()])
+        })
+    };
+    pids.filter(is_its).collect()
+}
+
+/// Starts it, and waits until a first file arrived, so that it is past the preparations; it waits for the rest. With the first
+/// process of its namespace and the one that works.
+fn at_work(bed: &Bed) -> (Child, u32, u32) {
+    let mut child = bed.start();
+    let first = entry(tar::EntryType::Regular, "first", "", 0o644, b"x");
+    child.stdin.as_mut().unwrap().write_all(&first).unwrap();
+    child.stdin.as_mut().unwrap().write_all(&[1]).unwrap();
+    wait_for("the first file", || bed.target().join("first").exists());
+    let [first] = children(child.id())[..] else {
+        panic!("not one child")
+    };
+    let [worker] = children(first)[..] else {
+        panic!("not one grandchild")
+    };
+    (child, first, worker)
+}
+
+fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < until, "waited 20 s for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 fn entry(kind: tar::EntryType, path: &str, link: &str, mode: u32, body: &[u8]) -> Vec<u8> {
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(kind);
@@ -109,17 +151,8 @@ fn archive(entries: &[Vec<u8>]) -> Vec<u8> {
 #[test]
 fn while_it_works_it_sees_the_store_and_has_next_to_no_rights() {
     let bed = Bed::new();
-    let mut child = bed.start();
-    // A first file arrives, so it is past the preparations; the rest keeps it waiting.
-    let first = entry(tar::EntryType::Regular, "first", "", 0o644, b"x");
-    child.stdin.as_mut().unwrap().write_all(&first).unwrap();
-    child.stdin.as_mut().unwrap().write_all(&[1]).unwrap();
-    let until = Instant::now() + Duration::from_secs(20);
-    while !bed.target().join("first").exists() {
-        assert!(Instant::now() < until, "the first file never came");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let proc = |name: &str| PathBuf::from(format!("/proc/{}/{name}", child.id()));
+    let (mut child, _, worker) = at_work(&bed);
+    let proc = |name: &str| PathBuf::from(format!("/proc/{worker}/{name}"));
     let status = fs::read_to_string(proc("status")).unwrap();
     let value = |name: &str| {
         let line = status.lines().find(|line| line.starts_with(name)).unwrap();
@@ -131,7 +164,10 @@ fn while_it_works_it_sees_the_store_and_has_next_to_no_rights() {
     // chown, dac_override, fowner, fsetid, setfcap; and over nothing outside of its user namespace.
     let rights = u64::from_str_radix(&value("CapEff:"), 16).unwrap();
     assert_eq!(rights, 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 31);
-    for kind in ["user", "mnt", "net", "ipc", "uts"] {
+    // Number two in a PID namespace of its own.
+    let number = status.lines().find(|line| line.starts_with("NSpid:"));
+    assert_eq!(number.unwrap().split_ascii_whitespace().last(), Some("2"));
+    for kind in ["user", "pid", "mnt", "net", "ipc", "uts"] {
         let its = fs::read_link(proc("ns").join(kind)).unwrap();
         let ours = fs::read_link(Path::new("/proc/self/ns").join(kind)).unwrap();
         assert_ne!(its, ours, "{kind}");
@@ -164,6 +200,28 @@ fn while_it_works_it_sees_the_store_and_has_next_to_no_rights() {
     assert!(descriptors <= 8, "{descriptors} descriptors");
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+#[test]
+fn whichever_of_its_processes_is_killed_none_is_left() {
+    let bed = Bed::new();
+    for killed in 0..3 {
+        let (mut child, first, worker) = at_work(&bed);
+        let pids = [child.id(), first, worker];
+        // By its number: it is waited for below, or by its parent, and cannot be another's.
+        let pid = nix::unistd::Pid::from_raw(pids[killed].try_into().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        let status = child.wait().unwrap();
+        assert_eq!(status.signal(), Some(9), "process {killed}");
+        wait_for("all to end", || {
+            pids.iter().all(|pid| {
+                let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+                // One whose parent was killed is reaped by whoever does that here.
+                status.is_empty() || status.contains("State:\tZ")
+            })
+        });
+        fs::remove_file(bed.target().join("first")).unwrap();
+    }
 }
 
 #[test]

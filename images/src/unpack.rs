@@ -100,6 +100,13 @@ pub enum UnpackError {
         /// As written, cut to 256 characters.
         path: String,
     },
+    /// The process that was to unpack it could not cope with it, or talks nonsense: the layer is to blame.
+    #[error("the process that unpacks it {0}")]
+    Crashed(String),
+    /// The process that was to unpack it was ended for another reason than the layer, as far as is known; it may work the next
+    /// time.
+    #[error("the process that unpacks it {0}")]
+    Ended(String),
     /// The local disk failed, or this process may not do it.
     #[error("cannot {act} \"{path}\"")]
     Io {

@@ -145,7 +145,7 @@ impl StageError {
             }
             Self::Layer { source, .. } => match **source {
                 UnpackError::DiskFull { .. } => Fault::DiskFull,
-                UnpackError::Io { .. } => Fault::Internal,
+                UnpackError::Io { .. } | UnpackError::Ended(_) => Fault::Internal,
                 _ => Fault::BadImage,
             },
             Self::DiskFull { .. } => Fault::DiskFull,

@@ -278,7 +278,8 @@ impl<'a> Staging<'a> {
                 continue;
             }
             let error = self.layer_error(layer, source);
-            if !matches!(error, StageError::DiskFull { .. }) {
+            // What is whole and right is not fetched again for what may pass here.
+            if !error.is_transient() {
                 remove_blob()?;
             }
             return Err(error);

@@ -2,8 +2,10 @@
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -12,6 +14,15 @@ use crate::unpack::job::{ANSWER_BYTES_MAX, Answer, Job, Outcome, set_opaque, wri
 
 /// More notes than the unpacker of this crate makes.
 const NOTES_MAX: usize = 32;
+/// The exit code of a panic of Rust.
+const PANICKED: i32 = 101;
+/// Signals that a fault in the program raises: SIGILL, SIGTRAP, SIGFPE, SIGSEGV, SIGSYS. Not SIGBUS, which is a program that
+/// cannot be read, and not SIGABRT, which is memory that is not there.
+const FAULTS: [i32; 5] = [4, 5, 8, 11, 31];
+const SIGABRT: i32 = 6;
+const SIGKILL: i32 = 9;
+/// Beyond `RLIMIT_CPU` and `RLIMIT_FSIZE`.
+const LIMITS: [i32; 2] = [24, 25];
 
 /// A program that does one [`Job`] and ends: it is given `arguments` and the store's root, reads
 /// [the job](crate::unpack::job::read_job) and the blob from standard input, and
@@ -30,6 +41,8 @@ pub struct Unpacker {
 struct Patience {
     /// Since when it has been waited for.
     waiting: Arc<Mutex<Option<Instant>>>,
+    /// It was ended.
+    lost: Arc<AtomicBool>,
     _until_dropped: mpsc::Sender<()>,
 }
 
@@ -38,6 +51,8 @@ impl Patience {
         let (until_dropped, dropped) = mpsc::channel();
         let waiting = Arc::new(Mutex::new(None));
         let watched = Arc::clone(&waiting);
+        let lost = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&lost);
         // Not by its number: that may be another's by then.
         let process = rustix::process::pidfd_open(
             rustix::process::Pid::from_child(child),
@@ -49,6 +64,7 @@ impl Patience {
                 if since.is_some_and(|since| since.elapsed() > patience)
                     && let Ok(process) = &process
                 {
+                    ended.store(true, Ordering::SeqCst);
                     let _it_may_have_ended =
                         rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL);
                 }
@@ -56,6 +72,7 @@ impl Patience {
         });
         Self {
             waiting,
+            lost,
             _until_dropped: until_dropped,
         }
     }
@@ -123,8 +140,8 @@ impl Unpacker {
             Some(Answer::Done(unpacked, _))
                 if unpacked.bytes > job.budget.bytes || unpacked.entries > job.budget.entries =>
             {
-                let more = io::Error::other("it says it unpacked more than it may");
-                Err(failed("believe", more))
+                let more = "says that it unpacked more than it may";
+                Err(UnpackError::Crashed(more.to_owned()))
             }
             Some(Answer::Done(mut unpacked, diff_id)) => {
                 unpacked.notes.truncate(NOTES_MAX);
@@ -134,11 +151,38 @@ impl Unpacker {
                 Ok((*unpacked, diff_id))
             }
             Some(Answer::Failed(failure)) => Err(failure.into()),
-            None => Err(failed(
-                "have a layer unpacked by",
-                io::Error::other(format!("it ended with {status} and without an answer")),
-            )),
+            None if patience.lost.load(Ordering::SeqCst) => Err(UnpackError::Ended(format!(
+                "took no bytes and gave no answer for {} s and was ended",
+                self.patience.as_secs()
+            ))),
+            None => Err(without_answer(status).unwrap_or_else(|| {
+                let ended = format!("it ended with {status} and without an answer");
+                failed("have a layer unpacked by", io::Error::other(ended))
+            })),
         }
+    }
+}
+
+/// What is to blame when a process ended so and said nothing that is an answer; `None` when that says nothing about the
+/// layer, as when the confinement could not be made.
+fn without_answer(status: ExitStatus) -> Option<UnpackError> {
+    let crashed = |how: String| Some(UnpackError::Crashed(how));
+    let ended = |how: String| Some(UnpackError::Ended(how));
+    match (status.signal(), status.code()) {
+        (Some(signal), _) if FAULTS.contains(&signal) => {
+            crashed(format!("crashed on it ({status})"))
+        }
+        (Some(signal), _) if LIMITS.contains(&signal) => {
+            crashed(format!("took more than any layer needs ({status})"))
+        }
+        (Some(SIGABRT), _) => ended(format!(
+            "could not have the memory that it wanted ({status})"
+        )),
+        (Some(SIGKILL), _) => ended("was killed, as when the device runs out of memory".to_owned()),
+        (Some(_), _) => ended(format!("was ended ({status})")),
+        (None, Some(PANICKED)) => crashed(format!("gave up on it ({status})")),
+        (None, Some(0)) => crashed("ended without an answer".to_owned()),
+        (None, _) => None,
     }
 }
 

@@ -224,6 +224,7 @@ impl From<UnpackError> for Failure {
     fn from(error: UnpackError) -> Self {
         match error {
             UnpackError::Archive(source) => Self::Archive(chain(source.as_ref())),
+            UnpackError::Crashed(how) | UnpackError::Ended(how) => Self::Archive(how),
             UnpackError::Bomb(bomb) => Self::Bomb(bomb),
             UnpackError::Entry { path, problem } => Self::Entry {
                 path,

@@ -441,14 +441,47 @@ fn the_store_is_nobody_else_s() {
 fn an_unpacker_that_hangs_dies_or_talks_nonsense_is_an_error_and_leaves_nothing() {
     let (blobs, image, _) = three_layers();
     let world = World::new(blobs);
-    for (script, named) in [
+    for (script, named, fault) in [
         // Neither reads nor answers.
-        ("exec sleep 1000", "without an answer"),
+        ("exec sleep 1000", "was ended", Fault::Internal),
         // Reads all, then hangs.
-        ("cat > /dev/null; exec sleep 1000", "without an answer"),
-        ("kill -9 $$", "without an answer"),
-        ("cat > /dev/null; echo nonsense", "without an answer"),
-        ("exit 0", "without an answer"),
+        (
+            "cat > /dev/null; exec sleep 1000",
+            "was ended",
+            Fault::Internal,
+        ),
+        // As the kernel does when memory is short.
+        ("kill -9 $$", "out of memory", Fault::Internal),
+        (
+            "cat > /dev/null; kill -9 $$",
+            "out of memory",
+            Fault::Internal,
+        ),
+        // Memory that could not be had, and a program that could not be read.
+        ("cat > /dev/null; kill -6 $$", "memory", Fault::Internal),
+        ("cat > /dev/null; kill -7 $$", "was ended", Fault::Internal),
+        // The confinement could not be made.
+        ("exit 1", "exit status: 1", Fault::Internal),
+        // Its fault is one of the layer that it was given.
+        ("kill -11 $$", "crashed", Fault::BadImage),
+        ("cat > /dev/null; kill -11 $$", "crashed", Fault::BadImage),
+        (
+            "cat > /dev/null; kill -24 $$",
+            "more than any layer",
+            Fault::BadImage,
+        ),
+        (
+            "cat > /dev/null; kill -25 $$",
+            "more than any layer",
+            Fault::BadImage,
+        ),
+        ("cat > /dev/null; exit 101", "gave up", Fault::BadImage),
+        (
+            "cat > /dev/null; echo nonsense",
+            "without an answer",
+            Fault::BadImage,
+        ),
+        ("exit 0", "without an answer", Fault::BadImage),
     ] {
         let config = StoreConfig {
             unpacker: Some(Unpacker {
@@ -463,7 +496,8 @@ fn an_unpacker_that_hangs_dies_or_talks_nonsense_is_an_error_and_leaves_nothing(
         let error = world.stage(&store, image).unwrap_err();
         let text = crate::hostile::chain(&error);
         assert!(begin.elapsed() < Duration::from_secs(10), "{script}");
-        assert_eq!(error.fault(), Fault::Internal, "{script}: {text}");
+        assert_eq!(error.fault(), fault, "{script}: {text}");
+        assert_eq!(error.is_transient(), fault == Fault::Internal, "{script}");
         assert!(text.contains(named), "{script}: {text}");
         for name in ["tmp", "layers", "images"] {
             let left = fs::read_dir(world.root.path().join(name)).unwrap().count();
