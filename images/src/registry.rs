@@ -67,7 +67,7 @@ pub struct Client {
     gate: Option<Gate>,
     /// `Authorization` by origin and repository. Only in memory; `Debug` does not show it.
     authorizations: Mutex<BTreeMap<(String, String), String>>,
-    /// Mirrors that did not answer, and until when nobody asks them.
+    /// Mirrors that did not answer, and until when they are asked last.
     resting: Mutex<BTreeMap<String, Instant>>,
 }
 

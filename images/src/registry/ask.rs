@@ -221,17 +221,15 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     seconds.trim().parse().ok().map(Duration::from_secs)
 }
 
-/// First byte and whole length of what a 206 brings (RFC 9110, section 14.4): `bytes 7-9/10` is `(7, 10)`.
-pub(super) fn content_range(headers: &HeaderMap) -> Option<(u64, u64)> {
+/// What a 206 brings, as bytes of the whole: `bytes 7-8/10` and `bytes 7-8/*` are `7..9` (RFC 9110, section 14.4). `None` when
+/// it does not say so, or says that the whole has not `size` bytes.
+pub(super) fn content_range(headers: &HeaderMap, size: u64) -> Option<std::ops::Range<u64>> {
     let text = header_text(headers, &header::CONTENT_RANGE)?;
     let (range, length) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
-    let (first, last) = range.split_once('-')?;
-    let (first, last, length): (u64, u64, u64) = (
-        first.parse().ok()?,
-        last.parse().ok()?,
-        length.parse().ok()?,
-    );
-    (last.checked_add(1)? == length).then_some((first, length))
+    let (first, last) = range.trim().split_once('-')?;
+    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+    let known = length.trim() == "*" || length.trim().parse() == Ok(size);
+    (known && first <= last && last < size).then(|| first..last + 1)
 }
 
 pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {

@@ -1,4 +1,5 @@
-//! Where the images of a registry are fetched from: its mirrors, in order, and then itself.
+//! Where the images of a registry are fetched from: its mirrors, in order, then itself, then mirrors that did not answer a
+//! short while ago.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -11,8 +12,56 @@ use super::url::Origin;
 use super::{Client, FetchError};
 use crate::reference::{DEFAULT_HOST, Reference};
 
-/// How long a mirror that did not answer is left alone: longer than the images of a release are asked for.
+/// How long a mirror that did not answer is asked last: longer than the images of a release are asked for.
 const REST: Duration = Duration::from_mins(2);
+/// A registry that wants to be left alone for longer is left to whoever asked.
+const RETRY_AFTER_MAX: Duration = Duration::from_mins(5);
+
+/// What those said that did not serve something.
+#[derive(Debug, Default)]
+pub(super) struct Refused {
+    /// What the registry itself says, or a mirror before it was asked.
+    error: Option<FetchError>,
+    /// Some of it may pass soon; after how long those want to be asked again.
+    hope: Option<Duration>,
+}
+
+impl Refused {
+    pub(super) fn add(&mut self, source: &Endpoint, error: FetchError) {
+        let hope = hope(&error);
+        self.hope = self.hope.max(hope);
+        if !source.is_mirror() || self.error.is_none() {
+            self.error = Some(error);
+        }
+    }
+
+    /// When any of it may pass soon, after how long.
+    pub(super) const fn hope(&self) -> Option<Duration> {
+        self.hope
+    }
+
+    pub(super) fn into_error(self) -> FetchError {
+        self.error
+            .expect("the registry itself is among the sources")
+    }
+}
+
+impl From<FetchError> for Refused {
+    fn from(error: FetchError) -> Self {
+        Self {
+            hope: hope(&error),
+            error: Some(error),
+        }
+    }
+}
+
+fn hope(error: &FetchError) -> Option<Duration> {
+    let asked = match error {
+        FetchError::Status { retry_after, .. } => retry_after.unwrap_or_default(),
+        _ => Duration::ZERO,
+    };
+    (error.may_pass_soon() && asked <= RETRY_AFTER_MAX).then_some(asked)
+}
 
 /// One place, ready to be asked.
 #[derive(Clone)]
@@ -208,35 +257,41 @@ impl Client {
         };
         let now = Instant::now();
         let resting = self.lock_resting();
-        let awake = |source: &&Endpoint| {
-            !source.is_mirror() || resting.get(&source.shown).is_none_or(|until| *until <= now)
+        let rests = |source: &Endpoint| {
+            source.is_mirror() && resting.get(&source.shown).is_some_and(|until| *until > now)
         };
-        Ok(sources.iter().filter(awake).cloned().collect())
+        let (last, first): (Vec<_>, Vec<_>) = sources.iter().cloned().partition(rests);
+        Ok(first.into_iter().chain(last).collect())
     }
 
-    /// Asks one after the other until one has it. What the registry itself says counts when nobody does.
+    /// Asks one after the other until one has it.
     ///
     /// # Errors
-    /// The last one's.
+    /// What they said; what the registry itself says counts.
     pub(super) fn ask_any<T>(
         &self,
         reference: &Reference,
         mut ask: impl FnMut(&Endpoint) -> Result<T, FetchError>,
-    ) -> Result<T, FetchError> {
-        let sources = self.sources(reference)?;
-        let (itself, mirrors) = sources.split_last().expect("the registry itself is last");
-        for mirror in mirrors {
-            match ask(mirror) {
+    ) -> Result<T, Refused> {
+        let mut refused = Refused::default();
+        for source in &self.sources(reference)? {
+            match ask(source) {
                 Ok(answer) => return Ok(answer),
-                Err(error) if error.is_ours() => return Err(error),
-                Err(error) => self.passed_over(mirror, &error, false),
+                Err(error) if error.is_ours() => return Err(error.into()),
+                Err(error) => {
+                    self.passed_over(source, &error, false);
+                    refused.add(source, error);
+                }
             }
         }
-        ask(itself)
+        Err(refused)
     }
 
-    /// A mirror did not serve: says so, and lets it rest if it would only cost time again; not one that `brought` something.
+    /// If that was a mirror: says so, and lets it rest if it would only cost time again; not one that `brought` something.
     pub(super) fn passed_over(&self, source: &Endpoint, error: &FetchError, brought: bool) {
+        if !source.is_mirror() {
+            return;
+        }
         tracing::info!(mirror = source.shown, %error, "a mirror does not serve this");
         let silent = matches!(
             error,

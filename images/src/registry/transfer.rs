@@ -1,7 +1,9 @@
 //! A blob on its way from a registry: paced, tried again, and gone on with where it stopped.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,7 +12,7 @@ use ureq::http::Response;
 use ureq::{Body, BodyReader};
 
 use super::ask::{Ask, content_length, content_range, is_web_page, media_type};
-use super::source::Endpoint;
+use super::source::{Endpoint, Refused};
 use super::{Client, FetchError};
 use crate::manifest::Descriptor;
 use crate::partial::PartialBlob;
@@ -20,8 +22,9 @@ use crate::{Digest, Reference};
 const BUFFER: usize = 64 << 10;
 /// An attempt that brought so much was worth it: the count of vain ones begins anew.
 const WORTH_BYTES: u64 = 64 << 10;
-/// A registry that wants to be left alone for longer is left to whoever asked.
-const RETRY_AFTER_MAX: Duration = Duration::from_mins(5);
+/// So often in a row a source may be unwell (HTTP 5xx) when asked for a part before it is asked for all: it may be ranges
+/// that it cannot do.
+const PLAIN_AFTER: u32 = 2;
 /// How often a wait looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(100);
 /// How often the gate is asked while bytes come in.
@@ -133,12 +136,13 @@ impl Client {
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), FetchError> {
         let what = what(reference, blob);
-        let (endpoint, body) = self.ask_any(reference, |endpoint| {
+        let found = self.ask_any(reference, |endpoint| {
             let ask = self.ask(endpoint, reference, &what, blob.size);
             self.passable(endpoint, &what)?;
             let (_, body) = self.open(&ask, endpoint, blob, 0)?;
             Ok((endpoint.clone(), body))
-        })?;
+        });
+        let (endpoint, body) = found.map_err(Refused::into_error)?;
         let ask = self.ask(&endpoint, reference, &what, blob.size);
         let mut hasher = Sha256::new();
         let mut received = 0;
@@ -207,15 +211,18 @@ impl Client {
             blob.size.min(self.blob_bytes_max) / self.timeouts.pace_bytes.max(1),
         ));
         let until = Instant::now() + budget;
+        // How often in a row a source said that it is not well when it was asked for a part.
+        let mut unwell: BTreeMap<String, u32> = BTreeMap::new();
         loop {
             let before = partial.size();
-            let mut last = None;
-            let sources = self.sources(reference)?;
-            for (index, source) in sources.iter().enumerate() {
+            let mut refused = Refused::default();
+            for source in &self.sources(reference)? {
                 let had = partial.size();
+                let unwell = unwell.entry(source.name().to_owned()).or_default();
+                let plain = *unwell >= PLAIN_AFTER;
                 let mut attempt = |partial: &mut PartialBlob| {
                     let ask = self.ask(source, reference, &what, blob.size);
-                    self.attempt(&ask, source, blob, partial, watch)
+                    self.attempt(&ask, source, blob, partial, plain, watch)
                 };
                 let mut result = attempt(partial);
                 // What was there before, of an earlier time or from a mirror, may have been wrong, which is no fault of this
@@ -229,16 +236,16 @@ impl Client {
                     Ok(()) => return Ok(()),
                     Err(error) if error.is_ours() => return Err(error),
                     Err(error) => {
-                        if index + 1 < sources.len() {
-                            self.passed_over(source, &error, partial.size() > had);
-                        }
-                        last = Some(error);
+                        let is_unwell =
+                            matches!(&error, FetchError::Status { status, .. } if *status >= 500);
+                        *unwell = if is_unwell && had > 0 { *unwell + 1 } else { 0 };
+                        self.passed_over(source, &error, partial.size() > had);
+                        refused.add(source, error);
                     }
                 }
             }
-            let error = last.expect("the registry itself is among the sources");
             let worth_it = partial.size() >= before.saturating_add(WORTH_BYTES);
-            let wait = tries.next(error, worth_it)?;
+            let wait = tries.next(refused, worth_it)?;
             if Instant::now() + wait >= until {
                 return Err(FetchError::TimedOut {
                     host: reference.host().to_owned(),
@@ -252,29 +259,37 @@ impl Client {
         }
     }
 
+    /// One go at the rest of a blob; `plain` is without a range.
     fn attempt(
         &self,
         ask: &Ask<'_>,
         endpoint: &Endpoint,
         blob: &Descriptor,
         partial: &mut PartialBlob,
+        plain: bool,
         watch: Watch<'_>,
     ) -> Result<(), FetchError> {
         let sink = |source| FetchError::Sink {
             what: ask.what.to_owned(),
             source,
         };
-        if partial.size() < blob.size || blob.size == 0 {
+        while partial.size() < blob.size || blob.size == 0 {
             self.passable(endpoint, ask.what)?;
-            let (start, body) = self.open(ask, endpoint, blob, partial.size())?;
+            let had = partial.size();
+            let (range, body) = self.open(ask, endpoint, blob, if plain { 0 } else { had })?;
             // A server that knows no ranges sends all of it: what is there is passed over.
-            let mut skip = usize::try_from(partial.size() - start).unwrap_or(usize::MAX);
-            self.copy(ask, endpoint, body, blob.size - start, &mut |bytes| {
+            let mut skip = usize::try_from(had - range.start).unwrap_or(usize::MAX);
+            let length = range.end - range.start;
+            self.copy(ask, endpoint, body, length, &mut |bytes| {
                 let new = &bytes[skip.min(bytes.len())..];
                 skip -= bytes.len() - new.len();
                 partial.append(new)?;
                 watch(partial.size())
             })?;
+            // A piece, and all of it: the next is asked for. Anything else is an end that came too early, or the end.
+            if range.end == blob.size || partial.size() != range.end {
+                break;
+            }
         }
         if partial.size() != blob.size {
             return Err(ask.size_mismatch(blob.size, partial.size()));
@@ -287,45 +302,65 @@ impl Client {
         Err(ask.digest_mismatch(found))
     }
 
-    /// The body of a blob from `offset` on, or from the start; and which.
+    /// The body of a blob, and which bytes it brings: from `offset` on or from before, perhaps not up to the end. Asks for all of
+    /// it when the answer to the rest is none.
     fn open(
         &self,
         ask: &Ask<'_>,
         endpoint: &Endpoint,
         blob: &Descriptor,
         offset: u64,
-    ) -> Result<(u64, Response<Body>), FetchError> {
+    ) -> Result<(Range<u64>, Response<Body>), FetchError> {
         if blob.size > self.blob_bytes_max {
             return Err(ask.too_large(self.blob_bytes_max));
         }
         let path = format!("blobs/{}", blob.digest);
-        let response = match self.get(ask, endpoint, &path, "*/*", offset) {
-            // Range not satisfiable: it has fewer bytes than we do, or cannot count.
-            Err(FetchError::Status { status: 416, .. }) if offset > 0 => {
-                self.get(ask, endpoint, &path, "*/*", 0)?
+        if offset > 0 {
+            match self.get(ask, endpoint, &path, "*/*", offset) {
+                Ok(response) => {
+                    if let Some(range) = self.brought(ask, blob, offset, &response)? {
+                        return Ok((range, response));
+                    }
+                }
+                Err(error) if says_nothing_without_range(&error) => {}
+                Err(error) => return Err(error),
             }
-            other => other?,
-        };
-        if let Some(media_type) = media_type(response.headers()).filter(|found| is_web_page(found))
-        {
+            tracing::debug!(
+                what = ask.what,
+                "all of it is asked for, since a range is not served"
+            );
+        }
+        let response = self.get(ask, endpoint, &path, "*/*", 0)?;
+        match self.brought(ask, blob, 0, &response)? {
+            Some(range) => Ok((range, response)),
+            None => Err(ask.unreachable("it sent another range than was asked for".into())),
+        }
+    }
+
+    /// Which bytes of a blob a response brings; `None` when not those from `offset` on.
+    fn brought(
+        &self,
+        ask: &Ask<'_>,
+        blob: &Descriptor,
+        offset: u64,
+        response: &Response<Body>,
+    ) -> Result<Option<Range<u64>>, FetchError> {
+        let headers = response.headers();
+        if let Some(media_type) = media_type(headers).filter(|found| is_web_page(found)) {
             return Err(ask.not_a_registry(media_type));
         }
-        let start = if response.status().as_u16() == 206 {
-            match content_range(response.headers()) {
-                Some((start, length)) if start == offset && length == blob.size => start,
-                Some((_, length)) if length != blob.size => {
-                    return Err(ask.size_mismatch(blob.size, length));
-                }
-                _ => return Err(ask.unreachable("it sent another range than was asked for".into())),
+        let announced = content_length(headers);
+        if response.status().as_u16() == 206 {
+            let range = content_range(headers, blob.size)
+                .filter(|range| range.contains(&offset))
+                .filter(|range| announced.is_none_or(|length| length == range.end - range.start));
+            return Ok(range);
+        }
+        match announced {
+            Some(announced) if announced != blob.size => {
+                Err(ask.size_mismatch(blob.size, announced))
             }
-        } else {
-            0
-        };
-        match content_length(response.headers()) {
-            Some(announced) if announced != blob.size - start => {
-                Err(ask.size_mismatch(blob.size, start.saturating_add(announced)))
-            }
-            _ => Ok((start, response)),
+            _ => Ok(Some(0..blob.size)),
         }
     }
 
@@ -384,15 +419,27 @@ impl Client {
     /// Tries again as the configuration says.
     pub(super) fn retrying<T>(
         &self,
-        mut attempt: impl FnMut() -> Result<T, FetchError>,
+        mut attempt: impl FnMut() -> Result<T, Refused>,
     ) -> Result<T, FetchError> {
         let mut tries = Tries::new(self.retry);
         loop {
             match attempt() {
-                Err(error) => std::thread::sleep(tries.next(error, false)?),
-                done => return done,
+                Ok(done) => return Ok(done),
+                Err(refused) => std::thread::sleep(tries.next(refused, false)?),
             }
         }
+    }
+}
+
+/// Whether an answer to a range may be about the range alone, so that all may be had. Not those that ask for time, or say
+/// that somebody else is in charge.
+fn says_nothing_without_range(error: &FetchError) -> bool {
+    match error {
+        FetchError::Denied { status, .. } => *status == 403,
+        FetchError::Status { status, .. } => {
+            !matches!(status, 408 | 425 | 429 | 500 | 502 | 503 | 504)
+        }
+        _ => false,
     }
 }
 
@@ -432,27 +479,20 @@ impl Tries {
     /// How long to wait before trying again.
     ///
     /// # Errors
-    /// The one given, when there is no use in it.
-    fn next(&mut self, error: FetchError, worth_it: bool) -> Result<Duration, FetchError> {
+    /// What is to be said of it, when there is no use in that.
+    fn next(&mut self, refused: Refused, worth_it: bool) -> Result<Duration, FetchError> {
         if worth_it {
             *self = Self::new(self.retry);
         } else {
             self.vain += 1;
         }
         let spent = self.retry.attempts <= 1 || self.vain >= self.retry.attempts;
-        if spent || !error.may_pass_soon() {
-            return Err(error);
-        }
-        self.wait = self.retry.wait(self.wait);
-        let asked = match &error {
-            FetchError::Status { retry_after, .. } => retry_after.unwrap_or_default(),
-            _ => Duration::ZERO,
+        let Some(asked) = refused.hope().filter(|_| !spent) else {
+            return Err(refused.into_error());
         };
-        if asked > RETRY_AFTER_MAX {
-            return Err(error);
-        }
+        self.wait = self.retry.wait(self.wait);
         let wait = self.wait.max(asked);
-        tracing::info!(%error, ?wait, "trying again");
+        tracing::info!(error = %refused.into_error(), ?wait, "trying again");
         Ok(wait)
     }
 }
@@ -491,6 +531,7 @@ mod tests {
 
     #[test]
     fn what_a_registry_asks_for_is_kept_unless_it_is_too_long() {
+        let refused = |error: FetchError| Refused::from(error);
         let status = |seconds| FetchError::Status {
             host: "h".into(),
             what: "w".into(),
@@ -499,19 +540,26 @@ mod tests {
         };
         let mut tries = Tries::new(Retry::PATIENT);
         assert_eq!(
-            tries.next(status(77), false).unwrap(),
+            tries.next(refused(status(77)), false).unwrap(),
             Duration::from_secs(77)
         );
-        assert!(tries.next(status(301), false).is_err());
+        assert!(tries.next(refused(status(301)), false).is_err());
         let mut tries = Tries::new(Retry::PATIENT);
         for _ in 1..6 {
-            tries.next(status(0), false).unwrap();
+            tries.next(refused(status(0)), false).unwrap();
         }
-        assert!(tries.next(status(0), false).is_err(), "the sixth in vain");
+        assert!(
+            tries.next(refused(status(0)), false).is_err(),
+            "the sixth in vain"
+        );
         let gone = FetchError::NotFound {
             host: "h".into(),
             what: "w".into(),
         };
-        assert!(Tries::new(Retry::PATIENT).next(gone, true).is_err());
+        assert!(
+            Tries::new(Retry::PATIENT)
+                .next(refused(gone), true)
+                .is_err()
+        );
     }
 }

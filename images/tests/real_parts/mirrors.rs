@@ -1,8 +1,12 @@
 //! Mirrors and proxies: asked in order, believed as little as registries, given nothing that is not theirs.
 
+use std::collections::BTreeMap;
 use std::net::TcpListener;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use foreshore_images::registry::{Client, ClientConfig, Credentials, RegistryConfig};
+use foreshore_images::registry::{Client, ClientConfig, Credentials, RegistryConfig, Retry};
 use foreshore_images::store::Store;
 use foreshore_images::{Digest, Fault, Platform, Reference};
 
@@ -19,7 +23,7 @@ fn client(upstream: &Server, mirrors: Vec<String>, more: &[(String, RegistryConf
         mirrors,
         ..RegistryConfig::default()
     };
-    let mut registries: std::collections::BTreeMap<_, _> = more.iter().cloned().collect();
+    let mut registries: BTreeMap<_, _> = more.iter().cloned().collect();
     registries.insert("registry.example".to_owned(), registry);
     Client::new(ClientConfig {
         registries,
@@ -172,6 +176,100 @@ fn https_goes_through_the_proxy_unless_its_host_is_excepted() {
         };
         assert!(Client::new(config).is_err(), "{bad}");
     }
+}
+
+/// One that did not answer comes last for a while, behind the registry; but it comes.
+#[test]
+fn a_mirror_that_rests_is_asked_when_nobody_else_has_it() {
+    let (blobs, image, layer) = simple();
+    let (up, down) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicBool::new(false)),
+    );
+    let (is_up, served) = (Arc::clone(&up), blobs.clone());
+    let mirror = Server::start("127.0.0.1", move |request| {
+        if is_up.load(Ordering::SeqCst) {
+            honest(&served, request)
+        } else {
+            // The connection breaks.
+            Reply::Truncated(Vec::new(), 10)
+        }
+    });
+    let is_down = Arc::clone(&down);
+    let upstream = Server::start("127.0.0.1", move |request| {
+        if is_down.load(Ordering::SeqCst) {
+            status(404)
+        } else {
+            honest(&blobs, request)
+        }
+    });
+    let client = client(&upstream, vec![format!("http://{}", mirror.host)], &[]);
+    stage(&client, image).unwrap();
+    assert_eq!(mirror.requests().len(), 1, "then it was left alone");
+    up.store(true, Ordering::SeqCst);
+    stage(&client, image).unwrap();
+    assert_eq!(mirror.requests().len(), 1, "the registry had it all");
+    down.store(true, Ordering::SeqCst);
+    let before = upstream.count(&layer.hex());
+    stage(&client, image).unwrap();
+    assert_eq!(mirror.count(&layer.hex()), 1);
+    assert_eq!(
+        upstream.count(&layer.hex()),
+        before + 1,
+        "it was asked first"
+    );
+}
+
+/// The registry's no is final only when no mirror may have it in a moment.
+#[test]
+fn a_mirror_that_may_be_back_soon_is_waited_for() {
+    let (blobs, image, layer) = simple();
+    let upstream = Server::start("127.0.0.1", |_| status(404));
+    let retry = Retry {
+        attempts: 3,
+        least: Duration::from_millis(5),
+        longest: Duration::from_millis(20),
+    };
+    // Fails twice for each thing, and then has it; as for ever for those who do not ask so often.
+    let asked: Mutex<BTreeMap<String, u32>> = Mutex::default();
+    let mirror = Server::start("127.0.0.1", move |request| {
+        let mut asked = asked.lock().unwrap();
+        let times = asked.entry(request.path.clone()).or_default();
+        *times += 1;
+        if *times < 3 {
+            status(503)
+        } else {
+            honest(&blobs, request)
+        }
+    });
+    let with = |retry| {
+        let registry = RegistryConfig {
+            url: Some(format!("http://{}", upstream.host)),
+            mirrors: vec![format!("http://{}", mirror.host)],
+            ..RegistryConfig::default()
+        };
+        Client::new(ClientConfig {
+            registries: [("registry.example".to_owned(), registry)].into(),
+            timeouts: TIMEOUTS,
+            retry,
+            ..ClientConfig::default()
+        })
+        .unwrap()
+    };
+    // The registry's own word is what is said in the end.
+    let error = stage(
+        &with(Retry {
+            attempts: 2,
+            ..retry
+        }),
+        image,
+    )
+    .unwrap_err();
+    assert_eq!(error.fault(), Fault::NotFound, "{}", chain(&error));
+    assert_eq!(mirror.count("/manifests/"), 2);
+    stage(&with(retry), image).unwrap();
+    assert_eq!(mirror.count(&layer.hex()), 3);
+    assert_eq!(upstream.count(&layer.hex()), 2, "asked each time");
 }
 
 /// What a mirror left half done and wrong is no fault of the registry.

@@ -7,13 +7,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use foreshore_images::registry::{Client, ClientConfig, Gate, RegistryConfig, Retry};
-use foreshore_images::store::{Progress, StageError, StagedImage, Store};
+use foreshore_images::store::{Progress, StageError, StagedImage, Store, StoreConfig, Unpacker};
 use foreshore_images::{Digest, Fault, Platform};
 
 use crate::bed::{TIMEOUTS, wait_for};
 use crate::compose::{Blobs, Layer, digest};
 use crate::hostile::{chain, honest, reference};
-use crate::server::{Reply, Request, Server, ranged, status, with_header};
+use crate::server::{Reply, Server, ranged, status, with_header};
 
 const AMD64: (&str, &str) = ("amd64", "");
 const MIB: usize = 1 << 20;
@@ -244,67 +244,205 @@ fn a_server_that_knows_no_ranges_is_used_all_the_same() {
     assert_eq!(offsets(&server, &blob), [0, MIB, 0]);
 }
 
+/// Answers to the rest of a blob as servers, caches and proxies give them: each ends in the right bytes.
 #[test]
-fn lies_about_a_range_are_noticed() {
+fn whatever_is_said_to_a_range_the_blob_comes() {
     let (blobs, image, blob) = image(2 * MIB);
-    type Lie = fn(&[u8], &Request) -> Reply;
-    let cases: [(&str, Lie, Fault); 3] = [
+    type Answer = fn(&[u8], usize) -> Reply;
+    // What is asked for first is cut after a MiB; then each of these, until it asks without a range.
+    let cases: [(&str, Answer, &[usize]); 17] = [
         (
-            "another range",
-            |blob, _| {
-                let range = format!("bytes 5-{}/{}", blob.len() - 1, blob.len());
-                Reply::Full(
-                    206,
-                    vec![("Content-Range".to_owned(), range)],
-                    blob[5..].to_vec(),
-                )
+            "pieces",
+            |blob, from| {
+                let end = blob.len().min(from + 300_000);
+                partial(blob, from, end, &blob.len().to_string())
             },
-            Fault::Unreachable,
+            &[MIB, MIB + 300_000, MIB + 600_000, MIB + 900_000],
+        ),
+        (
+            "pieces of it knows not what",
+            |blob, from| partial(blob, from, blob.len().min(from + 600_000), "*"),
+            &[MIB, MIB + 600_000],
+        ),
+        (
+            "a length it does not know",
+            |blob, from| partial(blob, from, blob.len(), "*"),
+            &[MIB],
+        ),
+        (
+            "more than asked for, from before",
+            |blob, from| partial(blob, from - 1000, blob.len(), "*"),
+            &[MIB],
+        ),
+        (
+            "a 200",
+            |blob, _| Reply::Full(200, Vec::new(), blob.to_vec()),
+            &[MIB],
+        ),
+        (
+            "from after",
+            |blob, from| partial(blob, from + 5, blob.len(), &blob.len().to_string()),
+            &[MIB, 0],
         ),
         (
             "another length",
-            |blob, request| {
-                let from = request.from.unwrap();
-                let range = format!("bytes {from}-{}/{}", blob.len(), blob.len() + 1);
-                Reply::Full(
-                    206,
-                    vec![("Content-Range".to_owned(), range)],
-                    blob[from..].to_vec(),
-                )
-            },
-            Fault::DigestMismatch,
+            |blob, from| partial(blob, from, blob.len(), &(blob.len() + 1).to_string()),
+            &[MIB, 0],
         ),
         (
-            "other bytes",
-            |blob, request| {
-                let mut wrong = blob.to_vec();
-                wrong[blob.len() - 1] ^= 1;
-                ranged(&wrong, request, usize::MAX)
-            },
-            Fault::DigestMismatch,
+            "ends before it begins",
+            |blob, from| with_range(&blob[from..], &format!("bytes {from}-{}/*", from - 1)),
+            &[MIB, 0],
         ),
+        (
+            "beyond the end",
+            |blob, from| with_range(&blob[from..], &format!("bytes {from}-{}/*", u64::MAX)),
+            &[MIB, 0],
+        ),
+        (
+            "no range",
+            |blob, from| Reply::Full(206, Vec::new(), blob[from..].to_vec()),
+            &[MIB, 0],
+        ),
+        (
+            "nonsense for a range",
+            |blob, from| with_range(&blob[from..], "lines 1-2/3"),
+            &[MIB, 0],
+        ),
+        (
+            "all of it as a part",
+            |blob, from| with_range(blob, &format!("bytes {from}-{}/*", blob.len() - 1)),
+            &[MIB, 0],
+        ),
+        ("416", |_, _| status(416), &[MIB, 0]),
+        ("400", |_, _| status(400), &[MIB, 0]),
+        ("403", |_, _| status(403), &[MIB, 0]),
+        ("501", |_, _| status(501), &[MIB, 0]),
+        // A gateway that breaks of ranges only, as far as can be told.
+        ("502", |_, _| status(502), &[MIB, MIB, 0]),
     ];
-    for (name, lie, fault) in cases {
+    for (name, answer, expected) in cases {
         let (served, blobs) = (blob.clone(), blobs.clone());
+        let begun = AtomicBool::new(false);
         let server = Server::start("127.0.0.1", move |request| {
             if !request.path.contains(&Digest::of(&served).hex()) {
-                honest(&blobs, request)
-            } else if request.from.is_none() {
-                ranged(&served, request, MIB)
-            } else {
-                lie(&served, request)
+                return honest(&blobs, request);
+            }
+            match request.from {
+                None if begun.swap(true, Ordering::SeqCst) => ranged(&served, request, usize::MAX),
+                None => ranged(&served, request, MIB),
+                Some(from) => answer(&served, from),
             }
         });
         let root = tempfile::tempdir().unwrap();
         let store = Store::open(root.path()).unwrap();
-        let begin = Instant::now();
-        let error = stage(&store, &client(&server, |_| {}), &server, image).unwrap_err();
-        // After wrong bytes all of it is asked for once more; that ends early here.
-        let ends = [fault, Fault::Unreachable];
-        assert!(ends.contains(&error.fault()), "{name}: {}", chain(&error));
-        assert!(begin.elapsed() < Duration::from_secs(10), "{name}");
-        assert_eq!(store.staged(&image), None, "{name}");
+        let staged = stage(&store, &client(&server, |_| {}), &server, image)
+            .unwrap_or_else(|error| panic!("{name}: {}", chain(&error)));
+        assert!(
+            fs::read(staged.layers[0].join("noise")).unwrap() == noise(2 * MIB, 7),
+            "{name}"
+        );
+        assert_eq!(offsets(&server, &blob)[1..], *expected, "{name}");
     }
+}
+
+/// A 206 that says its bytes truly; `end` is the first that does not come.
+fn partial(blob: &[u8], from: usize, end: usize, length: &str) -> Reply {
+    let range = format!("bytes {from}-{}/{length}", end - 1);
+    with_range(&blob[from..end], &range)
+}
+
+fn with_range(body: &[u8], range: &str) -> Reply {
+    let headers = vec![("Content-Range".to_owned(), range.to_owned())];
+    Reply::Full(206, headers, body.to_vec())
+}
+
+/// Wrong bytes that go on from right ones are noticed, and so is that they are wrong again when all comes anew.
+#[test]
+fn lies_about_a_range_are_noticed() {
+    let (blobs, image, blob) = image(2 * MIB);
+    let (served, begun) = (blob.clone(), AtomicBool::new(false));
+    let server = Server::start("127.0.0.1", move |request| {
+        if !request.path.contains(&Digest::of(&served).hex()) {
+            return honest(&blobs, request);
+        }
+        let mut wrong = served.clone();
+        wrong[served.len() - 1] ^= 1;
+        let first = !begun.swap(true, Ordering::SeqCst);
+        let most = if first { MIB } else { usize::MAX };
+        ranged(&wrong, request, most)
+    });
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let begin = Instant::now();
+    let error = stage(&store, &client(&server, |_| {}), &server, image).unwrap_err();
+    assert_eq!(error.fault(), Fault::DigestMismatch, "{}", chain(&error));
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert_eq!(store.staged(&image), None);
+}
+
+/// A range of next to nothing, for ever: given up within the time that the blob may take.
+#[test]
+fn ranges_that_bring_next_to_nothing_end_in_time() {
+    let (blobs, image, blob) = image(2 * MIB);
+    let served = blob.clone();
+    let server = Server::start("127.0.0.1", move |request| {
+        if !request.path.contains(&Digest::of(&served).hex()) {
+            return honest(&blobs, request);
+        }
+        match request.from {
+            None => ranged(&served, request, MIB),
+            Some(from) => partial(&served, from, from + 1, "*"),
+        }
+    });
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let begin = Instant::now();
+    let error = stage(&store, &client(&server, |_| {}), &server, image).unwrap_err();
+    assert_eq!(error.fault(), Fault::Unreachable, "{}", chain(&error));
+    assert!(
+        begin.elapsed() < Duration::from_secs(30),
+        "{:?}",
+        begin.elapsed()
+    );
+}
+
+/// An unpacker that dies of what it is given says nothing about the disk, and when that was wrong, nothing about the image.
+#[test]
+fn an_unpacker_that_dies_of_wrong_bytes_gets_the_right_ones() {
+    let (blobs, image, blob) = image(2 * MIB);
+    let (served, first) = (blob.clone(), AtomicBool::new(true));
+    let server = Server::start("127.0.0.1", move |request| {
+        if !request.path.contains(&Digest::of(&served).hex()) {
+            honest(&blobs, request)
+        } else if first.swap(false, Ordering::SeqCst) {
+            Reply::Truncated(vec![b'X'; MIB], served.len())
+        } else {
+            ranged(&served, request, usize::MAX)
+        }
+    });
+    let example = std::env::current_exe().unwrap();
+    let example = example.ancestors().nth(2).unwrap().join("examples/unpack");
+    let root = tempfile::tempdir().unwrap();
+    let seen = root.path().join("seen");
+    let script = format!(
+        "head -c 65536 > {0}; if grep -q XXXXXXXXXXXXXXXX {0}; then touch {0}.died; kill -11 $$; fi; cat {0} - | {1}",
+        seen.display(),
+        example.display()
+    );
+    let config = StoreConfig {
+        unpacker: Some(Unpacker {
+            program: "/bin/sh".into(),
+            arguments: vec!["-c".into(), script.into()],
+            patience: Duration::from_secs(20),
+        }),
+        ..StoreConfig::default()
+    };
+    let store = Store::open_with(&root.path().join("store"), config).unwrap();
+    let staged = stage(&store, &client(&server, |_| {}), &server, image).unwrap();
+    assert!(fs::read(staged.layers[0].join("noise")).unwrap() == noise(2 * MIB, 7));
+    assert_eq!(offsets(&server, &blob), [0, MIB, 0]);
+    assert!(root.path().join("seen.died").exists());
 }
 
 #[test]
