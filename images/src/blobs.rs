@@ -7,12 +7,16 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use foreshore_killpoint as killpoint;
 use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
 
 use crate::Digest;
+
+/// How long a process that was killed may take to end, when its disk is slow.
+const DYING: Duration = Duration::from_secs(10);
 
 /// Blobs under `ROOT/blobs/sha256/`, with `ROOT/tmp/` for what is on its way in.
 ///
@@ -187,7 +191,7 @@ impl BlobDir {
         for entry in fs::read_dir(&self.tmp)? {
             let entry = entry?;
             if entry.file_type()?.is_dir() {
-                fs::remove_dir_all(entry.path())?;
+                remove_tree(&entry.path())?;
             } else {
                 fs::remove_file(entry.path())?;
             }
@@ -264,6 +268,22 @@ pub(crate) fn digest_of(reader: &mut dyn Read) -> io::Result<Digest> {
     }
 }
 
+/// Removes a directory and all in it. Something may still be written there for a moment, by a process that is being killed: then
+/// once more, for a while.
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
+    let until = Instant::now() + DYING;
+    loop {
+        match fs::remove_dir_all(path) {
+            Err(error)
+                if error.kind() == io::ErrorKind::DirectoryNotEmpty && Instant::now() < until =>
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            done => return done,
+        }
+    }
+}
+
 /// Makes renames in a directory durable.
 pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
@@ -321,6 +341,33 @@ mod tests {
             "no longer what its name says"
         );
         assert!(!dir.verify(&digest, 5).unwrap());
+    }
+
+    #[test]
+    fn what_is_still_written_to_is_swept_when_that_ends() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = BlobDir::open(root.path()).unwrap();
+        let busy = dir.tmp().join("layer/tree");
+        fs::create_dir_all(&busy).unwrap();
+        std::thread::scope(|scope| {
+            let (first, written) = std::sync::mpsc::channel();
+            let busy = &busy;
+            scope.spawn(move || {
+                let until = Instant::now() + Duration::from_millis(300);
+                // Until the time is over or the directory gone.
+                for n in 0.. {
+                    if Instant::now() > until || File::create(busy.join(n.to_string())).is_err() {
+                        break;
+                    }
+                    if n == 100 {
+                        first.send(()).unwrap();
+                    }
+                }
+            });
+            written.recv().unwrap();
+            dir.sweep().unwrap();
+        });
+        assert_eq!(fs::read_dir(dir.tmp()).unwrap().count(), 0);
     }
 
     #[test]

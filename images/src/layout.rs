@@ -34,6 +34,8 @@ pub struct ImportLimits {
     pub bytes_max: u64,
     /// The most entries an archive may hold. Default 10,000.
     pub entries_max: usize,
+    /// Bytes of the file system that are left free while an archive is read in. Default 0.
+    pub reserve_bytes: u64,
 }
 
 /// One image that was imported; every blob in `blobs` is in the blob directory and verified.
@@ -367,6 +369,7 @@ impl Default for ImportLimits {
         Self {
             bytes_max: 16 << 30,
             entries_max: 10_000,
+            reserve_bytes: 0,
         }
     }
 }

@@ -5,6 +5,7 @@
 //!   lock                    flock(2): one process at a time stages or removes
 //!   blobs/sha256/HEX        manifests and configs
 //!   partial/HEX             what has come of a layer's blob; gone when it is unpacked
+//!   loading/NAME/           an archive that is read in; whoever does that holds a lock on it
 //!   pulling/HEX             the layers of an image that was begun: their blobs are kept
 //!   layers/HEX/             one unpacked layer, by diff id or chain id (see below)
 //!   layers/HEX.json         what came of unpacking it
@@ -47,7 +48,7 @@ use self::record::{ImageRecord, LayerRecord, PlacedLayer};
 use self::select::select;
 use self::staging::Staging;
 pub use self::unpacker::Unpacker;
-use crate::blobs::{BlobDir, sync_dir};
+use crate::blobs::{BlobDir, remove_tree, sync_dir};
 use crate::manifest::{
     CONFIG_BYTES_MAX, ConfigDocument, Document, ImageConfig, MANIFEST_BYTES_MAX, Manifest,
 };
@@ -156,7 +157,14 @@ impl Store {
         make(root)?;
         fs::set_permissions(root, fs::Permissions::from_mode(0o700))
             .map_err(|source| io_error("set the mode of", root, source))?;
-        for name in ["layers", "images", "pins", "pulling", "quarantine"] {
+        for name in [
+            "layers",
+            "images",
+            "pins",
+            "pulling",
+            "loading",
+            "quarantine",
+        ] {
             make(&root.join(name))?;
         }
         let blobs =
@@ -456,7 +464,7 @@ impl Store {
             fs::remove_file(&mark).map_err(|source| io_error("remove", &mark, source))?;
         }
         if aside.exists() {
-            fs::remove_dir_all(&aside).map_err(|source| io_error("remove", &aside, source))?;
+            remove_tree(&aside).map_err(|source| io_error("remove", &aside, source))?;
         }
         tracing::warn!(layer = %key, path = %aside.display(), "a layer with a damaged record was set aside");
         fs::rename(&tree, &aside).map_err(|source| io_error("set aside", &tree, source))?;
@@ -471,7 +479,7 @@ impl Store {
         let there = match fs::rename(&tree, &away) {
             Ok(()) => {
                 killpoint::reached("layer", "moved-away");
-                fs::remove_dir_all(&away).map_err(|source| io_error("remove", &away, source))?;
+                remove_tree(&away).map_err(|source| io_error("remove", &away, source))?;
                 killpoint::reached("layer", "deleted");
                 true
             }
@@ -517,6 +525,7 @@ impl Store {
         self.blobs
             .sweep()
             .map_err(|source| io_error("sweep", self.blobs.tmp(), source))?;
+        self.sweep_loading()?;
         for key in digests_in(&self.root.join("layers"))? {
             if !is_directory(&self.layer_path(&key)) {
                 self.remove_layer(&key)?;

@@ -7,15 +7,17 @@ use std::io::{self, BufReader, Read, Write};
 use tempfile::TempDir;
 
 use super::{ImportError, ImportLimits};
-use crate::Digest;
 use crate::blobs::{BlobDir, BlobWriter, sync_dir};
 use crate::compression::decompress;
 use crate::tar_stream::{Entry, Kind, TarError, TarStream};
+use crate::{Digest, Room};
 
 /// Links followed from one name to a file.
 const LINKS_MAX: usize = 8;
 /// The longest name that is kept, in bytes.
 const NAME_BYTES_MAX: usize = 4096;
+/// How much is written between two looks at the disk.
+const LOOK_BYTES: u64 = 1 << 20;
 
 /// The files of one archive. They vanish with this value, but for those that were adopted.
 pub(super) struct Spool {
@@ -73,7 +75,7 @@ impl Spool {
                 continue;
             };
             match entry.kind {
-                Kind::File => self.file(name, &entry, &mut stream)?,
+                Kind::File => self.file(name, &entry, &mut stream, limits)?,
                 Kind::HardLink => self.link(name, clean(&entry.link)),
                 Kind::Symlink => {
                     let target = beside(&name, &entry.link);
@@ -90,6 +92,7 @@ impl Spool {
         name: String,
         entry: &Entry,
         data: &mut dyn Read,
+        limits: &ImportLimits,
     ) -> Result<(), ImportError> {
         if entry.extents.is_some() {
             return Err(ImportError::Archive(Box::new(TarError::Malformed(
@@ -98,7 +101,13 @@ impl Spool {
         }
         let mut writer = self.writer()?;
         let mut buffer = vec![0; 64 << 10];
+        let mut looked = 0;
+        self.look(limits)?;
         loop {
+            if writer.size() - looked >= LOOK_BYTES {
+                looked = writer.size();
+                self.look(limits)?;
+            }
             match data.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(count) => writer
@@ -122,6 +131,17 @@ impl Spool {
         self.links.remove(&name);
         self.files.insert(name, digest);
         Ok(())
+    }
+
+    /// Fails like a full disk when the reserve would be touched.
+    fn look(&self, limits: &ImportLimits) -> Result<(), ImportError> {
+        if limits.reserve_bytes == 0 {
+            return Ok(());
+        }
+        match Room::of(self.blobs.tmp(), Some(limits.reserve_bytes)) {
+            Ok(room) if !room.is_enough() => Err(self.write_error(rustix::io::Errno::NOSPC.into())),
+            _ => Ok(()),
+        }
     }
 
     fn link(&mut self, name: String, target: Option<String>) {

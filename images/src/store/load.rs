@@ -1,14 +1,18 @@
 //! Side-loading: images out of a file, for devices that reach no registry.
 
 use std::collections::BTreeSet;
-use std::io::Read;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
 
 use super::origin::Origin;
 use super::select::select;
 use super::staging::Staging;
 use super::{Progress, StageError, StagedImage, Store, io_error};
-use crate::blobs::BlobDir;
+use crate::blobs::{BlobDir, remove_tree};
 use crate::layout::{ImportError, ImportLimits, import_archive, import_path};
 use crate::{Digest, Fault, Platform, Reference};
 
@@ -55,10 +59,75 @@ impl LoadError {
     }
 }
 
+/// A directory of its own for an archive that is read in. Its lock says that somebody does; it goes when this is dropped, and is
+/// swept when nobody holds that.
+struct Loading {
+    dir: tempfile::TempDir,
+    _lock: File,
+}
+
+impl Loading {
+    fn new(parent: &Path) -> io::Result<Self> {
+        loop {
+            let dir = tempfile::Builder::new()
+                .prefix("load-")
+                .tempdir_in(parent)?;
+            let lock = match File::open(dir.path()) {
+                Ok(file) if is_locked_by(&file)? && is_at(&file, dir.path()) => file,
+                // Swept between being made and being locked.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => continue,
+            };
+            return Ok(Self { dir, _lock: lock });
+        }
+    }
+}
+
+/// Takes the lock; false when somebody else has it.
+fn is_locked_by(dir: &File) -> io::Result<bool> {
+    match rustix::fs::flock(dir, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Whether it still has its name.
+fn is_at(dir: &File, path: &Path) -> bool {
+    let own = dir.metadata().map(|meta| (meta.dev(), meta.ino()));
+    let named = fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+    matches!((own, named), (Ok(own), Ok(named)) if own == named)
+}
+
 impl Store {
+    fn loading_path(&self) -> PathBuf {
+        self.root.join("loading")
+    }
+
+    /// Removes what is left of archives that nobody reads any more.
+    pub(super) fn sweep_loading(&self) -> Result<(), StageError> {
+        let parent = self.loading_path();
+        let sweep = || -> io::Result<()> {
+            for entry in fs::read_dir(&parent)? {
+                let path = entry?.path();
+                let dir = match File::open(&path) {
+                    Ok(dir) => dir,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                    Err(error) => return Err(error),
+                };
+                if is_locked_by(&dir)? {
+                    remove_tree(&path)?;
+                }
+            }
+            Ok(())
+        };
+        sweep().map_err(|source| io_error("sweep", &parent, source))
+    }
+
     /// Makes every image of an archive that runs on `platform` ready to be mounted, and pins it. A release that names an
     /// image by the same digest then needs no registry. Needs room for the archive and what it unpacks to; may be killed at
-    /// any point and called again.
+    /// any point and called again. The store is locked only when all of the archive is there: reading a stream may take as long
+    /// as it likes, and what it brings is given up when it would touch the reserve.
     ///
     /// # Errors
     /// [`LoadError`]. Images of the archive that were ready before the error stay, pinned.
@@ -68,23 +137,23 @@ impl Store {
         platform: &Platform,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Vec<LoadedImage>, LoadError> {
-        let _lock = self.lock()?;
-        self.sweep()?;
-        let tmp = self.blobs.tmp();
-        let dir = tempfile::Builder::new()
-            .prefix("load-")
-            .tempdir_in(tmp)
-            .map_err(|source| io_error("create a directory in", tmp, source))?;
-        let blobs = BlobDir::open(dir.path())
-            .map_err(|source| io_error("create a directory in", dir.path(), source))?;
+        let parent = self.loading_path();
+        let loading = Loading::new(&parent)
+            .map_err(|source| io_error("create a directory in", &parent, source))?;
+        let blobs = BlobDir::open(loading.dir.path())
+            .map_err(|source| io_error("create a directory in", loading.dir.path(), source))?;
+        let room = self.room()?;
         let limits = ImportLimits {
-            bytes_max: self.room()?.spare_bytes(),
+            bytes_max: room.spare_bytes(),
             entries_max: ENTRIES_MAX,
+            reserve_bytes: room.reserve_bytes,
         };
         let imported = match archive {
             Archive::Path(path) => import_path(path, &blobs, &limits)?,
             Archive::Stream(stream) => import_archive(stream, &blobs, &limits)?,
         };
+        let _lock = self.lock()?;
+        self.sweep()?;
         let mut done = BTreeSet::new();
         let mut loaded = Vec::new();
         for found in imported {
@@ -94,7 +163,7 @@ impl Store {
                 self.pin(&found.digest)?;
             }
             let image = self.staged(&found.digest).ok_or_else(|| {
-                let gone = std::io::Error::other("the image is not there after it was loaded");
+                let gone = io::Error::other("the image is not there after it was loaded");
                 io_error("read back", &self.image_path(&found.digest), gone)
             })?;
             loaded.push(LoadedImage {
