@@ -4,10 +4,12 @@
 //! |---|---|
 //! | `disk/usage.rs` | counting what a container wrote |
 //! | `disk/ballast.rs` | the file that is given up when the disk is full |
+//! | `disk/block.rs` | which whole disk a name or a directory is on |
 //!
 //! What follows from it is decided in [`crate::plan`].
 
 mod ballast;
+pub(crate) mod block;
 mod usage;
 
 pub use ballast::{Ballast, make_way};

@@ -22,6 +22,7 @@ mod judge;
 
 use std::path::Path;
 
+pub(crate) use facts::{mount_of, parse_mounts};
 pub use finding::{Check, CheckId, Level, Report};
 
 /// Looks at this device. `program` is the agent's own program, which is started for the tries; `config` its

@@ -170,11 +170,12 @@ async fn perform<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
                 code: match error {
                     StartError::Denied(_) => ReasonCode::PolicyDenied,
                     StartError::DeviceMissing(_) => ReasonCode::DeviceMissing,
+                    StartError::IoLimit(_) => ReasonCode::IoLimit,
                     StartError::Refused(_) | StartError::Failed { .. } | StartError::Io { .. } => {
                         ReasonCode::StartFailed
                     }
                 },
-                refused: matches!(error, StartError::Refused(_)),
+                refused: matches!(error, StartError::Refused(_) | StartError::IoLimit(_)),
                 message: chain(&error),
                 id,
             },

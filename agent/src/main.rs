@@ -509,6 +509,8 @@ struct Status {
     containers: Vec<ContainerLine>,
     /// Containers that run without a user namespace, and why.
     without_user_namespace: BTreeMap<String, String>,
+    /// Containers whose weights under `blkio_config` have no effect now, and why.
+    without_io_weights: BTreeMap<String, String>,
     /// What the hub seals this device's secrets to: a fingerprint.
     secrets_key: Option<String>,
 }
@@ -529,8 +531,13 @@ fn show_status(path: &Path, output: Output) -> anyhow::Result<()> {
         let reason = oci::user_namespace(&config.paths.run, &container.id)?.err()?;
         Some((container.id.clone(), reason))
     });
+    let unweighted = published.containers.iter().filter_map(|container| {
+        let reason = oci::without_io_weights(&config.paths.run, &container.id)?;
+        Some((container.id.clone(), reason))
+    });
     let status = Status {
         without_user_namespace: without.collect(),
+        without_io_weights: unweighted.collect(),
         // Root's alone; whoever else asks does without.
         secrets_key: state::peek_key(&config.paths.state)
             .ok()
@@ -661,6 +668,9 @@ fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Resu
         )?;
         if let Some(reason) = status.without_user_namespace.get(&container.id) {
             writeln!(out, "  without a user namespace: {reason}")?;
+        }
+        if let Some(reason) = status.without_io_weights.get(&container.id) {
+            writeln!(out, "  I/O weights have no effect: {reason}")?;
         }
     }
     Ok(())

@@ -22,6 +22,7 @@ pub(crate) mod devices;
 pub(crate) mod entry;
 pub mod fake;
 mod ids;
+pub(crate) mod io_limits;
 pub(crate) mod mount_table;
 pub(crate) mod mounts;
 pub mod oci;
@@ -244,6 +245,10 @@ pub enum StartError {
     /// A device node that it needs is not there. That may change.
     #[error("{0}")]
     DeviceMissing(String),
+    /// Its reading and writing of disks cannot be limited as asked: no such disk, or not with this kernel. Trying again
+    /// will not help.
+    #[error("{0}")]
+    IoLimit(String),
     /// The helper that starts containers failed.
     #[error("failed to start container {id}: {message}")]
     Failed {

@@ -4,7 +4,7 @@
 //! agent ── spawns ──> foreshore-agent shim DIR       (this file: one thread, never returns on success)
 //!                       ├─ own session, own mount namespace, overlay of the layers
 //!                       ├─ libcontainer: build ──> container's first process, waiting
-//!                       ├─ record.json names it; swap off; devices limited; loopback up
+//!                       ├─ record.json names it; swap off; disks and devices limited; loopback up
 //!                       ├─ libcontainer: start
 //!                       └─ execve foreshore-shim      (same pid, the container's parent)
 //! ```
@@ -36,9 +36,11 @@ use nix::unistd::{Gid, Pid, Uid};
 use serde_json::{Value, json};
 
 use crate::causes::chain;
+use crate::disk::block::DiskError;
 use crate::runtime::backstage::{Backstage, BackstageError, CONFIGS, ROOTFS, SECRETS, lacks};
 use crate::runtime::device_filter;
 use crate::runtime::devices::{self, AccessError};
+use crate::runtime::io_limits::IoLimits;
 use crate::runtime::mount_table;
 use crate::runtime::mounts::Detached;
 use crate::runtime::process::{Identity, PidFd};
@@ -70,6 +72,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(Failure::Unmappable(reason)) => StartReport::Unmappable(reason),
         Err(Failure::Denied(message)) => StartReport::Denied(message),
         Err(Failure::Missing(message)) => StartReport::Missing(message),
+        Err(Failure::IoLimit(message)) => StartReport::IoLimit(message),
         Err(Failure::Failed(message)) => StartReport::Failed(message),
     };
     report(&failure);
@@ -90,6 +93,7 @@ enum Failure {
     Unmappable(String),
     Denied(String),
     Missing(String),
+    IoLimit(String),
     Failed(String),
 }
 
@@ -101,6 +105,17 @@ impl From<AccessError> for Failure {
             AccessError::Missing(_) => Self::Missing(text),
             AccessError::NotADevice(_) | AccessError::Refused(_) => Self::Refused(text),
             AccessError::Io { .. } => Self::Failed(text),
+        }
+    }
+}
+
+impl From<DiskError> for Failure {
+    fn from(error: DiskError) -> Self {
+        let text = chain(&error);
+        match error {
+            DiskError::Missing(_) => Self::Missing(text),
+            DiskError::NotADisk(_) | DiskError::NoDisk { .. } => Self::IoLimit(text),
+            DiskError::Io { .. } => Self::Failed(text),
         }
     }
 }
@@ -154,6 +169,8 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
     let log_dir = open_log_dir(&request.logs).ok();
     let said = Said::listen().step(|| "make a file for messages".to_owned())?;
 
+    // Before anything of the device is hidden.
+    let io_limits = IoLimits::find(&request.service.blkio_config, &request.state)?;
     let namespace = request.base.map(user_namespace).transpose()?;
     let seclusion = Seclusion::enter()?;
     let Prepared {
@@ -189,6 +206,8 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
         if let Some(file) = request.swap_file.as_ref().filter(|file| file.exists()) {
             fs::write(file, "0").step(|| format!("write {}", file.display()))?;
         }
+        let limited = io_limits.set(&request.cgroups);
+        limited.map_err(|error| Failure::IoLimit(chain(&error)))?;
         if let Some(cgroup) = &request.device_cgroup {
             filter_devices(cgroup, &configuration)?;
         }

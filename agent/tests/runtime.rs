@@ -16,6 +16,8 @@ mod devices;
 mod escapes;
 #[path = "runtime/files.rs"]
 mod files;
+#[path = "runtime/io.rs"]
+mod io;
 #[path = "runtime/life.rs"]
 mod life;
 #[path = "runtime/limits.rs"]

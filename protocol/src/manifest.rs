@@ -16,6 +16,7 @@ use crate::id::{
 };
 use crate::quantity::{Bytes, Cpus, Span};
 
+mod blkio;
 pub(crate) mod check;
 mod config;
 mod device;
@@ -24,6 +25,7 @@ mod lifecycle;
 mod parse;
 mod secret;
 
+pub use blkio::{BlkioConfig, BytesRate, DeviceWeight, DiskPath, OperationsRate};
 pub use check::{MAX_SERVICES, MAX_WAVES, Violation};
 pub use config::{ConfigFile, ConfigMount, FileMode, FileOwner};
 pub use device::{DeviceAccess, DeviceMapping};
@@ -223,6 +225,10 @@ pub struct Service {
         deserialize_with = "parse::secrets"
     )]
     pub secrets: Vec<SecretMount>,
+    /// How fast the service may read and write disks, and its share of them beside others. A path is a device below
+    /// `/dev`, or `state` for the disk that holds the agent's state. Default: no limits.
+    #[serde(default, skip_serializing_if = "BlkioConfig::is_empty")]
+    pub blkio_config: BlkioConfig,
 }
 
 /// `storage_opt:` of a [`Service`] (Compose).
@@ -726,6 +732,7 @@ macro_rules! string_serde {
 string_serde!(Tmpfs);
 string_serde!(VolumeMount);
 string_serde!(DeviceMapping);
+string_serde!(DiskPath);
 string_serde!(FileMode);
 string_serde!(FileOwner);
 string_serde!(OnRotate);

@@ -231,6 +231,8 @@ pub enum ReasonCode {
     PullDeferred,
     /// The hub has not sent a secret that a service needs.
     SecretMissing,
+    /// The device cannot limit a service's reading and writing as asked: no such disk, or not with its kernel.
+    IoLimit,
 }
 
 /// One service in an [`AppStatus`].

@@ -202,6 +202,7 @@ fn reports_with_every_phase_and_reason() {
         R::DeviceMissing,
         R::PullDeferred,
         R::SecretMissing,
+        R::IoLimit,
     ];
     let states = [
         ServiceState::Waiting,

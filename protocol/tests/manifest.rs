@@ -556,6 +556,7 @@ fn services_without_the_later_keys_keep_their_digest() {
         "devices",
         "configs",
         "secrets",
+        "blkio_config",
         "liveness",
         "startup",
     ];
@@ -601,7 +602,6 @@ fn shares_layer_sizes_and_priorities() {
         ),
         ("priority", app("priority: 101")),
         ("shares", app("cpu_shares: 1")),
-        ("io", app("blkio_config: {weight: 10}")),
     ]);
     insta::assert_snapshot!(refused);
 }
@@ -810,6 +810,119 @@ spec:
         ),
         ("short", text.replace("- db-password", "- 5")),
         ("a map", text.replace("- db-password", "- [a]")),
+    ]);
+    insta::assert_snapshot!(refused);
+}
+
+#[test]
+fn io_limits_are_written_as_compose_has_them() {
+    use foreshore_protocol::manifest::DiskPath;
+    let read = |blkio: &str| {
+        let app = parse(&with(&format!("      blkio_config: {blkio}\n")));
+        app.spec.services.into_values().next().unwrap()
+    };
+    let compose = "
+        weight: 300
+        weight_device: [{path: /dev/sda, weight: 400}]
+        device_read_bps: [{path: /dev/sdb, rate: '12mb'}]
+        device_read_iops: [{path: /dev/sdb, rate: 120}]
+        device_write_bps: [{path: state, rate: 1024k}, {path: /dev/disk/by-id/usb-ACME_1-part1, rate: 4096}]
+        device_write_iops: [{path: state, rate: 30}]";
+    let service = read(compose);
+    let config = &service.blkio_config;
+    assert_eq!(
+        (config.weight, config.weight_device[0].weight),
+        (Some(300), 400)
+    );
+    assert_eq!(config.device_read_bps[0].rate.0, 12 << 20);
+    assert_eq!(config.device_write_bps[0].path, DiskPath::State);
+    assert_eq!(config.device_write_bps[1].rate.0, 4096);
+    assert_eq!(
+        (
+            config.device_read_iops[0].rate,
+            config.device_write_iops[0].rate
+        ),
+        (120, 30)
+    );
+    // Devices match running containers by the digest of these bytes.
+    let bytes = serde_json::to_string(config).unwrap();
+    assert_eq!(
+        bytes,
+        r#"{"weight":300,"weight_device":[{"path":"/dev/sda","weight":400}],"device_read_bps":[{"path":"/dev/sdb","rate":"12m"}],"device_write_bps":[{"path":"state","rate":"1m"},{"path":"/dev/disk/by-id/usb-ACME_1-part1","rate":"4k"}],"device_read_iops":[{"path":"/dev/sdb","rate":120}],"device_write_iops":[{"path":"state","rate":30}]}"#
+    );
+    assert_eq!(
+        serde_json::from_str::<manifest::BlkioConfig>(&bytes).unwrap(),
+        *config
+    );
+    // Asking for nothing is not asking; asking for anything makes another container.
+    let digest = foreshore_protocol::release::service_digest;
+    let plain = parse(base()).spec.services.into_values().next().unwrap();
+    assert_eq!(digest(&read("{}")), digest(&plain));
+    assert_ne!(digest(&service), digest(&plain));
+    assert_ne!(
+        digest(&read("{weight: 300}")),
+        digest(&read("{weight: 301}"))
+    );
+
+    let app = |blkio: &str| with(&format!("      blkio_config: {blkio}\n"));
+    let bps = |path: &str, rate: &str| {
+        app(&format!(
+            "{{device_read_bps: [{{path: {path}, rate: {rate}}}]}}"
+        ))
+    };
+    let iops = |rate: &str| {
+        app(&format!(
+            "{{device_write_iops: [{{path: state, rate: {rate}}}]}}"
+        ))
+    };
+    let many = "{path: state, rate: 1}, ".repeat(17);
+    let refused = refusals(&[
+        ("weight too small", app("{weight: 9}")),
+        ("weight too large", app("{weight: 1001}")),
+        (
+            "weight of a disk",
+            app("{weight_device: [{path: state, weight: 0}]}"),
+        ),
+        ("weight missing", app("{weight_device: [{path: state}]}")),
+        (
+            "rate for weight",
+            app("{weight_device: [{path: state, rate: 10}]}"),
+        ),
+        (
+            "not a list",
+            app("{device_read_bps: {path: state, rate: 1m}}"),
+        ),
+        ("rate too small", bps("state", "1k")),
+        ("rate too large", bps("state", "2000g")),
+        ("rate no size", bps("state", "fast")),
+        ("rate negative", bps("state", "-1")),
+        ("directory", bps("/var/lib/foreshore", "1m")),
+        ("relative", bps("sda", "1m")),
+        ("out of dev", bps("/dev/../etc", "1m")),
+        ("dev itself", bps("/dev/", "1m")),
+        ("descriptors", bps("/dev/fd/7/x", "1m")),
+        ("shared memory", bps("/dev/shm/x", "1m")),
+        ("pattern", bps("\"/dev/sd?\"", "1m")),
+        ("path no string", bps("[state]", "1m")),
+        ("none a second", iops("0")),
+        ("all a second", iops("4294967295")),
+        ("bytes for operations", iops("1m")),
+        (
+            "twice",
+            app("{device_write_iops: [{path: state, rate: 1}, {path: state, rate: 2}]}"),
+        ),
+        ("too many", app(&format!("{{device_write_iops: [{many}]}}"))),
+        ("other spelling", app("{device_read_bytes: []}")),
+        ("of Docker", app("{read_bps: []}")),
+        (
+            "entry",
+            app("{device_read_bps: [{device: state, rate: 1m}]}"),
+        ),
+        (
+            "entry",
+            app("{device_read_bps: [{path: state, limit: 1m}]}"),
+        ),
+        ("in the service", with("      device_read_bps: []\n")),
     ]);
     insta::assert_snapshot!(refused);
 }

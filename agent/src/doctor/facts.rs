@@ -24,12 +24,23 @@ pub(crate) struct Facts {
     /// Running the program that watches over each container.
     pub(crate) shim: Tried,
     pub(crate) state: StateDir,
+    /// Or why there is none.
+    pub(crate) disks: Result<Vec<StateDisk>, String>,
     pub(crate) run: RunDir,
     pub(crate) swap: Swap,
     pub(crate) clock: Clock,
     pub(crate) hub: Hub,
     pub(crate) registries: Registries,
     pub(crate) init: Init,
+}
+
+/// A disk that holds the agent's state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StateDisk {
+    /// The kernel's name.
+    pub(crate) name: String,
+    /// Whether it is shared by weight, else why not.
+    pub(crate) weights: Result<(), String>,
 }
 
 /// How a real try ended.
@@ -198,6 +209,8 @@ pub(crate) struct Cgroups {
     pub(crate) cpu_quota: Option<bool>,
     /// Whether swap can be limited; `None` when that shows only once a limit is set.
     pub(crate) swap_limit: Option<bool>,
+    /// Whether reading and writing can be limited; `None` when that shows only once a limit is set.
+    pub(crate) io_limit: Option<bool>,
 }
 
 /// What is mounted at `/sys/fs/cgroup`.

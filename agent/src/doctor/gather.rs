@@ -15,10 +15,12 @@ use self::files::Tree;
 use super::attempt::{Attempt, End, LockSaid, Outcome, Said, Try, no_result};
 use super::facts::{
     Broker, Clock, ConfigFile, ConfigProblem, Connect, Facts, Handshake, Host, Hub, Namespace,
-    RegistryAnswer, RunDir, SecretFile, StateDir, StateLock, Swap, Tried, mount_of, parse_mounts,
+    RegistryAnswer, RunDir, SecretFile, StateDir, StateDisk, StateLock, Swap, Tried, mount_of,
+    parse_mounts,
 };
 use crate::causes::chain;
 use crate::config::{Cgroup, Config, ConfigError, HUB_REGISTRY, Paths};
+use crate::disk::block;
 
 /// 2026-11-01, when this program was young. A build with `SOURCE_DATE_EPOCH` (reproducible-builds.org) says it more
 /// precisely.
@@ -64,7 +66,9 @@ pub(crate) fn gather(program: &Path, config_path: &Path) -> Facts {
 
     let tree = Tree::new(Path::new("/"));
     let host = host(&tree);
+    let state = state_dir(&tree, &paths, &state.finish());
     Facts {
+        disks: state_disks(&state),
         config: config_file(config_path, &loaded),
         secrets: config.map(secrets).unwrap_or_default(),
         cgroups: cgroups::cgroups(&tree, &parent.parent),
@@ -90,7 +94,7 @@ pub(crate) fn gather(program: &Path, config_path: &Path) -> Facts {
         device_filter: device_filter.map_or_else(only_root, |attempt| attempt.finish().tried()),
         shim: shim.map_or_else(only_root, |attempt| attempt.finish().ended_well()),
         run: run_dir(&tree, &paths),
-        state: state_dir(&tree, &paths, &state.finish()),
+        state,
         hub: hub_facts(&tree, config, hub.map(Attempt::finish)),
         registries: registries
             .into_iter()
@@ -237,6 +241,20 @@ fn state_dir(tree: &Tree, paths: &Paths, outcome: &Outcome) -> StateDir {
         idmap,
         lock: state_lock(tree, outcome),
     }
+}
+
+fn state_disks(state: &StateDir) -> Result<Vec<StateDisk>, String> {
+    let Some(dir) = &state.looked_at else {
+        return Err("the state directory could not be looked at".to_owned());
+    };
+    let disks = block::holding(std::slice::from_ref(dir)).map_err(|error| chain(&error))?;
+    Ok(disks
+        .iter()
+        .map(|disk| StateDisk {
+            name: disk.name.clone(),
+            weights: block::shared_by_weight(disk),
+        })
+        .collect())
 }
 
 fn state_lock(tree: &Tree, outcome: &Outcome) -> StateLock {

@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::io_limits;
 use super::process::PidFd;
 
 /// Where cgroups are mounted (systemd's file-hierarchy(7); libcontainer knows no other place either).
@@ -21,7 +22,7 @@ const SHIMS: &str = "shims";
 const OWN_CPU_WEIGHT: &str = "1000";
 
 /// Controllers that limits need.
-const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
 
 /// The cgroup hierarchies and this agent's place in them.
 #[derive(Debug, Clone)]
@@ -131,6 +132,17 @@ impl Cgroups {
     pub(crate) fn device_cgroup(&self, id: &str) -> Option<PathBuf> {
         let root = self.mounts.first().filter(|_| self.unified)?;
         Some(root.join(&self.parent).join(id))
+    }
+
+    /// The container's cgroup in every hierarchy, whether it exists or not.
+    pub(crate) fn all(&self, id: &str) -> Vec<PathBuf> {
+        let parents = self.parents().into_iter();
+        parents.map(|parent| parent.join(id)).collect()
+    }
+
+    /// Lets what is in it read and write without limit, so that it can end; see [`io_limits::lift`].
+    pub(crate) fn lift_io(&self, id: &str) {
+        self.dirs(id).for_each(|dir| io_limits::lift(&dir));
     }
 
     fn parents(&self) -> Vec<PathBuf> {

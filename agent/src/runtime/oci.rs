@@ -40,7 +40,7 @@ use super::request::{RECORD, REQUEST, Record, Request, read_json, write_json};
 use super::seal::Program;
 use super::{
     Container, ContainerId, ContainerSpec, ExecError, ListError, RemoveError, Runtime, StartError,
-    StopError, secrets,
+    StopError, io_limits, secrets,
 };
 use watch::Watch;
 
@@ -211,6 +211,14 @@ impl OciRuntime {
         self.config.state_dir.join("containers").join(id)
     }
 
+    /// Those whose disks `state` means under `blkio_config`; each may be a mount of its own.
+    fn state_dirs(&self) -> Vec<PathBuf> {
+        let state = &self.config.state_dir;
+        let parts = ["volumes", "containers", "images", "logs"];
+        let parts = parts.map(|part| state.join(part));
+        std::iter::once(state.clone()).chain(parts).collect()
+    }
+
     /// Deletes unfinished directories, writable layers without a container, and empty cgroups without a container.
     fn sweep(&self) {
         for name in names(&self.containers()) {
@@ -333,6 +341,8 @@ impl OciRuntime {
             swap_file: self.cgroups.swap_file(&id),
             device_cgroup: self.cgroups.device_cgroup(&id),
             shim_cgroup: self.cgroups.shims(),
+            cgroups: self.cgroups.all(&id),
+            state: self.state_dirs(),
         };
         write_json(&fresh, RECORD, &record)?;
         killpoint::reached("container", "recorded");
@@ -369,6 +379,7 @@ impl OciRuntime {
         let unfinished = init.is_none();
         let init = open(init).map_err(looked)?;
         if let Some(init) = &init {
+            self.cgroups.lift_io(&name);
             // The first process takes its whole PID namespace with it.
             init.signal(libc::SIGKILL)
                 .map_err(|source| io_stop("kill", &name, source))?;
@@ -437,6 +448,7 @@ impl OciRuntime {
                 .map_err(|source| io_stop("look at", name, source))
         };
         while populated()? {
+            self.cgroups.lift_io(name);
             self.cgroups.kill(name);
             if pause > KILL_TIMEOUT / 2 {
                 return Err(StopError::Survived(name.to_owned()));
@@ -528,6 +540,7 @@ impl Runtime for OciRuntime {
             children::Outcome::Refused(refusal) => StartError::Refused(refusal),
             children::Outcome::Denied(message) => StartError::Denied(message),
             children::Outcome::Missing(message) => StartError::DeviceMissing(message),
+            children::Outcome::IoLimit(message) => StartError::IoLimit(message),
             children::Outcome::Unmappable(message) => failed(message),
             children::Outcome::Failed(message) => failed(message),
         };
@@ -707,6 +720,14 @@ pub fn user_namespace(run_dir: &Path, id: &str) -> Option<Result<u32, String>> {
             .base
             .ok_or_else(|| request.unmapped.unwrap_or_default()),
     )
+}
+
+/// Why the weights under `blkio_config` of a container have no effect now, if they have none; reads only.
+#[must_use]
+pub fn without_io_weights(run_dir: &Path, id: &str) -> Option<String> {
+    let request = run_dir.join("containers").join(id).join(REQUEST);
+    let request = read_json::<Request>(&request).ok()?;
+    io_limits::without_weights(&request.service.blkio_config, &request.state)
 }
 
 /// The ranges of ids that containers of this agent have.

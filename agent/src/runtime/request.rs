@@ -80,6 +80,12 @@ pub(crate) struct Request {
     pub(crate) device_cgroup: Option<PathBuf>,
     /// On cgroup v2: the leaf that shims live in.
     pub(crate) shim_cgroup: Option<PathBuf>,
+    /// The container's cgroup in every hierarchy.
+    #[serde(default)]
+    pub(crate) cgroups: Vec<PathBuf>,
+    /// The directories of the agent's state, for limits on the disk that they are on.
+    #[serde(default)]
+    pub(crate) state: Vec<PathBuf>,
 }
 
 /// What is known about a container besides what the kernel says.
@@ -108,6 +114,8 @@ pub(crate) enum StartReport {
     Denied(String),
     /// A device node is not there.
     Missing(String),
+    /// Its input and output cannot be limited as asked.
+    IoLimit(String),
     /// Something else went wrong.
     Failed(String),
 }

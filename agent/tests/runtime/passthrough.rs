@@ -11,22 +11,22 @@ use serde_json::json;
 use crate::bed::{Bed, exit_of, run};
 
 /// A directory of our own in the device's `/dev`, gone at the end.
-struct Nodes(PathBuf);
+pub(crate) struct Nodes(PathBuf);
 
 impl Nodes {
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let dir = PathBuf::from(format!("/dev/foreshore-{}-{name}", std::process::id()));
         std::fs::create_dir(&dir).unwrap();
         Self(dir)
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.0.join(name).display().to_string()
     }
 
     /// Numbers 60 and 77 are kept for experiments (Linux `admin-guide/devices.txt`): where opening is allowed, no driver
     /// answers (ENXIO), and where it is not, that is another error (EPERM).
-    fn make(&self, name: &str, kind: SFlag, major: u64, minor: u64) -> String {
+    pub(crate) fn make(&self, name: &str, kind: SFlag, major: u64, minor: u64) -> String {
         let path = self.path(name);
         mknod(
             path.as_str(),

@@ -16,6 +16,8 @@ use crate::id::ServiceName;
 use crate::quantity::{Bytes, Cpus, Span};
 use crate::release::{MAX_RELEASE_BYTES, Release};
 
+mod blkio;
+
 /// Services of one app.
 pub const MAX_SERVICES: usize = 32;
 /// Waves of one rollout.
@@ -212,6 +214,7 @@ pub(crate) fn service(path: &str, service: &Service) -> Checked {
     config_mounts(path, service)?;
     secret_mounts(path, service)?;
     limits(path, service)?;
+    blkio::check(&format!("{path}.blkio_config"), &service.blkio_config)?;
     for (name, probe) in service.probes.each() {
         let path = format!("{path}.probes.{name}");
         self::probe(&path, probe)?;

@@ -191,11 +191,13 @@ enum Scope {
     ConfigMount,
     ConfigFile,
     SecretSource,
+    Blkio,
+    BlkioEntry,
 }
 
 impl Scope {
     fn of(expected: &[&str]) -> Option<Self> {
-        const MARKS: [(&str, Scope); 16] = [
+        const MARKS: [(&str, Scope); 19] = [
             ("apiVersion", Scope::App),
             ("image", Scope::Service),
             ("services", Scope::Spec),
@@ -205,6 +207,9 @@ impl Scope {
             ("update_config", Scope::Deploy),
             ("order", Scope::UpdateConfig),
             ("http", Scope::Probe),
+            ("weight_device", Scope::Blkio),
+            ("weight", Scope::BlkioEntry),
+            ("rate", Scope::BlkioEntry),
             ("path", Scope::Http),
             ("max_size", Scope::Logging),
             ("waves", Scope::Rollout),
@@ -238,6 +243,8 @@ impl Scope {
             Self::ConfigMount => config_mount_key(key),
             Self::ConfigFile => config_file_key(key),
             Self::SecretSource => secret_source_key(key),
+            Self::Blkio => blkio_key(key),
+            Self::BlkioEntry => blkio_entry_key(key),
         }
     }
 }
@@ -303,9 +310,8 @@ fn service_key(key: &str) -> Option<&'static str> {
         "mem_reservation" | "memswap_limit" | "mem_swappiness" => {
             "is not built yet; `mem_limit` limits memory, swap included"
         }
-        "blkio_config" => {
-            "is not built yet: its limits name disks of one device; use `cpu_shares` for CPU time"
-        }
+        "device_read_bps" | "device_write_bps" | "device_read_iops" | "device_write_iops"
+        | "weight_device" => "belongs under `blkio_config`",
         "cpu_count" | "cpu_percent" | "cpu_period" | "cpu_quota" | "cpu_rt_runtime"
         | "cpu_rt_period" | "cpuset" => "is not built yet; use `cpus`",
         "env" => "does not exist; use `environment`",
@@ -437,6 +443,31 @@ fn secret_source_key(key: &str) -> Option<&'static str> {
             "is not for manifests, which everybody may read; write `external: true` and set the value with `foreshore \
              secret set NAME`"
         }
+        _ => return None,
+    })
+}
+
+fn blkio_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "read_bps" | "rbps" | "io_maxbandwidth" => {
+            "does not exist; use `device_read_bps: [{path: state, rate: 1m}]`"
+        }
+        "write_bps" | "wbps" => "does not exist; use `device_write_bps: [{path: state, rate: 1m}]`",
+        "read_iops" | "riops" | "io_maxiops" => {
+            "does not exist; use `device_read_iops: [{path: state, rate: 100}]`"
+        }
+        "write_iops" | "wiops" => {
+            "does not exist; use `device_write_iops: [{path: state, rate: 100}]`"
+        }
+        "leaf_weight" | "leaf_weight_device" => "does not exist; use `weight`",
+        _ => return None,
+    })
+}
+
+fn blkio_entry_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "device" | "disk" | "major" | "minor" => "does not exist; use `path`",
+        "bps" | "iops" | "limit" | "value" => "does not exist; use `rate`",
         _ => return None,
     })
 }

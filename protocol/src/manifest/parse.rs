@@ -84,6 +84,11 @@ pub enum FieldError {
         "{0:?} is not a device; write /dev/NODE, /dev/NODE:/dev/NAME or /dev/NODE:/dev/NAME:rw"
     )]
     Device(String),
+    /// Not a disk.
+    #[error(
+        "{0:?} is not a disk; write a device such as /dev/mmcblk0, or state for the disk with the agent's images and volumes"
+    )]
+    Disk(String),
     /// Not a file mode.
     #[error("{0:?} is not a file mode; write an octal number of at most 0777, for example 0440")]
     Mode(String),

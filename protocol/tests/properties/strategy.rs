@@ -228,6 +228,7 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::DeviceMissing,
         ReasonCode::PullDeferred,
         ReasonCode::SecretMissing,
+        ReasonCode::IoLimit,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))

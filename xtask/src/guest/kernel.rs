@@ -13,7 +13,14 @@ use anyhow::{Context as _, ensure};
 const NEWEST: &str = "linux-image-cloud-amd64";
 
 /// Modules that the guest needs; what they need in turn is found in them.
-const MODULES: [&str; 4] = ["overlay", "virtio_pci", "virtio_blk", "virtio_net"];
+const MODULES: [&str; 6] = [
+    "overlay",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "loop",
+    "bfq",
+];
 
 /// A kernel on disk.
 #[derive(Debug)]

@@ -16,13 +16,14 @@ pub(super) fn cgroups(tree: &Tree, parent: &str) -> Cgroups {
     let mounts = parse_mounts(&tree.mounts());
     let layout = layout(&mounts);
     let unified = mounts.iter().rev().find(|mount| mount.kind == "cgroup2");
-    let (chain, cpu_quota, swap_limit) = match &layout {
+    let (chain, cpu_quota, swap_limit, io_limit) = match &layout {
         Layout::Unified { .. } => {
             let chain = chain(tree, parent);
             (
                 chain,
                 below_root(tree, "cpu.max"),
                 below_root(tree, "memory.swap.max"),
+                below_root(tree, "io.max"),
             )
         }
         Layout::Split { controllers, .. } => {
@@ -34,9 +35,10 @@ pub(super) fn cgroups(tree: &Tree, parent: &str) -> Cgroups {
                 Vec::new(),
                 has("cpu", "cpu.cfs_quota_us"),
                 has("memory", "memory.memsw.limit_in_bytes"),
+                has("blkio", "blkio.throttle.read_bps_device"),
             )
         }
-        Layout::Missing { .. } => (Vec::new(), None, None),
+        Layout::Missing { .. } => (Vec::new(), None, None, None),
     };
     Cgroups {
         parent: parent.to_owned(),
@@ -48,6 +50,7 @@ pub(super) fn cgroups(tree: &Tree, parent: &str) -> Cgroups {
         chain,
         cpu_quota,
         swap_limit,
+        io_limit,
     }
 }
 

@@ -11,6 +11,9 @@ const RASPBERRY_PI_MEMORY: &str = "cgroup_enable=memory cgroup_memory=1";
 /// What cgroup v2 instead of v1 takes under systemd (systemd(1), "Kernel Command Line").
 const UNIFIED: &str = "systemd.unified_cgroup_hierarchy=1";
 
+/// Why it is no error that reading and writing cannot be limited.
+const ONLY_BLKIO: &str = "only services with limits under blkio_config need it, and do not start";
+
 pub(super) fn version(facts: &Facts) -> Check {
     let id = CheckId::CgroupVersion;
     match &facts.cgroups.layout {
@@ -94,12 +97,44 @@ pub(super) fn controller(id: CheckId, name: &str, facts: &Facts) -> Check {
             format!("{found}, but without quotas: `cpus` of a service cannot be limited"),
             "use a kernel that is built with CONFIG_CFS_BANDWIDTH=y",
         ),
+        Ok(found) if name == "io" => io(id, &found, facts),
         Ok(found) => Check::ok(id, found),
-        Err((found, fix)) if name == "io" => {
-            Check::hint(id, format!("{found}; nothing needs it"), fix)
-        }
+        Err((found, fix)) if name == "io" => Check::hint(id, format!("{found}; {ONLY_BLKIO}"), fix),
         Err((found, fix)) => Check::error(id, found, fix),
     }
+}
+
+/// Whether `blkio_config` of a service can be had.
+fn io(id: CheckId, found: &str, facts: &Facts) -> Check {
+    if facts.cgroups.io_limit == Some(false) {
+        return Check::hint(
+            id,
+            format!("{found}, but without limits on reading and writing; {ONLY_BLKIO}"),
+            "use a kernel that is built with CONFIG_BLK_DEV_THROTTLING=y",
+        );
+    }
+    let disks = match &facts.disks {
+        Ok(disks) => disks,
+        Err(why) => {
+            let found = format!("{found}; `state` means no disk in blkio_config here: {why}");
+            return Check::ok(id, found);
+        }
+    };
+    let names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
+    let without: Vec<&str> = disks
+        .iter()
+        .filter_map(|disk| disk.weights.as_ref().err().map(String::as_str))
+        .collect();
+    let weights = if without.is_empty() {
+        "weights have an effect".to_owned()
+    } else {
+        format!("weights have no effect: {}", without.join("; "))
+    };
+    let names = names.join(", ");
+    Check::ok(
+        id,
+        format!("{found}; `state` in blkio_config is {names}, where {weights}"),
+    )
 }
 
 /// On v1 a controller, on v2 a program that the kernel runs at every open.

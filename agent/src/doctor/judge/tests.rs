@@ -94,6 +94,7 @@ pub(in crate::doctor) fn debian() -> Facts {
             chain: vec![place("", all, "cpu memory pids io")],
             cpu_quota: Some(true),
             swap_limit: Some(true),
+            io_limit: Some(true),
         },
         namespaces: Namespace::ALL.map(|kind| (kind, Tried::Works)).into(),
         namespaces_max: Namespace::ALL.map(|kind| (kind, 15_000)).into(),
@@ -118,6 +119,10 @@ pub(in crate::doctor) fn debian() -> Facts {
             idmap: Tried::Works,
             lock: StateLock::Free,
         },
+        disks: Ok(vec![StateDisk {
+            name: "sda".to_owned(),
+            weights: Err("sda is scheduled by mq-deadline, which knows no weights".to_owned()),
+        }]),
         run: RunDir {
             path: "/run/foreshore".into(),
             mount: Some(mount("tmpfs", "/run", "rw,nosuid,nodev,noexec")),

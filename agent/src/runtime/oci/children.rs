@@ -34,6 +34,7 @@ pub(super) enum Outcome {
     Unmappable(String),
     Denied(String),
     Missing(String),
+    IoLimit(String),
     Failed(String),
 }
 
@@ -125,6 +126,10 @@ pub(super) async fn start(program: &Program, dir: &Path, limit: Duration) -> Out
         Ok(Some(StartReport::Missing(message))) => {
             finish(child).await;
             return Outcome::Missing(message);
+        }
+        Ok(Some(StartReport::IoLimit(message))) => {
+            finish(child).await;
+            return Outcome::IoLimit(message);
         }
         Ok(Some(StartReport::Failed(message))) => Some(message),
         Ok(None) => None,

@@ -218,13 +218,13 @@ fn on_v1_a_controller_may_be_unmounted_bound_to_v2_or_not_built() {
         "not mounted",
         "mount -t cgroup -o pids pids /sys/fs/cgroup/pids",
     );
-    // Nothing needs it.
+    // Hardly anything needs it.
     finding(
         &facts,
         CheckId::CgroupIo,
         Level::Info,
-        "nothing needs it",
-        "",
+        "not mounted; only services with limits under blkio_config need it",
+        "mount -t cgroup -o blkio",
     );
     facts.cgroups.unified_controllers = set("pids");
     facts.init.kind = InitKind::Systemd;
@@ -343,5 +343,39 @@ fn cgroup_v2_needs_bpf_for_devices() {
         Level::Error,
         "",
         "--privileged",
+    );
+}
+
+#[test]
+fn what_blkio_config_would_do_is_told() {
+    let mut facts = debian();
+    let told = |facts: &Facts, level, found: &str, fix: &str| {
+        finding(facts, CheckId::CgroupIo, level, found, fix);
+    };
+    let weightless = "`state` in blkio_config is sda, where weights have no effect: sda is scheduled by mq-deadline";
+    told(&facts, Level::Ok, weightless, "");
+    facts.disks = Ok(vec![StateDisk {
+        name: "mmcblk0".to_owned(),
+        weights: Ok(()),
+    }]);
+    told(
+        &facts,
+        Level::Ok,
+        "is mmcblk0, where weights have an effect",
+        "",
+    );
+    facts.disks = Err("/run is on tmpfs, which is on no disk".to_owned());
+    told(
+        &facts,
+        Level::Ok,
+        "no disk in blkio_config here: /run is on tmpfs",
+        "",
+    );
+    facts.cgroups.io_limit = Some(false);
+    told(
+        &facts,
+        Level::Info,
+        "without limits",
+        "CONFIG_BLK_DEV_THROTTLING=y",
     );
 }
