@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use foreshore_images::Platform;
 use foreshore_protocol::id::SecretName;
 use foreshore_protocol::quantity::Span;
 use foreshore_protocol::{AppName, DeviceId};
@@ -413,6 +414,19 @@ Examples:
     },
     /// List the images kept in the hub
     List,
+    /// Make deltas, so that devices that have an old image fetch little of the new one
+    #[command(after_help = "\
+Works on files and asks no hub. Writes an OCI layout in which the name sha256-HEX, HEX being the digest of the
+new image's manifest, stands for the deltas; pushed beside the image under that tag, they are found by every
+device. A delta is an OCI artifact that refers to the new image; its layers are checked like any other.
+
+Examples:
+  skopeo copy docker://ghcr.io/acme/web:1.3 oci-archive:old.tar
+  skopeo copy docker://ghcr.io/acme/web:1.4 oci-archive:new.tar
+  foreshore image delta --from old.tar --to new.tar --into deltas
+  tag=sha256-$(skopeo inspect --format '{{.Digest}}' oci-archive:new.tar | cut -d: -f2)
+  skopeo copy --all oci:deltas:$tag docker://ghcr.io/acme/web:$tag")]
+    Delta(Delta),
     /// Remove an image from the hub, unless an app is at it, can go back to it or names it
     #[command(after_help = "\
 Example:
@@ -422,6 +436,27 @@ Example:
         #[arg(value_name = "NAME:TAG")]
         name: String,
     },
+}
+
+/// `image delta`.
+#[derive(Debug, Args)]
+pub(crate) struct Delta {
+    /// An image that devices have: an archive or an OCI layout directory, with :NAME where it holds several; may be
+    /// given several times
+    #[arg(long, required = true, value_name = "PATH[:NAME]")]
+    pub(crate) from: Vec<String>,
+    /// The image that they are to get
+    #[arg(long, value_name = "PATH[:NAME]")]
+    pub(crate) to: String,
+    /// The directory to make
+    #[arg(long, value_name = "DIR")]
+    pub(crate) into: PathBuf,
+    /// Which variant, where the images have several: os/architecture[/variant]. Default: this machine's
+    #[arg(long, value_name = "PLATFORM")]
+    pub(crate) platform: Option<Platform>,
+    /// How hard to compress: a higher level takes more time here and none on the devices
+    #[arg(long, default_value_t = 19, value_parser = clap::value_parser!(i32).range(1..=22))]
+    pub(crate) level: i32,
 }
 
 /// `secret`.

@@ -3,6 +3,7 @@
 
 mod apply;
 mod delete;
+mod delta;
 mod describe;
 mod device;
 mod events;
@@ -20,7 +21,7 @@ use std::io::{self, Write as _};
 
 use clap::CommandFactory as _;
 
-use crate::arguments::{Arguments, Command};
+use crate::arguments::{Arguments, Command, Image};
 use crate::client::Hub;
 use crate::failure::{Outcome, code};
 
@@ -45,6 +46,7 @@ pub(crate) fn run(arguments: &Arguments) -> Outcome {
         Command::Events(events) => events::run(&hub()?, events, format, out),
         Command::Secret(verb) => secret::run(&hub()?, verb, format, out),
         Command::Device(verb) => device::run(&hub()?, verb, format, out),
+        Command::Image(Image::Delta(delta)) => delta::run(delta, format, out),
         Command::Image(verb) => image::run(&hub()?, verb, format, out),
         Command::Completions { shell } => {
             let mut script = Vec::new();

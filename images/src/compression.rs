@@ -19,7 +19,7 @@ const ZSTD_WINDOW_MAX: u64 = 128 << 20;
 ///
 /// # Errors
 /// Those of reading the first bytes of `source`.
-pub(crate) fn decompress<'a, R: BufRead + 'a>(mut source: R) -> io::Result<Box<dyn Read + 'a>> {
+pub fn decompress<'a, R: BufRead + 'a>(mut source: R) -> io::Result<Box<dyn Read + 'a>> {
     let head = source.fill_buf()?;
     if head.starts_with(&[0x1f, 0x8b]) {
         return Ok(Box::new(MultiGzDecoder::new(source)));

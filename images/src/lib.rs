@@ -13,6 +13,8 @@
 //! | [`room`] | what a file system has left, and the reserve that stays free |
 //! | [`store`] | the images on a device: blobs, unpacked layers, records, garbage collection |
 //! | [`unpack`] | one layer's tar stream into one directory that it can never leave |
+//! | [`delta`] | a layer made of files of an old image and of little besides |
+//! | [`compression`] | gzip and zstd, told apart by their first bytes |
 //! | [`layout`] | import of OCI layouts and docker-archives into a blob directory |
 //! | [`blobs`] | a directory of blobs named by their digest |
 //! | [`partial`] | blobs on their way in, which go on where they stopped |
@@ -34,7 +36,8 @@
 //! ```
 
 pub mod blobs;
-mod compression;
+pub mod compression;
+pub mod delta;
 pub mod fault;
 pub mod layout;
 pub mod manifest;

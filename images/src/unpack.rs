@@ -595,7 +595,7 @@ fn write_content(
 
 /// The components of a path as in Go's `path.Clean`: an absolute path is meant from the image's root, and `..`
 /// takes back a component; more of them than components is an attack.
-fn clean(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
+pub(crate) fn clean(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
     if path.len() > PATH_BYTES_MAX {
         return Err("has a path that is too long");
     }

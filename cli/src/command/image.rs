@@ -8,6 +8,7 @@ use std::thread;
 use foreshore_protocol::api::{ImageView, List};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::delta;
 use super::{get, query_value};
 use crate::arguments::{Format, Get, GetKind, Image};
 use crate::client::Hub;
@@ -27,6 +28,7 @@ pub(super) fn run(hub: &Hub, verb: &Image, format: Format, out: &mut dyn Write) 
             format,
             out,
         ),
+        Image::Delta(verb) => delta::run(verb, format, out),
         Image::Import { source, name } => {
             let view = import(hub, source, name.as_deref())?;
             match format {
