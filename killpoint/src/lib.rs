@@ -10,6 +10,7 @@
 //! | `FORESHORE_KILL_AT=OBJECT.STEP#N` | the process that reaches it for the `N`th time (from 1) kills itself with SIGKILL; once for each log |
 //! | `FORESHORE_KILL_AT=OBJECT.STEP#N+agent` | and its parent first, if that has the same order: the agent whose child it is |
 //! | `FORESHORE_KILL_LOG=FILE` | every point that is reached is appended to it, a line each; the one that kills as `!OBJECT.STEP PID` or `!OBJECT.STEP PID+PARENT` |
+//! | `FORESHORE_FAULT=KIND:OBJECT` | state is written wrongly, so that a test sees its checks notice ([`fault`]) |
 //! | `FORESHORE_WRITE_ERROR=FILE` | while `FILE` exists, writes of state files fail with the errno in it ([`failure`]) |
 //!
 //! SIGKILL keeps what was handed to the kernel, as a real power cut does not: what a medium makes of writes that

@@ -191,6 +191,7 @@ pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileErro
     if killpoint::fault("in-place", object) {
         path.clone_into(&mut temporary);
     }
+    let unsynced = killpoint::fault("unsynced", "state");
     let write = || -> io::Result<()> {
         if bytes.len() > MAX_FILE_BYTES {
             // What cannot be read back must not replace what can.
@@ -208,11 +209,15 @@ pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), FileErro
         killpoint::torn(object, "torn", bytes, |half| file.write_all(half));
         file.write_all(bytes)?;
         killpoint::reached(object, "written");
-        file.sync_all()?;
+        if !unsynced {
+            file.sync_all()?;
+        }
         killpoint::reached(object, "synced");
         std::fs::rename(&temporary, path)?;
         killpoint::reached(object, "renamed");
-        sync_parent(path)?;
+        if !unsynced {
+            sync_parent(path)?;
+        }
         killpoint::reached(object, "durable");
         Ok(())
     };

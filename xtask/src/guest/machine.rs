@@ -26,7 +26,7 @@ pub(crate) struct Boot<'a> {
     pub(crate) initrd: &'a Path,
     /// More arguments of qemu: disks, networks.
     pub(crate) devices: &'a [String],
-    /// What the guest is to do, on its kernel's command line.
+    /// What the guest is to do, on its kernel's command line; further words are the kernel's.
     pub(crate) task: &'a str,
     /// Where its console goes.
     pub(crate) console: &'a Path,

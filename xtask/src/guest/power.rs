@@ -6,6 +6,8 @@
 //! state file was damaged or is left half written; the device settles on the newest release by itself; then each
 //! container is in the agent's words, in its cgroup, in the run directory and a process of the right release, and
 //! nothing else is.
+//!
+//! In the end the agent is made to write its state without fsync(2), and the same checks must notice that.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -54,6 +56,12 @@ const DISK_BYTES: u64 = 256 << 20;
 const PATIENCE: Duration = Duration::from_secs(90);
 /// The longest that one boot may last.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
+/// What the guest is told to do; the kernel gives `KEY=value` to its first process, and so to the agent.
+const TASK: &str = "power";
+const FAULTY_TASK: &str = "power FORESHORE_FAULT=unsynced:state";
+/// How often the faulty agent is cut. One cut in ten falls right behind a commit of the journal, every 5 s (ext4(5)),
+/// and loses nothing.
+const FAULTY_CUTS: u32 = 6;
 /// The pause between two questions to the guest.
 const PAUSE: Duration = Duration::from_millis(250);
 
@@ -68,6 +76,8 @@ pub(super) struct Survived {
     pub(super) update: Duration,
     /// From the power's return to a device that has settled.
     pub(super) recoveries: Vec<Duration>,
+    /// The cut of a device without fsync(2) that was noticed.
+    pub(super) noticed: u32,
 }
 
 impl fmt::Display for Survived {
@@ -76,11 +86,12 @@ impl fmt::Display for Survived {
         write!(
             f,
             "==> {} power cuts survived, {} of them in the middle of an update; an update takes {:.1} s, \
-             from power to settled at most {:.1} s",
+             from power to settled at most {:.1} s; without fsync, cut {} was noticed",
             self.cuts,
             self.in_update,
             self.update.as_secs_f64(),
-            longest.as_secs_f64()
+            longest.as_secs_f64(),
+            self.noticed
         )
     }
 }
@@ -112,6 +123,7 @@ struct Run<'a> {
     stage: &'a Stage,
     initrd: PathBuf,
     devices: Vec<String>,
+    task: &'static str,
     machine: Option<Machine>,
     /// Every version that the hub has assigned.
     assigned: BTreeSet<Version>,
@@ -146,6 +158,7 @@ impl<'a> Run<'a> {
             stage,
             initrd,
             devices,
+            task: TASK,
             machine: None,
             assigned: BTreeSet::new(),
             release: "",
@@ -165,6 +178,7 @@ impl<'a> Run<'a> {
             in_update: 0,
             update: begin.elapsed(),
             recoveries: Vec::new(),
+            noticed: 0,
         };
         for (number, moment) in (1..).zip(moments(seed, cuts)) {
             let what = format!("cut {number} of {cuts} (seed {seed}, {moment:?})");
@@ -174,7 +188,47 @@ impl<'a> Run<'a> {
                 .with_context(|| format!("{what}\n{}", self.console()))?;
             survived.in_update += u32::from(in_update);
         }
+        survived.noticed = self.prove()?;
         Ok(survived)
+    }
+
+    /// The checks are only worth what they notice: cut when the hub was told of a version, a device has it, and one that
+    /// writes its state without fsync(2) does not. Which cut showed that.
+    fn prove(&mut self) -> anyhow::Result<u32> {
+        eprintln!("    without fsync");
+        self.cut_when_told()?;
+        let kept = self.boot().and_then(|()| self.settle());
+        kept.with_context(|| format!("cut when the hub was told\n{}", self.console()))?;
+        self.cut();
+        self.task = FAULTY_TASK;
+        self.boot()?;
+        for cut in 1..=FAULTY_CUTS {
+            self.settle()?;
+            self.cut_when_told()?;
+            match self.boot() {
+                Ok(()) => {}
+                Err(error) if error.is::<DiskFaults>() => {
+                    eprintln!("    noticed at cut {cut}: {error}");
+                    self.cut();
+                    return Ok(cut);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        bail!("{FAULTY_CUTS} cuts of a device that writes its state without fsync were not noticed")
+    }
+
+    /// Changes the newest release in a way for which nothing has to be fetched, and cuts as soon as the hub knows that the
+    /// device has stored that.
+    fn cut_when_told(&mut self) -> anyhow::Result<()> {
+        self.applied += 2;
+        let desired = self.apply_release()?;
+        wait_for("the device to tell of the release", PATIENCE, || {
+            let told = version(&self.device()?["reported"]);
+            Ok((told >= Some(desired)).then_some(()))
+        })?;
+        self.cut();
+        Ok(())
     }
 
     /// Applies the other release, cuts, boots, waits for the device to settle and looks at it. Whether the cut hit
@@ -206,8 +260,13 @@ impl<'a> Run<'a> {
     fn apply(&mut self) -> anyhow::Result<Version> {
         self.release = IMAGES[usize::from(self.applied % 2 == 1)].name;
         self.applied += 1;
+        self.apply_release()
+    }
+
+    /// Applies `release`, for the `applied`th time; the version that the device shall have.
+    fn apply_release(&mut self) -> anyhow::Result<Version> {
         let path = self.stage.dir.join("cut.yaml");
-        fs::write(&path, manifest(self.release))?;
+        fs::write(&path, manifest(self.release, self.applied))?;
         self.stage
             .json(&["apply", "-f", &path.display().to_string()])?;
         // The first one is applied before the device exists.
@@ -239,7 +298,7 @@ impl<'a> Run<'a> {
             kernel: &self.kernel.image,
             initrd: &self.initrd,
             devices: &self.devices,
-            task: "power",
+            task: self.task,
             console: &self.console_file(),
             limit: BOOT_LIMIT,
         })?);
@@ -263,7 +322,7 @@ impl<'a> Run<'a> {
                 let disk: Value = serde_json::from_str(disk)
                     .with_context(|| format!("foreshore-agent status said {disk:?}"))?;
                 let faults = disk_faults(&disk, acknowledged, &self.assigned);
-                ensure!(faults.is_empty(), "{}", faults.join("; "));
+                ensure!(faults.is_empty(), DiskFaults(faults.join("; ")));
             }
             if line == "started" {
                 return Ok(());
@@ -347,10 +406,23 @@ impl<'a> Run<'a> {
     }
 }
 
-fn manifest(release: &str) -> String {
+/// The state on the disk is not what it must be.
+#[derive(Debug)]
+struct DiskFaults(String);
+
+impl fmt::Display for DiskFaults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for DiskFaults {}
+
+fn manifest(release: &str, number: u32) -> String {
     let service = |name: &str, more: &str| {
         format!(
-            "    {name}: {{image: 'hub.internal/web:{release}', mem_limit: 16m, stop_grace_period: 1s{more}}}\n"
+            "    {name}: {{image: 'hub.internal/web:{release}', mem_limit: 16m, stop_grace_period: 1s, \
+             environment: {{NUMBER: '{number}'}}{more}}}\n"
         )
     };
     format!(
