@@ -19,7 +19,6 @@
 //!
 //! Cgroups are `{parent}/{id}` in every hierarchy. Nothing is ever mounted in the device's own mount namespace.
 
-use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -30,13 +29,12 @@ use std::time::Duration;
 
 use foreshore_killpoint as killpoint;
 use foreshore_protocol::manifest::{NetworkMode, Service};
-use foreshore_protocol::secret::SecretValue;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::cgroup::Cgroups;
 use super::ids::Ids;
-use super::process::{Identity, PidFd, boot_id, half_made};
-use super::request::{RECORD, REQUEST, Record, Request, read_json, write_json};
+use super::process::{Identity, PidFd, boot_id};
+use super::request::{REQUEST, Request, read_json};
 use super::seal::Program;
 use super::{
     Container, ContainerId, ContainerSpec, ExecError, ListError, RemoveError, Runtime, StartError,
@@ -44,19 +42,18 @@ use super::{
 };
 use watch::Watch;
 
-use crate::policy::{self, Grant};
-use crate::update_lock;
+use crate::policy;
 
 mod children;
 mod connection;
+mod creation;
+mod end;
 mod logs;
 mod observation;
 mod watch;
 
 /// How long a start may take. Far more than any start needs; a device under full load must not fail for it.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long SIGKILL may take. The kernel needs that long only when a process hangs in a driver.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The shim program for this architecture.
 #[cfg(foreshore_shim)]
@@ -211,14 +208,6 @@ impl OciRuntime {
         self.config.state_dir.join("containers").join(id)
     }
 
-    /// Those whose disks `state` means under `blkio_config`; each may be a mount of its own.
-    fn state_dirs(&self) -> Vec<PathBuf> {
-        let state = &self.config.state_dir;
-        let parts = ["volumes", "containers", "images", "logs"];
-        let parts = parts.map(|part| state.join(part));
-        std::iter::once(state.clone()).chain(parts).collect()
-    }
-
     /// Deletes unfinished directories, writable layers without a container, and empty cgroups without a container.
     fn sweep(&self) {
         for name in names(&self.containers()) {
@@ -244,235 +233,6 @@ impl OciRuntime {
                 tracing::warn!(cgroup = %self.cgroups.path(&name), "a cgroup holds processes but no container of this agent");
             } else {
                 let _ = self.cgroups.remove(&name);
-            }
-        }
-    }
-
-    /// What the policy, as it is on disk now, allows to the app. Without a usable one, what needs none still starts: a
-    /// mistake in the file must not take down what it is not about.
-    fn grant(&self, spec: &ContainerSpec) -> Result<Grant, StartError> {
-        match self.config.policy.load() {
-            Ok(policy) => Ok(policy.grant(&spec.id.app)),
-            Err(_) if !policy::is_privileged(&spec.service) => Ok(Grant::default()),
-            Err(error) => Err(StartError::Denied(crate::causes::chain(&error))),
-        }
-    }
-
-    /// The variables that hold secrets, if all secrets are there, can be what they are to be, and stay in memory.
-    fn check_secrets(
-        &self,
-        spec: &ContainerSpec,
-    ) -> Result<BTreeMap<String, SecretValue>, StartError> {
-        if spec.service.secrets.is_empty() {
-            return Ok(BTreeMap::new());
-        }
-        let run_dir = &self.config.run_dir;
-        let in_memory = secrets::is_in_memory(run_dir).map_err(|source| StartError::Io {
-            act: format!("look at the file system of {}", run_dir.display()),
-            source,
-        })?;
-        if !in_memory {
-            return Err(StartError::Refused(format!(
-                "it has secrets, and {} is not in memory; let [paths] run in agent.toml be on a tmpfs, such as /run/foreshore",
-                run_dir.display()
-            )));
-        }
-        let mut mounts = spec.service.secrets.iter();
-        if let Some(missing) = mounts.find(|mount| !spec.secrets.contains_key(&mount.source)) {
-            return Err(StartError::Failed {
-                id: spec.id.to_string(),
-                message: format!("secret {} is not there", missing.source),
-            });
-        }
-        secrets::environment(&spec.service, &spec.secrets).map_err(|name| {
-            StartError::Refused(format!(
-                "secret {name} is not UTF-8 text without NUL characters, so it cannot be in the environment"
-            ))
-        })
-    }
-
-    /// Writes the container's directory, complete before it has its name.
-    fn create_dir(
-        &self,
-        spec: &ContainerSpec,
-        grant: &Grant,
-        environment: BTreeMap<String, SecretValue>,
-    ) -> io::Result<PathBuf> {
-        let id = spec.id.to_string();
-        let dir = self.dir(&spec.id);
-        let fresh = self.containers().join(format!("{id}.new"));
-        if fresh.exists() {
-            fs::remove_dir_all(&fresh)?;
-        }
-        make_dir(&fresh, 0o700)?;
-        killpoint::reached("container", "created");
-        let record = Record {
-            release: spec.release,
-            service_digest: spec.service_digest,
-            boot_id: self.boot_id.clone(),
-            shim: None,
-            container: None,
-        };
-        let app = spec.id.app.as_str();
-        let update_lock = spec
-            .service
-            .update_lock
-            .then(|| update_lock::directory(&self.config.run_dir, &spec.id.app));
-        if let Some(directory) = &update_lock {
-            update_lock::open(directory)?;
-        }
-        let mapping = self.mapping(spec);
-        let request = Request {
-            id: spec.id.clone(),
-            service: spec.service.clone(),
-            image: spec.image.clone(),
-            grant: grant.clone(),
-            layers: spec.layers.clone(),
-            cgroup: self.cgroups.path(&id),
-            base: mapping.as_ref().ok().copied(),
-            unmapped: mapping.err(),
-            writable: (!spec.service.read_only).then(|| self.writable(&id)),
-            volumes: self.config.state_dir.join("volumes").join(app),
-            logs: self.config.state_dir.join("logs").join(app),
-            update_lock,
-            secret_environment: environment,
-            shim: self.shim.clone(),
-            swap_limit: self.cgroups.limits_swap(),
-            swap_file: self.cgroups.swap_file(&id),
-            device_cgroup: self.cgroups.device_cgroup(&id),
-            shim_cgroup: self.cgroups.shims(),
-            cgroups: self.cgroups.all(&id),
-            state: self.state_dirs(),
-        };
-        write_json(&fresh, RECORD, &record)?;
-        killpoint::reached("container", "recorded");
-        write_json(&fresh, REQUEST, &request)?;
-        secrets::write(&fresh, &spec.service, &spec.secrets)?;
-        killpoint::reached("container", "described");
-        fs::rename(&fresh, &dir)?;
-        killpoint::reached("container", "named");
-        Ok(dir)
-    }
-
-    /// The first of the app's ids, or why the container gets no user namespace.
-    fn mapping(&self, spec: &ContainerSpec) -> Result<u32, String> {
-        if self.config.user_namespaces == UserNamespaces::Off {
-            return Err("user namespaces are off on this device".to_owned());
-        }
-        if let Some(reason) = lock(&self.unmappable).get(&spec.service_digest) {
-            return Err(reason.clone());
-        }
-        let volumes = self.config.state_dir.join("volumes");
-        let running = LazyCell::new(|| ranges(&self.config.run_dir));
-        let is_free =
-            |app: &AppName| !volumes.join(app.as_str()).exists() && !running.contains_key(app);
-        let range = lock(&self.ids).range(&spec.id.app, is_free);
-        range.ok_or_else(|| "every range of ids is in use".to_owned())
-    }
-
-    /// Kills everything of a container and waits until it is gone.
-    async fn kill(&self, id: &ContainerId) -> Result<(), StopError> {
-        let name = id.to_string();
-        let looked = |source| io_stop("look at", &name, source);
-        let record = self.current_record(id).map_err(looked)?;
-        let (shim, init) = record.map_or((None, None), |record| (record.shim, record.container));
-        let unfinished = init.is_none();
-        let init = open(init).map_err(looked)?;
-        if let Some(init) = &init {
-            self.cgroups.lift_io(&name);
-            // The first process takes its whole PID namespace with it.
-            init.signal(libc::SIGKILL)
-                .map_err(|source| io_stop("kill", &name, source))?;
-        }
-        if let (Some(identity), Some(fd)) = (shim, open(shim).map_err(looked)?) {
-            // With a container to wait for, the shim ends by itself; without one it still is the starting process.
-            let patience = if init.is_some() {
-                KILL_TIMEOUT
-            } else {
-                Duration::ZERO
-            };
-            if !watch::ended(fd.fd(), patience)
-                .await
-                .map_err(|source| io_stop("wait for", &name, source))?
-            {
-                fd.signal(libc::SIGKILL)
-                    .map_err(|source| io_stop("kill the shim of", &name, source))?;
-                let _ = watch::ended(fd.fd(), KILL_TIMEOUT).await;
-            }
-            identity.reap();
-        }
-        if let Some(init) = init
-            && !watch::ended(init.fd(), KILL_TIMEOUT)
-                .await
-                .map_err(|source| io_stop("wait for", &name, source))?
-        {
-            return Err(StopError::Survived(name));
-        }
-        if let (Some(shim), true) = (shim, unfinished) {
-            for fork in half_made(shim) {
-                fork.signal(libc::SIGKILL)
-                    .map_err(|source| io_stop("kill", &name, source))?;
-                let _ = watch::ended(fork.fd(), KILL_TIMEOUT).await;
-            }
-        }
-        // What was in the middle of becoming a container, or of joining one.
-        self.empty_cgroup(&name).await?;
-        if shim.is_none() {
-            self.await_unknown_shim(id).await;
-        }
-        Ok(())
-    }
-
-    /// Waits for a shim whose record is lost: it ends by itself when its container has, and holds a lock on the
-    /// directory until then. One that does not end is left alone, since nothing tells which process it is.
-    async fn await_unknown_shim(&self, id: &ContainerId) {
-        let mut pause = Duration::from_millis(1);
-        while let Ok(dir) = File::open(self.dir(id))
-            && matches!(dir.try_lock(), Err(fs::TryLockError::WouldBlock))
-        {
-            if pause > KILL_TIMEOUT / 2 {
-                tracing::warn!(container = %id, "its record is lost and its shim goes on");
-                return;
-            }
-            // A lock has no event.
-            tokio::time::sleep(pause).await;
-            pause *= 2;
-        }
-    }
-
-    async fn empty_cgroup(&self, name: &str) -> Result<(), StopError> {
-        let mut pause = Duration::from_millis(1);
-        let populated = || {
-            self.cgroups
-                .populated(name)
-                .map_err(|source| io_stop("look at", name, source))
-        };
-        while populated()? {
-            self.cgroups.lift_io(name);
-            self.cgroups.kill(name);
-            if pause > KILL_TIMEOUT / 2 {
-                return Err(StopError::Survived(name.to_owned()));
-            }
-            // The kernel has no event for this on cgroup v1.
-            tokio::time::sleep(pause).await;
-            pause *= 2;
-        }
-        Ok(())
-    }
-
-    async fn remove_cgroup(&self, name: &str) -> io::Result<()> {
-        let mut pause = Duration::from_millis(1);
-        loop {
-            match self.cgroups.remove(name) {
-                // Killed processes leave it a moment after they have ended.
-                Err(error)
-                    if error.raw_os_error() == Some(libc::EBUSY) && pause < KILL_TIMEOUT / 2 =>
-                {
-                    self.cgroups.kill(name);
-                    tokio::time::sleep(pause).await;
-                    pause *= 2;
-                }
-                other => return other,
             }
         }
     }
