@@ -62,6 +62,7 @@ pub fn open(config: &Config) -> Result<Store, StageError> {
         unpacker: Some(Unpacker {
             program: PathBuf::from("/proc/self/exe"),
             arguments: vec![unpack::SUBCOMMAND.into()],
+            inflate: vec![unpack::INFLATE.into()],
             patience: UNPACK_PATIENCE,
         }),
         ..StoreConfig::default()

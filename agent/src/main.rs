@@ -182,6 +182,7 @@ fn main() -> ExitCode {
         Some("shim") => return shim::run(arguments),
         Some("exec") => return exec::run(arguments),
         Some(unpack::SUBCOMMAND) => return unpack::run(arguments),
+        Some(unpack::INFLATE) => return unpack::run_inflate(arguments),
         Some(doctor::attempt::SUBCOMMAND) => return doctor::attempt::run(arguments),
         _ => {}
     }

@@ -1,4 +1,5 @@
-//! `foreshore-agent unpack ROOT TARGET`: unpacks one layer of an image, confined.
+//! `foreshore-agent unpack ROOT TARGET` unpacks one layer of an image, and `foreshore-agent inflate ROOT TARGET` inflates one,
+//! confined.
 //!
 //! What comes in was made by somebody else, and nobody has checked it yet when it is unpacked as it comes. So this process
 //! sees nothing but the image store, may write nothing but the one new directory in it, and has no network; its
@@ -10,6 +11,9 @@
 //! works. The kernel ends a namespace with its first process, and that ends with the one that was started, so nothing that
 //! the last does to itself lets it live on.
 //!
+//! What inflates is confined in the same way, but for that it has no right at all, may write nothing, and may make no system
+//! call that opens anything.
+//!
 //! Where the kernel allows no user namespace it works without, with five capabilities; where it allows no PID namespace,
 //! without the system calls that send signals. Both are said on standard error.
 
@@ -18,7 +22,7 @@ use std::io::{self, Read, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use foreshore_images::unpack::job::{Job, read_job, serve};
+use foreshore_images::unpack::job::{Job, inflate, read_job, serve};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl::{set_dumpable, set_no_new_privs, set_pdeathsig};
@@ -31,8 +35,10 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use crate::runtime::seccomp::Filter;
 use crate::runtime::userns::UserNamespace;
 
-/// The subcommand.
+/// The subcommand that unpacks.
 pub const SUBCOMMAND: &str = "unpack";
+/// The subcommand that inflates.
+pub const INFLATE: &str = "inflate";
 
 /// Address space, in bytes: the largest zstd window (128 MiB), the paths of a layer (64 MiB), and their like again.
 const MEMORY_MAX: u64 = 768 << 20;
@@ -47,13 +53,10 @@ const PANICKED: i32 = 101;
 /// The first process of a PID namespace cannot die by most signals: it ends with this and the signal's number instead.
 const SIGNALLED: i32 = 128;
 
-/// Runs the subcommand with the arguments after its name. Must be called before any thread exists.
+/// Runs [`SUBCOMMAND`] with the arguments after its name. Must be called before any thread exists.
 #[must_use]
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let mut arguments = arguments.into_iter().map(PathBuf::from);
-    let (Some(root), Some(target), None) = (arguments.next(), arguments.next(), arguments.next())
-    else {
-        eprintln!("usage: foreshore-agent unpack ROOT TARGET < JOB");
+    let Some((root, target)) = places(arguments, SUBCOMMAND) else {
         return ExitCode::FAILURE;
     };
     confined(&root, &target, |job, stdin| {
@@ -61,6 +64,36 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         serve(job, stdin, &mut stdout)?;
         stdout.flush()
     })
+}
+
+/// Runs [`INFLATE`] with the arguments after its name. Must be called before any thread exists.
+#[must_use]
+pub fn run_inflate(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let Some((_, target)) = places(arguments, INFLATE) else {
+        return ExitCode::FAILURE;
+    };
+    match prepare_inflating(&target) {
+        Ok(()) => ExitCode::from(inflate(io::stdin().lock(), &mut io::stdout().lock())),
+        Err(error) => {
+            eprintln!("foreshore-agent inflate: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn places(
+    arguments: impl IntoIterator<Item = OsString>,
+    subcommand: &str,
+) -> Option<(PathBuf, PathBuf)> {
+    let mut arguments = arguments.into_iter().map(PathBuf::from);
+    let found = match (arguments.next(), arguments.next(), arguments.next()) {
+        (Some(root), Some(target), None) => Some((root, target)),
+        _ => None,
+    };
+    if found.is_none() {
+        eprintln!("usage: foreshore-agent {subcommand} ROOT TARGET < INPUT");
+    }
+    found
 }
 
 /// Confines this process to what unpacking into `target` takes, reads the job from standard input and does `work` with it;
@@ -82,46 +115,73 @@ pub fn confined(
 }
 
 fn prepare(root: &Path, target: &Path) -> io::Result<(Job, io::StdinLock<'static>)> {
-    // It works for whoever started it and must not outlive that; and nobody looks into its memory.
-    set_pdeathsig(Signal::SIGKILL)?;
-    set_dumpable(true)?;
-    // Its files under /proc belong to root, who writes the namespace's maps; and /proc shows the processes out here.
-    let namespace = UserNamespace::identity();
-    let alone = leave_processes()?;
-    std::panic::set_hook(Box::new(give_up));
+    let apart = Apart::new()?;
     let mut stdin = io::stdin().lock();
     let mut job = read_job(&mut stdin)?;
     job.target = inside(root, target)?;
     for lower in &mut job.lowers {
         lower.path = inside(root, &lower.path)?;
     }
-    limit(&job)?;
-    confine(root, target)?;
-    let mut capabilities = CapabilitySet::CHOWN
+    limit(job.budget.bytes)?;
+    confine(root, Some(target))?;
+    let own = CapabilitySet::CHOWN
         | CapabilitySet::DAC_OVERRIDE
         | CapabilitySet::FOWNER
         | CapabilitySet::FSETID
         | CapabilitySet::SETFCAP;
-    match namespace {
-        Ok(namespace) => setns(namespace, CloneFlags::CLONE_NEWUSER)?,
-        Err(error) => {
-            eprintln!("foreshore-agent unpack: no user namespace ({error}); going on without");
-            // Whiteouts are character devices.
-            capabilities |= CapabilitySet::MKNOD;
-        }
-    }
-    set_dumpable(false)?;
-    rustix::thread::set_capabilities(
-        None,
-        CapabilitySets {
-            effective: capabilities,
-            permitted: capabilities,
-            inheritable: CapabilitySet::empty(),
-        },
-    )?;
-    set_no_new_privs()?;
-    filter(alone).install()?;
+    // Whiteouts are character devices.
+    apart.drop_rights(own, CapabilitySet::MKNOD)?;
+    filter(apart.alone).install()?;
     Ok((job, stdin))
+}
+
+fn prepare_inflating(target: &Path) -> io::Result<()> {
+    let apart = Apart::new()?;
+    limit(0)?;
+    // The directory that is to be filled is not for it, and is still next to empty: all that it could see.
+    confine(target, None)?;
+    apart.drop_rights(CapabilitySet::empty(), CapabilitySet::empty())?;
+    inflate_filter(apart.alone).install()
+}
+
+/// This process, away from all others.
+struct Apart {
+    namespace: io::Result<UserNamespace>,
+    /// In a PID namespace of its own.
+    alone: bool,
+}
+
+impl Apart {
+    fn new() -> io::Result<Self> {
+        // It works for whoever started it and must not outlive that; and nobody looks into its memory.
+        set_pdeathsig(Signal::SIGKILL)?;
+        set_dumpable(true)?;
+        // Its files under /proc belong to root, who writes the namespace's maps; and /proc shows the processes out here.
+        let namespace = UserNamespace::identity();
+        let alone = leave_processes()?;
+        std::panic::set_hook(Box::new(give_up));
+        Ok(Self { namespace, alone })
+    }
+
+    /// Keeps these rights, and those of the second kind only where there is no user namespace.
+    fn drop_rights(&self, own: CapabilitySet, outside: CapabilitySet) -> io::Result<()> {
+        let mut kept = own;
+        match &self.namespace {
+            Ok(namespace) => setns(namespace, CloneFlags::CLONE_NEWUSER)?,
+            Err(error) => {
+                eprintln!("foreshore-agent unpack: no user namespace ({error}); going on without");
+                kept |= outside;
+            }
+        }
+        set_dumpable(false)?;
+        let sets = CapabilitySets {
+            effective: kept,
+            permitted: kept,
+            inheritable: CapabilitySet::empty(),
+        };
+        rustix::thread::set_capabilities(None, sets)?;
+        Ok(set_no_new_privs()?)
+    }
 }
 
 #[expect(
@@ -185,12 +245,13 @@ fn inside(root: &Path, path: &Path) -> io::Result<PathBuf> {
     Ok(Path::new("/").join(relative))
 }
 
-fn limit(job: &Job) -> io::Result<()> {
+/// `file_bytes` is the most that a file may have.
+fn limit(file_bytes: u64) -> io::Result<()> {
     for (resource, most, grace) in [
         (Resource::RLIMIT_AS, MEMORY_MAX, 0),
         (Resource::RLIMIT_CORE, 0, 0),
         (Resource::RLIMIT_CPU, CPU_MAX, CPU_GRACE),
-        (Resource::RLIMIT_FSIZE, job.budget.bytes, 0),
+        (Resource::RLIMIT_FSIZE, file_bytes, 0),
         (Resource::RLIMIT_NOFILE, FILES_MAX, 0),
     ] {
         let (_, hard) = getrlimit(resource)?;
@@ -200,7 +261,7 @@ fn limit(job: &Job) -> io::Result<()> {
 }
 
 /// Leaves this process nothing but `root` to see and `target` to write, and no network.
-fn confine(root: &Path, target: &Path) -> io::Result<()> {
+fn confine(root: &Path, target: Option<&Path>) -> io::Result<()> {
     const NONE: Option<&str> = None;
     unshare(
         CloneFlags::CLONE_NEWNS
@@ -210,13 +271,15 @@ fn confine(root: &Path, target: &Path) -> io::Result<()> {
     )?;
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
     mount(Some(root), root, NONE, MsFlags::MS_BIND, NONE)?;
-    mount(Some(target), target, NONE, MsFlags::MS_BIND, NONE)?;
     let bare = MsFlags::MS_REMOUNT
         | MsFlags::MS_BIND
         | MsFlags::MS_NOSUID
         | MsFlags::MS_NODEV
         | MsFlags::MS_NOEXEC;
-    mount(NONE, target, NONE, bare, NONE)?;
+    if let Some(target) = target {
+        mount(Some(target), target, NONE, MsFlags::MS_BIND, NONE)?;
+        mount(NONE, target, NONE, bare, NONE)?;
+    }
     mount(NONE, root, NONE, bare | MsFlags::MS_RDONLY, NONE)?;
     nix::unistd::chdir(root)?;
     // On top of itself, so that no directory is needed for the old root, pivot_root(2).
@@ -252,6 +315,43 @@ fn filter(alone: bool) -> Filter {
     #[cfg(target_arch = "x86_64")]
     calls.extend([libc::SYS_open, libc::SYS_stat, libc::SYS_lstat]);
     Filter::only(&calls)
+}
+
+/// What inflating takes: memory, and reading and writing what is open. Anything else answers EPERM.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+fn inflate_filter(alone: bool) -> Filter {
+    let mut calls = vec![
+        libc::SYS_brk,
+        libc::SYS_clock_gettime,
+        libc::SYS_exit,
+        libc::SYS_exit_group,
+        libc::SYS_futex,
+        libc::SYS_getpid,
+        libc::SYS_getrandom,
+        libc::SYS_gettid,
+        libc::SYS_madvise,
+        libc::SYS_mmap,
+        libc::SYS_mprotect,
+        libc::SYS_mremap,
+        libc::SYS_munmap,
+        libc::SYS_read,
+        libc::SYS_rt_sigaction,
+        libc::SYS_rt_sigprocmask,
+        libc::SYS_rt_sigreturn,
+        libc::SYS_sigaltstack,
+        libc::SYS_write,
+        libc::SYS_writev,
+    ];
+    if alone {
+        calls.extend([libc::SYS_tgkill, libc::SYS_tkill]);
+    }
+    Filter::only(&calls)
+}
+
+/// What containers may make.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn inflate_filter(_alone: bool) -> Filter {
+    Filter::new()
 }
 
 /// What containers may make.

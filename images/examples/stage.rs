@@ -1,12 +1,13 @@
 //! Stages one image, as a device does, and prints the directories to mount: `stage ROOT HTTP_REGISTRY/NAME@DIGEST`.
 //!
 //! Speaks plain HTTP to the registry, at most `STAGE_RATE` bytes a second if that is set and not 0. The tests kill it at
-//! every moment.
+//! every moment. `STAGE_UNPACKER` is a program that unpacks and inflates, such as `foreshore-agent`.
 
 use std::path::Path;
+use std::time::Duration;
 
 use foreshore_images::registry::{Client, ClientConfig, RegistryConfig};
-use foreshore_images::store::{Store, StoreConfig};
+use foreshore_images::store::{Store, StoreConfig, Unpacker};
 use foreshore_images::{Platform, Reference};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -28,6 +29,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     })?;
     let config = StoreConfig {
         keep_privileges: true,
+        unpacker: std::env::var_os("STAGE_UNPACKER").map(|program| Unpacker {
+            program: program.into(),
+            arguments: vec!["unpack".into()],
+            inflate: vec!["inflate".into()],
+            patience: Duration::from_mins(10),
+        }),
         ..StoreConfig::default()
     };
     let store = Store::open_with(Path::new(root), config)?;

@@ -1,9 +1,18 @@
-//! Unpacks one layer for another process, unconfined: what the tests put in the place of `foreshore-agent unpack`.
+//! Unpacks one layer for another process, or with `inflate` for an argument inflates one; unconfined: what the tests put in the
+//! place of `foreshore-agent unpack` and `foreshore-agent inflate`.
 
-use foreshore_images::unpack::job::{read_job, serve};
+use std::io;
+use std::process::ExitCode;
 
-fn main() -> std::io::Result<()> {
-    let mut stdin = std::io::stdin().lock();
+use foreshore_images::unpack::job::{inflate, read_job, serve};
+
+fn main() -> io::Result<ExitCode> {
+    let mut stdin = io::stdin().lock();
+    let mut stdout = io::stdout().lock();
+    if std::env::args().nth(1).as_deref() == Some("inflate") {
+        return Ok(ExitCode::from(inflate(stdin, &mut stdout)));
+    }
     let job = read_job(&mut stdin)?;
-    serve(&job, stdin, &mut std::io::stdout().lock())
+    serve(&job, stdin, &mut stdout)?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -20,17 +20,33 @@ const ZSTD_WINDOW_MAX: u64 = 128 << 20;
 /// # Errors
 /// Those of reading the first bytes of `source`.
 pub fn decompress<'a, R: BufRead + 'a>(mut source: R) -> io::Result<Box<dyn Read + 'a>> {
-    let head = source.fill_buf()?;
-    if head.starts_with(&[0x1f, 0x8b]) {
-        return Ok(Box::new(MultiGzDecoder::new(source)));
-    }
+    Ok(match compression(source.fill_buf()?) {
+        Compression::Gzip => Box::new(MultiGzDecoder::new(source)),
+        Compression::Zstd => Box::new(ZstdFrames::new(source)),
+        Compression::None => Box::new(source),
+    })
+}
+
+/// What the first bytes of something say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compression {
+    None,
+    Gzip,
+    Zstd,
+}
+
+/// `head` are the first four bytes, or all there are.
+pub(crate) fn compression(head: &[u8]) -> Compression {
     let zstd_frame = head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]);
     let skippable_frame =
         head.len() >= 4 && head[0] & 0xf0 == 0x50 && head[1..4] == [0x2a, 0x4d, 0x18];
-    if zstd_frame || skippable_frame {
-        return Ok(Box::new(ZstdFrames::new(source)));
+    if head.starts_with(&[0x1f, 0x8b]) {
+        Compression::Gzip
+    } else if zstd_frame || skippable_frame {
+        Compression::Zstd
+    } else {
+        Compression::None
     }
-    Ok(Box::new(source))
 }
 
 /// Every frame of a zstd stream, one after the other; skippable frames are skipped (RFC 8878, section 3).

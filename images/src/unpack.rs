@@ -11,7 +11,7 @@
 
 pub mod job;
 mod lower;
-mod stream;
+pub(crate) mod stream;
 mod tree;
 
 use std::borrow::Cow;

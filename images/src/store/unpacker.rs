@@ -1,206 +1,223 @@
-//! [`Unpacker`]: layers are unpacked by another process, which may be confined.
+//! [`Unpacker`]: layers are inflated and unpacked by other processes, which may be confined.
+//!
+//! What is unpacked passes through this process, which takes its digest, bounds it, and looks at the disk: the diff id of a tree is
+//! that of the bytes that were given to who unpacked it, whatever that or the inflating process was made to do.
+
+mod worker;
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
-use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::{Duration, Instant};
+use std::process::{ChildStdin, ChildStdout, Command, ExitStatus};
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
-use crate::unpack::UnpackError;
-use crate::unpack::job::{ANSWER_BYTES_MAX, Answer, Job, Outcome, set_opaque, write_job};
+use self::worker::{Patience, Worker, blame};
+use crate::Digest;
+use crate::compression::{Compression, compression};
+use crate::unpack::job::{
+    ANSWER_BYTES_MAX, Answer, INFLATE_DAMAGED, Job, Outcome, PIECE, set_opaque, write_job,
+};
+use crate::unpack::stream::{Counted, Guarded, bomb};
+use crate::unpack::{UnpackError, Unpacked};
 
 /// More notes than the unpacker of this crate makes.
 const NOTES_MAX: usize = 32;
-/// The exit code of a panic of Rust.
-const PANICKED: i32 = 101;
-/// Signals that a fault in the program raises: SIGILL, SIGTRAP, SIGFPE, SIGSEGV, SIGSYS. Not SIGBUS, which is a program that
-/// cannot be read, and not SIGABRT, which is memory that is not there.
-const FAULTS: [i32; 5] = [4, 5, 8, 11, 31];
-const SIGABRT: i32 = 6;
-const SIGKILL: i32 = 9;
-/// Beyond `RLIMIT_CPU` and `RLIMIT_FSIZE`.
-const LIMITS: [i32; 2] = [24, 25];
 
-/// A program that does one [`Job`] and ends: it is given `arguments` and the store's root, reads
-/// [the job](crate::unpack::job::read_job) and the blob from standard input, and
-/// [answers](crate::unpack::job::serve) on standard output.
+/// A program that does one [`Job`] and ends: it is given arguments, the store's root and the job's target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unpacker {
     /// Its path.
     pub program: PathBuf,
-    /// What stands before the store's root and the job's target.
+    /// Its first arguments to unpack: it reads [the job](crate::unpack::job::read_job) and the uncompressed layer from standard
+    /// input, and [answers](crate::unpack::job::serve) on standard output.
     pub arguments: Vec<OsString>,
+    /// Its first arguments to [inflate](crate::unpack::job::inflate) from standard input to standard output.
+    pub inflate: Vec<OsString>,
     /// How long it may take for one piece of the blob, or for the end of the layer, before it is killed as hung.
     pub patience: Duration,
 }
 
-/// Ends the process when it takes no bytes and gives no answer for long: hung, or taken over by what it unpacks.
-struct Patience {
-    /// Since when it has been waited for.
-    waiting: Arc<Mutex<Option<Instant>>>,
-    /// It was ended.
-    lost: Arc<AtomicBool>,
-    _until_dropped: mpsc::Sender<()>,
-}
-
-impl Patience {
-    fn with(child: &Child, patience: Duration) -> Self {
-        let (until_dropped, dropped) = mpsc::channel();
-        let waiting = Arc::new(Mutex::new(None));
-        let watched = Arc::clone(&waiting);
-        let lost = Arc::new(AtomicBool::new(false));
-        let ended = Arc::clone(&lost);
-        // Not by its number: that may be another's by then.
-        let process = rustix::process::pidfd_open(
-            rustix::process::Pid::from_child(child),
-            rustix::process::PidfdFlags::empty(),
-        );
-        std::thread::spawn(move || {
-            while dropped.recv_timeout(patience / 8) == Err(mpsc::RecvTimeoutError::Timeout) {
-                let since: Option<Instant> = *lock(&watched);
-                if since.is_some_and(|since| since.elapsed() > patience)
-                    && let Ok(process) = &process
-                {
-                    ended.store(true, Ordering::SeqCst);
-                    let _it_may_have_ended =
-                        rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL);
-                }
-            }
-        });
-        Self {
-            waiting,
-            lost,
-            _until_dropped: until_dropped,
-        }
-    }
-
-    /// Counts the time that `wait` takes.
-    fn while_it<T>(&self, wait: impl FnOnce() -> T) -> T {
-        *lock(&self.waiting) = Some(Instant::now());
-        let done = wait();
-        *lock(&self.waiting) = None;
-        done
-    }
-}
-
-fn lock(waiting: &Mutex<Option<Instant>>) -> MutexGuard<'_, Option<Instant>> {
-    waiting.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Ends the process if nobody has waited for it.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _it_may_have_ended = self.0.kill();
-        let _reaped = self.0.wait();
-    }
+/// What is handed on from one process to the other.
+struct Passage<'p> {
+    job: &'p Job,
+    /// Bytes of the blob.
+    consumed: &'p AtomicU64,
+    unpacking: &'p Patience,
 }
 
 impl Unpacker {
     pub(super) fn perform(&self, root: &Path, mut job: Job, mut blob: impl Read) -> Outcome {
         job.opaque_later = true;
-        let failed = |act: &'static str, source: io::Error| UnpackError::Io {
-            act: act.into(),
-            path: self.program.display().to_string(),
-            source,
-        };
-        let child = Command::new(&self.program)
-            .args(&self.arguments)
-            .arg(root)
-            .arg(&job.target)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn();
-        let mut running = Running(child.map_err(|source| failed("start", source))?);
-        let mut input = running.0.stdin.take().expect("it is piped");
-        let output = running.0.stdout.take().expect("it is piped");
-        let patience = Patience::with(&running.0, self.patience);
+        let mut unpacking = self.start(&self.arguments, root, &job)?;
+        let mut head = Vec::new();
+        let read = Read::by_ref(&mut blob).take(4).read_to_end(&mut head);
+        read.map_err(|source| self.unread(source))?;
+        let (compression, blob) = (compression(&head), io::Cursor::new(head).chain(blob));
+        let mut input = unpacking.input.take().expect("it is piped");
         // It may have had enough before the end; what it says counts then.
-        let fed = match patience.while_it(|| write_job(&job, &mut input)) {
-            Ok(()) => feed(&mut blob, &mut input, &patience),
-            Err(_) => Ok(()),
+        let wrote = unpacking.patience.while_it(|| write_job(&job, &mut input));
+        let passage = Passage {
+            job: &job,
+            consumed: &AtomicU64::new(0),
+            unpacking: &unpacking.patience,
         };
-        drop(input);
-        if let Err(source) = fed {
-            return Err(match source.raw_os_error() {
-                Some(_) => failed("read a layer for", source),
-                None => UnpackError::Archive(Box::new(source)),
-            });
+        let passed = match compression {
+            _ if wrote.is_err() => None,
+            Compression::None => passage
+                .pass_on(Counted::new(blob, passage.consumed), input)
+                .map_err(|source| self.unread(source))?,
+            Compression::Gzip | Compression::Zstd => {
+                let inflating = self.start(&self.inflate, root, &job)?;
+                self.inflated(&passage, inflating, blob, input)?
+            }
+        };
+        let unpacked = self.answer(&mut unpacking, &job)?;
+        match passed {
+            Some(diff_id) => Ok((unpacked, diff_id)),
+            None => Err(UnpackError::Crashed(
+                "says that it is done before it was given all".to_owned(),
+            )),
         }
-        let answer = patience.while_it(|| read_answer(output));
-        let status = running
-            .0
+    }
+
+    fn start(&self, arguments: &[OsString], root: &Path, job: &Job) -> Result<Worker, UnpackError> {
+        let mut command = Command::new(&self.program);
+        command.args(arguments).arg(root).arg(&job.target);
+        Worker::start(command, self.patience).map_err(|source| self.failed("start", source))
+    }
+
+    /// Inflates the blob into `output`; the digest of what came, or `None` when not all was taken.
+    fn inflated(
+        &self,
+        passage: &Passage<'_>,
+        mut inflating: Worker,
+        blob: impl Read,
+        output: ChildStdin,
+    ) -> Result<Option<Digest>, UnpackError> {
+        let mut input = inflating.input.take().expect("it is piped");
+        let from: ChildStdout = inflating.output.take().expect("it is piped");
+        let (fed, status, passed) = std::thread::scope(|scope| {
+            let passing = scope.spawn(move || passage.pass_on(from, output));
+            let mut blob = Counted::new(blob, passage.consumed);
+            let fed = hand_on(&mut blob, &mut input, &inflating.patience);
+            drop(input);
+            if fed.is_err() {
+                inflating.kill();
+            }
+            let status = inflating.wait();
+            let passed = passing.join().expect("it does not panic");
+            (fed, status, passed)
+        });
+        fed.map_err(|source| self.unread(source))?;
+        let passed = passed.map_err(|source| match bomb(&source) {
+            Some(bomb) => UnpackError::Bomb(*bomb),
+            None => self.failed("read from", source),
+        })?;
+        let status = status.map_err(|source| self.failed("wait for", source))?;
+        // Who takes no more has its reasons, and says them.
+        if passed.is_some() && !status.success() {
+            return Err(self.not_inflated(status, &inflating.patience));
+        }
+        Ok(passed)
+    }
+
+    fn not_inflated(&self, status: ExitStatus, patience: &Patience) -> UnpackError {
+        if patience.is_lost() {
+            return self.hung();
+        }
+        if status.code() == Some(INFLATE_DAMAGED.into()) {
+            return UnpackError::Archive("its compression is damaged or cut off".into());
+        }
+        self.blame(status)
+    }
+
+    /// What was unpacked, as the process says.
+    fn answer(&self, unpacking: &mut Worker, job: &Job) -> Result<Unpacked, UnpackError> {
+        let output = unpacking.output.take().expect("it is piped");
+        let answer = unpacking.patience.while_it(|| read_answer(output));
+        let status = unpacking
             .wait()
-            .map_err(|source| failed("wait for", source))?;
+            .map_err(|source| self.failed("wait for", source))?;
         match answer {
-            Some(Answer::Done(unpacked, _))
+            Some(Answer::Done(unpacked))
                 if unpacked.bytes > job.budget.bytes || unpacked.entries > job.budget.entries =>
             {
                 let more = "says that it unpacked more than it may";
                 Err(UnpackError::Crashed(more.to_owned()))
             }
-            Some(Answer::Done(mut unpacked, diff_id)) => {
+            Some(Answer::Done(mut unpacked)) => {
                 unpacked.notes.truncate(NOTES_MAX);
                 let opaque = unpacked.opaque.get_or_insert_default();
                 set_opaque(&job.target, opaque)
-                    .map_err(|source| failed("make directories opaque for", source))?;
-                Ok((*unpacked, diff_id))
+                    .map_err(|source| self.failed("make directories opaque for", source))?;
+                Ok(*unpacked)
             }
             Some(Answer::Failed(failure)) => Err(failure.into()),
-            None if patience.lost.load(Ordering::SeqCst) => Err(UnpackError::Ended(format!(
-                "took no bytes and gave no answer for {} s and was ended",
-                self.patience.as_secs()
-            ))),
-            None => Err(without_answer(status).unwrap_or_else(|| {
-                let ended = format!("it ended with {status} and without an answer");
-                failed("have a layer unpacked by", io::Error::other(ended))
-            })),
+            None if unpacking.patience.is_lost() => Err(self.hung()),
+            None => Err(self.blame(status)),
+        }
+    }
+
+    fn hung(&self) -> UnpackError {
+        UnpackError::Ended(format!(
+            "took no bytes and gave no answer for {} s and was ended",
+            self.patience.as_secs()
+        ))
+    }
+
+    fn blame(&self, status: ExitStatus) -> UnpackError {
+        blame(status).unwrap_or_else(|| {
+            let ended = format!("it ended with {status} and without an answer");
+            self.failed("have a layer unpacked by", io::Error::other(ended))
+        })
+    }
+
+    fn failed(&self, act: &'static str, source: io::Error) -> UnpackError {
+        UnpackError::Io {
+            act: act.into(),
+            path: self.program.display().to_string(),
+            source,
+        }
+    }
+
+    /// The blob could not be read, or it was a bomb.
+    fn unread(&self, source: io::Error) -> UnpackError {
+        match (bomb(&source), source.raw_os_error()) {
+            (Some(bomb), _) => UnpackError::Bomb(*bomb),
+            (None, Some(_)) => self.failed("read a layer for", source),
+            (None, None) => UnpackError::Archive(Box::new(source)),
         }
     }
 }
 
-/// What is to blame when a process ended so and said nothing that is an answer; `None` when that says nothing about the
-/// layer, as when the confinement could not be made.
-fn without_answer(status: ExitStatus) -> Option<UnpackError> {
-    let crashed = |how: String| Some(UnpackError::Crashed(how));
-    let ended = |how: String| Some(UnpackError::Ended(how));
-    match (status.signal(), status.code()) {
-        (Some(signal), _) if FAULTS.contains(&signal) => {
-            crashed(format!("crashed on it ({status})"))
-        }
-        (Some(signal), _) if LIMITS.contains(&signal) => {
-            crashed(format!("took more than any layer needs ({status})"))
-        }
-        (Some(SIGABRT), _) => ended(format!(
-            "could not have the memory that it wanted ({status})"
-        )),
-        (Some(SIGKILL), _) => ended("was killed, as when the device runs out of memory".to_owned()),
-        (Some(_), _) => ended(format!("was ended ({status})")),
-        (None, Some(PANICKED)) => crashed(format!("gave up on it ({status})")),
-        (None, Some(0)) => crashed("ended without an answer".to_owned()),
-        (None, _) => None,
+impl Passage<'_> {
+    /// Hands an uncompressed layer on to who unpacks it: its digest, or `None` when not all was taken.
+    ///
+    /// # Errors
+    /// Those of reading, and what bounds it.
+    fn pass_on(&self, layer: impl Read, mut output: ChildStdin) -> io::Result<Option<Digest>> {
+        let shortage = || self.job.shortage();
+        let max = self.job.stream_bytes_max;
+        let mut guarded = Guarded::new(layer, self.consumed, max, &shortage);
+        let all = hand_on(&mut guarded, &mut output, self.unpacking)?;
+        Ok(all.then(|| guarded.digest()))
     }
 }
 
-/// Hands the blob on.
+/// Hands all of it on; false when nobody takes it any more.
 ///
 /// # Errors
-/// Those of the blob; that nobody reads any more is none.
-fn feed(blob: &mut dyn Read, input: &mut dyn Write, patience: &Patience) -> io::Result<()> {
-    let mut buffer = vec![0; 64 << 10];
+/// Those of reading.
+fn hand_on(from: &mut dyn Read, to: &mut dyn Write, patience: &Patience) -> io::Result<bool> {
+    let mut buffer = vec![0; PIECE];
     loop {
-        match blob.read(&mut buffer) {
-            Ok(0) => return Ok(()),
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(true),
             Ok(count) => {
-                if patience
-                    .while_it(|| input.write_all(&buffer[..count]))
-                    .is_err()
-                {
-                    return Ok(());
+                let took = patience.while_it(|| to.write_all(&buffer[..count]));
+                if took.is_err() {
+                    return Ok(false);
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

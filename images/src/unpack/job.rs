@@ -1,14 +1,15 @@
-//! One layer to unpack as a piece of work that another process can do: [`Job`], [`perform`], and how the two processes
-//! speak ([`serve`], [`Answer`]).
+//! One layer to unpack as a piece of work that other processes can do: [`Job`], [`perform`], and how the processes speak
+//! ([`serve`], [`Answer`], [`inflate`]).
 //!
-//! What asks writes the job and then the blob into the other's standard input, and reads one [`Answer`] from its standard
-//! output. The other process may be confined so far that it sees nothing but the store and may write nothing but the
-//! target; see `foreshore-agent unpack`.
+//! What asks writes the job and then the uncompressed layer into the other's standard input, and reads one [`Answer`] from its
+//! standard output. The other process may be confined so far that it sees nothing but the store and may write nothing but the
+//! target; see `foreshore-agent unpack`. A second one inflates the blob. What asks stands between the two, and takes the diff id
+//! of what it hands on: neither of them can lie about it.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -18,12 +19,17 @@ use serde::{Deserialize, Serialize};
 use super::lower::{Below, OPAQUE};
 use super::stream::{self, Bomb};
 use super::{Budget, UnpackError, Unpacked, Unpacking, io_error};
+use crate::compression::decompress;
+use crate::room::Shortage;
 use crate::{Digest, Room};
 
 /// The longest job: as many paths as an image may have.
 const JOB_BYTES_MAX: u64 = 256 << 20;
 /// The longest answer that is read: what [`super::PATH_BYTES_TOTAL_MAX`] is in hexadecimal digits, and the rest.
 pub(crate) const ANSWER_BYTES_MAX: u64 = 160 << 20;
+
+/// What goes through a pipe at once.
+pub(crate) const PIECE: usize = 64 << 10;
 
 /// Paths inside a layer; they need not be UTF-8. In JSON each is a string of hexadecimal digits.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -63,11 +69,39 @@ const EIO: i32 = rustix::io::Errno::IO.raw_os_error();
 /// What comes of a [`Job`].
 pub type Outcome = Result<(Unpacked, Digest), UnpackError>;
 
-/// Unpacks `blob`, compressed or not, and returns what came of it and its diff id. On an error the target holds garbage.
+/// Unpacks `blob`, compressed or not, in this process, and returns what came of it and its diff id. On an error the target
+/// holds garbage.
 ///
 /// # Errors
 /// [`UnpackError`].
 pub fn perform(job: &Job, blob: impl Read) -> Outcome {
+    let unpacking = open(job)?;
+    let shortage = || job.shortage();
+    let unpacked = stream::with_layer(
+        blob,
+        job.stream_bytes_max,
+        &shortage,
+        |stream| unpacking.run(stream),
+        read_error,
+    );
+    unpacked.map_err(|error| match error {
+        UnpackError::Archive(source) => match stream::bomb(source.as_ref()) {
+            Some(bomb) => UnpackError::Bomb(*bomb),
+            None => UnpackError::Archive(source),
+        },
+        error => error,
+    })
+}
+
+/// Unpacks what comes uncompressed and guarded.
+fn perform_plain(job: &Job, mut layer: impl Read) -> Result<Unpacked, UnpackError> {
+    let unpacked = open(job)?.run(&mut layer)?;
+    // The diff id covers what stands behind the archive's end, usually zeros.
+    io::copy(&mut layer, &mut io::sink()).map_err(read_error)?;
+    Ok(unpacked)
+}
+
+fn open(job: &Job) -> Result<Unpacking, UnpackError> {
     let open = |path: &PathBuf| {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::open(path, flags, Mode::empty())
@@ -84,28 +118,45 @@ pub fn perform(job: &Job, blob: impl Read) -> Outcome {
             })
         })
         .collect::<Result<_, UnpackError>>()?;
-    let unpacking = Unpacking::new(target, lowers, job);
-    let shortage = || {
-        let room = Room::of(&job.target, job.reserve_bytes).ok()?;
+    Ok(Unpacking::new(target, lowers, job))
+}
+
+fn read_error(source: io::Error) -> UnpackError {
+    match source.raw_os_error() {
+        Some(_) => io_error("read", b"the layer's blob", source),
+        None => UnpackError::Archive(Box::new(source)),
+    }
+}
+
+impl Job {
+    /// Whether the disk has room for more of it.
+    pub(crate) fn shortage(&self) -> Option<Shortage> {
+        let room = Room::of(&self.target, self.reserve_bytes).ok()?;
         room.shortage(0, 0)
+    }
+}
+
+/// The exit code of a process that [`inflate`]d something that is damaged.
+pub const INFLATE_DAMAGED: u8 = 3;
+/// The exit code of one whose output nobody took.
+pub const INFLATE_NOT_TAKEN: u8 = 4;
+
+/// Inflates gzip or zstd; the exit code for a process that does nothing else: 0, [`INFLATE_DAMAGED`] or
+/// [`INFLATE_NOT_TAKEN`].
+pub fn inflate(input: impl Read, output: &mut dyn Write) -> u8 {
+    let Ok(mut inflated) = decompress(BufReader::with_capacity(64 << 10, input)) else {
+        return INFLATE_DAMAGED;
     };
-    let unpacked = stream::with_layer(
-        blob,
-        job.stream_bytes_max,
-        &shortage,
-        |stream| unpacking.run(stream),
-        |source| match source.raw_os_error() {
-            Some(_) => io_error("read", b"the layer's blob", source),
-            None => UnpackError::Archive(Box::new(source)),
-        },
-    );
-    unpacked.map_err(|error| match error {
-        UnpackError::Archive(source) => match stream::bomb(source.as_ref()) {
-            Some(bomb) => UnpackError::Bomb(*bomb),
-            None => UnpackError::Archive(source),
-        },
-        error => error,
-    })
+    let mut buffer = vec![0; PIECE];
+    loop {
+        match inflated.read(&mut buffer) {
+            Ok(0) => return 0,
+            Ok(count) if output.write_all(&buffer[..count]).is_err() => return INFLATE_NOT_TAKEN,
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return INFLATE_DAMAGED,
+        }
+    }
 }
 
 /// Makes directories of an unpacked layer opaque for overlayfs. The paths come from a process that is not trusted: they
@@ -159,7 +210,7 @@ pub(crate) fn opaque_in(tree: &std::path::Path) -> io::Result<Paths> {
 /// What [`serve`] writes.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    Done(Box<Unpacked>, Digest),
+    Done(Box<Unpacked>),
     Failed(Failure),
 }
 
@@ -184,14 +235,14 @@ pub(crate) enum Failure {
     },
 }
 
-/// Writes a job; the blob comes behind it.
+/// Writes a job; the uncompressed layer comes behind it.
 pub(crate) fn write_job(job: &Job, out: &mut dyn Write) -> io::Result<()> {
     let text = serde_json::to_vec(job)?;
     out.write_all(&(text.len() as u64).to_le_bytes())?;
     out.write_all(&text)
 }
 
-/// Reads a job as a parent writes it. The blob comes behind it.
+/// Reads a job as a parent writes it. The uncompressed layer comes behind it.
 ///
 /// # Errors
 /// When that is not what comes.
@@ -207,13 +258,14 @@ pub fn read_job(input: &mut dyn Read) -> io::Result<Job> {
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// Does a job with the blob that follows it in `input`, and answers on `output`.
+/// Does a job with the uncompressed layer that follows it in `input`, and answers on `output`. Nobody believes it about the
+/// diff id.
 ///
 /// # Errors
 /// When the answer cannot be written; nobody needs it then.
 pub fn serve(job: &Job, input: impl Read, output: &mut dyn Write) -> io::Result<()> {
-    let answer = match perform(job, input) {
-        Ok((unpacked, diff_id)) => Answer::Done(Box::new(unpacked), diff_id),
+    let answer = match perform_plain(job, input) {
+        Ok(unpacked) => Answer::Done(Box::new(unpacked)),
         Err(error) => Answer::Failed(error.into()),
     };
     serde_json::to_writer(&mut *output, &answer)?;

@@ -1,7 +1,7 @@
 //! The way of a layer from its blob to the unpacker: counted, inflated, hashed, and stopped when it is a bomb.
 
-use std::cell::Cell;
 use std::io::{self, BufReader, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -48,51 +48,72 @@ pub(super) fn with_layer<T, E>(
     unpack: impl FnOnce(&mut dyn Read) -> Result<T, E>,
     bad: impl Fn(io::Error) -> E,
 ) -> Result<(T, Digest), E> {
-    let consumed = Cell::new(0);
-    let counted = Counted {
-        inner: blob,
-        consumed: &consumed,
-    };
+    let consumed = AtomicU64::new(0);
+    let counted = Counted::new(blob, &consumed);
     let inflated = decompress(BufReader::with_capacity(64 << 10, counted)).map_err(&bad)?;
-    let mut guarded = Guarded {
-        inner: inflated,
-        consumed: &consumed,
-        produced: 0,
-        max: stream_bytes_max,
-        shortage,
-        looked: 0,
-        hasher: Sha256::new(),
-    };
+    let mut guarded = Guarded::new(inflated, &consumed, stream_bytes_max, shortage);
     let done = unpack(&mut guarded)?;
     // The diff id covers what stands behind the archive's end, usually zeros.
     io::copy(&mut guarded, &mut io::sink()).map_err(&bad)?;
-    Ok((done, Digest::from_bytes(guarded.hasher.finalize().into())))
+    Ok((done, guarded.digest()))
 }
 
 /// Counts what is taken from the blob.
-struct Counted<'c, R> {
+pub(crate) struct Counted<'c, R> {
     inner: R,
-    consumed: &'c Cell<u64>,
+    consumed: &'c AtomicU64,
+}
+
+impl<'c, R> Counted<'c, R> {
+    pub(crate) const fn new(inner: R, consumed: &'c AtomicU64) -> Self {
+        Self { inner, consumed }
+    }
 }
 
 impl<R: Read> Read for Counted<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
-        self.consumed.set(self.consumed.get() + count as u64);
+        self.consumed.fetch_add(count as u64, Ordering::Relaxed);
         Ok(count)
     }
 }
 
 /// Hashes and bounds what comes out.
-struct Guarded<'c, R> {
+pub(crate) struct Guarded<'c, R> {
     inner: R,
-    consumed: &'c Cell<u64>,
+    /// Of the blob, by now.
+    consumed: &'c AtomicU64,
     produced: u64,
     max: u64,
     shortage: &'c dyn Fn() -> Option<Shortage>,
     /// What was produced when the disk was last looked at.
     looked: u64,
     hasher: Sha256,
+}
+
+impl<'c, R> Guarded<'c, R> {
+    /// Nothing has been read of either.
+    pub(crate) fn new(
+        inner: R,
+        consumed: &'c AtomicU64,
+        max: u64,
+        shortage: &'c dyn Fn() -> Option<Shortage>,
+    ) -> Self {
+        Self {
+            inner,
+            consumed,
+            produced: 0,
+            max,
+            shortage,
+            looked: 0,
+            hasher: Sha256::new(),
+        }
+    }
+
+    /// Of all that came out.
+    pub(crate) fn digest(self) -> Digest {
+        Digest::from_bytes(self.hasher.finalize().into())
+    }
 }
 
 impl<R: Read> Read for Guarded<'_, R> {
@@ -102,7 +123,9 @@ impl<R: Read> Read for Guarded<'_, R> {
         if self.produced > self.max {
             return Err(io::Error::other(Bomb::Length(self.max)));
         }
-        if self.produced > FREE_BYTES && self.produced / RATIO_MAX > self.consumed.get() {
+        if self.produced > FREE_BYTES
+            && self.produced / RATIO_MAX > self.consumed.load(Ordering::Relaxed)
+        {
             return Err(io::Error::other(Bomb::Ratio));
         }
         if self.produced - self.looked >= LOOK_BYTES {
@@ -117,7 +140,7 @@ impl<R: Read> Read for Guarded<'_, R> {
 }
 
 /// Finds what stopped a stream, however it was wrapped on its way up.
-pub(super) fn bomb<'e>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e Bomb> {
+pub(crate) fn bomb<'e>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e Bomb> {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(bomb) = error.downcast_ref::<Bomb>() {

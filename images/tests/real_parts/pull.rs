@@ -192,6 +192,7 @@ fn mounted(registry: &Registry, name: &str, dir: &Path) -> Mount {
     let other = Unpacker {
         program: program.ancestors().nth(2).unwrap().join("examples/unpack"),
         arguments: Vec::new(),
+        inflate: vec!["inflate".into()],
         patience: std::time::Duration::from_mins(1),
     };
     let here = stage("here", None);

@@ -430,10 +430,12 @@ fn an_unpacker_that_dies_of_wrong_bytes_gets_the_right_ones() {
         seen.display(),
         example.display()
     );
+    let inflate = format!("exec {} inflate", example.display());
     let config = StoreConfig {
         unpacker: Some(Unpacker {
             program: "/bin/sh".into(),
             arguments: vec!["-c".into(), script.into()],
+            inflate: vec!["-c".into(), inflate.into()],
             patience: Duration::from_secs(20),
         }),
         ..StoreConfig::default()

@@ -12,7 +12,7 @@ use foreshore_images::store::{Progress, StageError, Store, StoreConfig, Unpacker
 use foreshore_images::{Digest, Fault, Platform, Reference};
 
 use crate::compose::{Blobs, Layer, digest};
-use crate::hostile::{client_for, honest};
+use crate::hostile::{chain, client_for, honest};
 use crate::server::{Server, status};
 
 const AMD64: (&str, &str) = ("amd64", "");
@@ -437,6 +437,139 @@ fn the_store_is_nobody_else_s() {
     );
 }
 
+fn unpacker(arguments: [&str; 2], inflate: &str, patience: Duration) -> Unpacker {
+    Unpacker {
+        program: "/bin/sh".into(),
+        arguments: arguments.map(Into::into).into(),
+        inflate: vec!["-c".into(), inflate.into()],
+        patience,
+    }
+}
+
+/// A layer that takes its unpacker over cannot put its tree in the place of another's: what the digest of its content is nobody
+/// asks who unpacked it.
+#[test]
+fn who_unpacks_cannot_pass_a_tree_off_as_another_layer() {
+    let good = Layer::gzip(&[("f", b"good")]);
+    let evil = Layer::gzip(&[("f", b"evil")]);
+    let mut blobs = Blobs::default();
+    let honest_image = digest(&blobs.image(AMD64, std::slice::from_ref(&good)));
+    // The blob of one, the diff id of the other.
+    let mixed = Layer {
+        diff_id: good.diff_id,
+        ..evil.clone()
+    };
+    let evil_image = digest(&blobs.image(AMD64, &[mixed]));
+    let world = World::new(blobs);
+    let root = world.root.path().join("store");
+    let config = |script: &str| StoreConfig {
+        unpacker: Some(unpacker(
+            ["-c", script],
+            "exec gzip -dc",
+            Duration::from_secs(20),
+        )),
+        ..StoreConfig::default()
+    };
+    let trees = || fs::read_dir(root.join("layers")).unwrap().count();
+    let done = r#"{"Done":{"bytes":4,"entries":1,"leans":LEANS,"notes":[],"opaque":[]}}"#;
+    let leans = serde_json::to_string(&foreshore_images::unpack::Leaning::default()).unwrap();
+    let done = done.replace("LEANS", &leans);
+    // It takes all, or stops in the middle, and says that all is well.
+    for take in ["cat > /dev/null", "head -c 600 > /dev/null", ":"] {
+        let script = format!("{take}; echo evil > $1/f; echo '{done}'");
+        let store = Store::open_with(&root, config(&script)).unwrap();
+        let error = world.stage(&store, evil_image).unwrap_err();
+        let faults = [Fault::DigestMismatch, Fault::BadImage];
+        assert!(faults.contains(&error.fault()), "{take}: {}", chain(&error));
+        assert!(!error.is_transient(), "{take}");
+        assert_eq!(trees(), 0, "{take}");
+        // The process may write what it likes for a layer that it was given; that is not shown to others.
+    }
+    let example = std::env::current_exe().unwrap();
+    let example = example.ancestors().nth(2).unwrap().join("examples/unpack");
+    let script = format!("exec {}", example.display());
+    let store = Store::open_with(&root, config(&script)).unwrap();
+    let staged = world.stage(&store, honest_image).unwrap();
+    assert_eq!(fs::read(staged.layers[0].join("f")).unwrap(), b"good");
+    // Nor can who inflates: what comes out of it has that digest or is thrown away.
+    store.remove_unused(&BTreeSet::new()).unwrap();
+    let lying = StoreConfig {
+        unpacker: Some(unpacker(
+            ["-c", &script],
+            "cat > /dev/null; head -c 10240 /dev/zero",
+            Duration::from_secs(20),
+        )),
+        ..StoreConfig::default()
+    };
+    let store = Store::open_with(&root, lying).unwrap();
+    let error = world.stage(&store, evil_image).unwrap_err();
+    assert_eq!(error.fault(), Fault::DigestMismatch, "{}", chain(&error));
+    assert_eq!(trees(), 0);
+}
+
+#[test]
+fn an_inflater_that_hangs_dies_or_is_no_match_is_an_error_and_leaves_nothing() {
+    let content: Vec<u8> = (0..400_000_u32)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0])
+        .collect();
+    let mut blobs = Blobs::default();
+    let image = digest(&blobs.image(AMD64, &[Layer::gzip(&[("f", &content)])]));
+    let world = World::new(blobs);
+    let example = std::env::current_exe().unwrap();
+    let example = example.ancestors().nth(2).unwrap().join("examples/unpack");
+    let script = format!("exec {}", example.display());
+    for (inflate, named, fault) in [
+        ("exec sleep 1000", "was ended", Fault::Internal),
+        (
+            "cat > /dev/null; exec sleep 1000",
+            "was ended",
+            Fault::Internal,
+        ),
+        ("kill -9 $$", "out of memory", Fault::Internal),
+        ("exit 1", "exit status: 1", Fault::Internal),
+        (
+            "gzip -dc | head -c 100000; kill -11 $$",
+            "crashed",
+            Fault::BadImage,
+        ),
+        (
+            "cat > /dev/null; exit 3",
+            "compression is damaged",
+            Fault::BadImage,
+        ),
+        (
+            "gzip -dc | head -c 100000; exit 3",
+            "compression is damaged",
+            Fault::BadImage,
+        ),
+        // It says that all is well, and it is not all.
+        ("gzip -dc | head -c 100000", "tar archive", Fault::BadImage),
+        // Without an end: as much as the image may have, and no more; the archive ends at its beginning.
+        ("exec cat /dev/zero", "decompression bomb", Fault::BadImage),
+    ] {
+        let config = StoreConfig {
+            unpacked_bytes_max: 64 << 20,
+            unpacker: Some(unpacker(
+                ["-c", &script],
+                inflate,
+                Duration::from_millis(700),
+            )),
+            ..StoreConfig::default()
+        };
+        let store = Store::open_with(world.root.path(), config).unwrap();
+        let begin = std::time::Instant::now();
+        let error = world.stage(&store, image).unwrap_err();
+        let text = chain(&error);
+        assert!(begin.elapsed() < Duration::from_secs(20), "{inflate}");
+        assert_eq!(error.fault(), fault, "{inflate}: {text}");
+        assert!(text.contains(named), "{inflate}: {text}");
+        for name in ["tmp", "layers", "images"] {
+            let left = fs::read_dir(world.root.path().join(name)).unwrap().count();
+            assert_eq!(left, 0, "{inflate}: {name}");
+        }
+    }
+}
+
 #[test]
 fn an_unpacker_that_hangs_dies_or_talks_nonsense_is_an_error_and_leaves_nothing() {
     let (blobs, image, _) = three_layers();
@@ -484,17 +617,17 @@ fn an_unpacker_that_hangs_dies_or_talks_nonsense_is_an_error_and_leaves_nothing(
         ("exit 0", "without an answer", Fault::BadImage),
     ] {
         let config = StoreConfig {
-            unpacker: Some(Unpacker {
-                program: "/bin/sh".into(),
-                arguments: vec!["-c".into(), script.into()],
-                patience: Duration::from_millis(500),
-            }),
+            unpacker: Some(unpacker(
+                ["-c", script],
+                "exec gzip -dc",
+                Duration::from_millis(500),
+            )),
             ..StoreConfig::default()
         };
         let store = Store::open_with(world.root.path(), config).unwrap();
         let begin = std::time::Instant::now();
         let error = world.stage(&store, image).unwrap_err();
-        let text = crate::hostile::chain(&error);
+        let text = chain(&error);
         assert!(begin.elapsed() < Duration::from_secs(10), "{script}");
         assert_eq!(error.fault(), fault, "{script}: {text}");
         assert_eq!(error.is_transient(), fault == Fault::Internal, "{script}");
