@@ -133,6 +133,11 @@ impl Hub {
     }
 
     pub fn assign_only(&self, generation: u64, release: &Release) {
+        self.assign_within(generation, release, 3_000);
+    }
+
+    /// The same with another deadline for progress, in milliseconds.
+    pub fn assign_within(&self, generation: u64, release: &Release, deadline: u64) {
         let version = Version::from_numbers(1, generation).unwrap();
         let app = HeadApp {
             override_lock: false,
@@ -140,7 +145,7 @@ impl Hub {
             release: release.digest(),
             since: version,
             soak_ms: 300,
-            progress_deadline_ms: 3_000,
+            progress_deadline_ms: deadline,
         };
         self.head(&Head {
             version,
