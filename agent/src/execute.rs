@@ -56,6 +56,8 @@ impl<R> Clone for Tools<R> {
 pub enum Task {
     /// [`crate::plan::Step::Stage`].
     Stage {
+        /// For which app.
+        app: AppName,
         /// Which release.
         release: Digest,
         /// As in the step.
@@ -133,7 +135,11 @@ pub async fn execute<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
 
 async fn perform<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
     match task {
-        Task::Stage { release, images } => match stage(tools, release, &images).await {
+        Task::Stage {
+            app,
+            release,
+            images,
+        } => match stage(tools, &app, release, &images).await {
             Ok(()) => Outcome::Staged { release },
             Err(reason) => Outcome::StagingFailed { release, reason },
         },
@@ -234,9 +240,14 @@ async fn prepare_stop<R: Runtime>(
     left().max(LAST_GRACE.min(grace))
 }
 
-async fn stage<R>(tools: &Tools<R>, release: Digest, images: &[String]) -> Result<(), Reason> {
+async fn stage<R>(
+    tools: &Tools<R>,
+    app: &AppName,
+    release: Digest,
+    images: &[String],
+) -> Result<(), Reason> {
     let staging =
-        Staging::start(&tools.program, &tools.config, images).map_err(|error| Reason {
+        Staging::start(&tools.program, &tools.config, app, images).map_err(|error| Reason {
             code: ReasonCode::Internal,
             service: None,
             message: format!("failed to start {}: {error}", tools.program.display()),

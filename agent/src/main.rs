@@ -27,6 +27,7 @@ use foreshore_agent::{
 };
 use foreshore_images::Digest;
 use foreshore_images::store::{Progress, Store};
+use foreshore_protocol::AppName;
 use foreshore_protocol::message::{AppStatus, ServiceState};
 
 /// Runs containers on this device as the hub wants them, and keeps them running without it.
@@ -101,6 +102,9 @@ enum Command {
     Stage {
         #[command(flatten)]
         at: At,
+        /// Whose images they are, for the policy's `[apps.NAME]`.
+        #[arg(long)]
+        app: Option<AppName>,
         images: Vec<String>,
     },
 }
@@ -198,7 +202,11 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Stage { at, images } => Ok(stage::run(&Config::load(&at.config)?, &images)),
+        Command::Stage { at, app, images } => Ok(stage::run(
+            &Config::load(&at.config)?,
+            app.as_ref(),
+            &images,
+        )),
         Command::CheckConfig(at) => Ok(check_config(&at.config)),
         Command::Doctor { at, output } => examine(&at.config, output),
         Command::Run(at) => run_agent(&at.config).map(|()| ExitCode::SUCCESS),

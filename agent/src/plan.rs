@@ -28,6 +28,7 @@
 //! | `plan/history.rs` | what is remembered, and how a step's outcome changes it |
 //! | `plan/check.rs` | whether a plan keeps the rules; for tests and debug builds |
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_protocol::id::SecretName;
@@ -141,10 +142,23 @@ pub struct Observed {
     pub usage: BTreeMap<ContainerId, DiskUsage>,
     /// The releases in `releases` that the device's policy does not allow, or not now.
     pub verdicts: BTreeMap<Digest, PolicyVerdict>,
+    /// Images on disk that a release must not be tried with yet, by release: the policy wants a signature of them that
+    /// is not here. What runs already, or is gone back to, is not asked for one.
+    pub unsigned: BTreeMap<Digest, BTreeSet<Digest>>,
     /// The secrets that are there, with their revisions.
     pub secrets: BTreeMap<SecretName, u64>,
     /// What is being done at this moment; no second step is planned on it.
     pub busy: Busy,
+}
+
+impl Observed {
+    /// The images that are here for a trial of `release`.
+    fn images_for(&self, release: &Digest) -> Cow<'_, BTreeSet<Digest>> {
+        match self.unsigned.get(release) {
+            None => Cow::Borrowed(&self.images),
+            Some(unsigned) => Cow::Owned(self.images.difference(unsigned).copied().collect()),
+        }
+    }
 }
 
 /// How the file system of the state directory is.

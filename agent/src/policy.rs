@@ -16,11 +16,13 @@ use serde::{Deserialize, Serialize};
 
 mod file;
 mod pattern;
+mod signature;
 #[cfg(test)]
 mod tests;
 
 pub use file::{PolicyError, Source, Watched};
 pub use pattern::DevicePattern;
+pub use signature::{ImagePattern, SignatureRule};
 
 /// A policy file: what every app may ask for, and tables for single apps.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -38,6 +40,9 @@ pub struct Policy {
     /// What one service may have at most.
     #[serde(default)]
     pub max: Ceilings,
+    /// Which images need signatures, and by whom.
+    #[serde(default)]
+    pub signatures: Vec<SignatureRule>,
     /// What is different for single apps: a key that is given here replaces the one above.
     #[serde(default)]
     pub apps: BTreeMap<AppName, AppPolicy>,
@@ -61,6 +66,8 @@ pub struct AppPolicy {
     pub host_network: Option<bool>,
     /// As in [`Policy`].
     pub max: Option<Ceilings>,
+    /// As in [`Policy`].
+    pub signatures: Option<Vec<SignatureRule>>,
 }
 
 /// One of `binds`.

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use foreshore_images::registry::Client;
 use foreshore_images::store::{Progress, Store};
 use foreshore_images::{Fault, Platform, Reference};
+use foreshore_protocol::AppName;
 use foreshore_protocol::message::{Reason, ReasonCode};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
@@ -113,11 +114,18 @@ impl Staging {
     /// # Errors
     ///
     /// When no process can be started.
-    pub fn start(program: &Path, config: &Path, images: &[String]) -> std::io::Result<Self> {
+    pub fn start(
+        program: &Path,
+        config: &Path,
+        app: &AppName,
+        images: &[String],
+    ) -> std::io::Result<Self> {
         let mut child = Command::new(program)
             .arg("stage")
             .arg("--config")
             .arg(config)
+            .arg("--app")
+            .arg(app.as_str())
             .arg("--")
             .args(images)
             .stdin(Stdio::null())
@@ -171,9 +179,10 @@ impl Staging {
     }
 }
 
-/// The child: stages `images` one after the other and prints [`Line`]s. Call it before any thread exists.
+/// The child: stages `images` one after the other and prints [`Line`]s. First it sees to the signatures that the policy
+/// wants of images of `app`. Call it before any thread exists.
 #[must_use]
-pub fn run(config: &Config, images: &[String]) -> ExitCode {
+pub fn run(config: &Config, app: Option<&AppName>, images: &[String]) -> ExitCode {
     // A pull nobody waits for any more would only hold the store's lock.
     let _harmless_if_refused = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
     // Of all that belongs to the agent this is missed least when the device runs out of memory.
@@ -182,7 +191,7 @@ pub fn run(config: &Config, images: &[String]) -> ExitCode {
         // The agent was gone before it could take this process along.
         return ExitCode::FAILURE;
     }
-    match stage(config, images) {
+    match stage(config, app, images) {
         Ok(()) => {
             print(&Line::Done);
             ExitCode::SUCCESS
@@ -209,15 +218,27 @@ fn nobody_listens() -> bool {
             .is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
-fn stage(config: &Config, references: &[String]) -> Result<(), (Fault, String)> {
+fn stage(
+    config: &Config,
+    app: Option<&AppName>,
+    references: &[String],
+) -> Result<(), (Fault, String)> {
     let client = config
         .registry_client()
         .map_err(|error| (Fault::Config, chain(&error)))?;
     let client = Client::new(client).map_err(|error| (Fault::Config, chain(&error)))?;
     let store = images::open(config).map_err(|error| (error.fault(), chain(&error)))?;
+    let policy = config.policy_source().load();
+    let policy = policy.map_err(|error| (Fault::Config, chain(&error)))?;
     for image in in_order(references) {
         let reference = Reference::parse(image)
             .map_err(|error| (Fault::BadImage, format!("{image}: {}", chain(&error))))?;
+        let demands = policy.demands(app, &reference.name());
+        if !demands.is_empty() {
+            store
+                .prove(&client, &reference, &demands)
+                .map_err(|error| (error.fault(), chain(&error)))?;
+        }
         let (mut fetched, mut told) = (0_u64, Instant::now());
         let mut progress = |progress: Progress| match progress {
             Progress::Planned { bytes, .. } => print(&Line::Planned {
@@ -271,6 +292,7 @@ const fn code(fault: Fault) -> ReasonCode {
         Fault::DigestMismatch => ReasonCode::DigestMismatch,
         Fault::NoMatchingPlatform => ReasonCode::NoMatchingPlatform,
         Fault::BadImage => ReasonCode::BadImage,
+        Fault::Unsigned => ReasonCode::ImageUnsigned,
         Fault::DiskFull => ReasonCode::DiskFull,
         Fault::Deferred => ReasonCode::PullDeferred,
         Fault::Busy | Fault::Config | Fault::Internal => ReasonCode::Internal,
@@ -299,7 +321,9 @@ mod tests {
             .unwrap();
         runtime.block_on(async {
             let mut seen = Vec::new();
-            let staging = Staging::start(&program, Path::new("/none"), &["a".to_owned()]).unwrap();
+            let app = "web".parse().unwrap();
+            let images = ["a".to_owned()];
+            let staging = Staging::start(&program, Path::new("/none"), &app, &images).unwrap();
             let end = tokio::time::timeout(
                 Duration::from_secs(20),
                 staging.finish(|line| seen.push(line)),

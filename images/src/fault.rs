@@ -15,6 +15,8 @@ pub enum Fault {
     NoMatchingPlatform,
     /// The image or archive is broken, hostile or beyond a limit.
     BadImage,
+    /// The image is not signed by whom the policy trusts.
+    Unsigned,
     /// Not enough disk space.
     DiskFull,
     /// The device does not fetch now, for example since its link costs money.

@@ -12,6 +12,7 @@
 //! | [`registry`] | the client of the OCI distribution API |
 //! | [`room`] | what a file system has left, and the reserve that stays free |
 //! | [`store`] | the images on a device: blobs, unpacked layers, records, garbage collection |
+//! | [`signature`] | who vouches for an image |
 //! | [`unpack`] | one layer's tar stream into one directory that it can never leave |
 //! | [`delta`] | a layer made of files of an old image and of little besides |
 //! | [`compression`] | gzip and zstd, told apart by their first bytes |
@@ -46,6 +47,7 @@ pub mod platform;
 pub mod reference;
 pub mod registry;
 pub mod room;
+pub mod signature;
 pub mod store;
 mod tar_stream;
 pub mod unpack;

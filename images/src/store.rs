@@ -28,6 +28,7 @@ mod origin;
 mod pull;
 mod record;
 mod select;
+mod signed;
 mod staging;
 mod survey;
 mod unpacker;
@@ -164,6 +165,7 @@ impl Store {
             "pulling",
             "loading",
             "quarantine",
+            "signatures",
         ] {
             make(&root.join(name))?;
         }
@@ -345,12 +347,24 @@ impl Store {
             .retain(&blobs)
             .map_err(|source| io_error("remove blobs of", &self.root, source))?;
         removed.bytes += self.collect_pulls(&keep)?;
+        for digest in digests_in(&self.root.join("signatures"))? {
+            if !keep.contains(&digest) {
+                let path = self.signatures_path(&digest);
+                fs::remove_file(&path).map_err(|source| io_error("remove", &path, source))?;
+            }
+        }
         Ok(removed)
     }
 
     fn image_path(&self, digest: &Digest) -> PathBuf {
         self.root
             .join("images")
+            .join(format!("{}.json", digest.hex()))
+    }
+
+    fn signatures_path(&self, digest: &Digest) -> PathBuf {
+        self.root
+            .join("signatures")
             .join(format!("{}.json", digest.hex()))
     }
 

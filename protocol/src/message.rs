@@ -233,6 +233,8 @@ pub enum ReasonCode {
     SecretMissing,
     /// The device cannot limit a service's reading and writing as asked: no such disk, or not with its kernel.
     IoLimit,
+    /// The device's policy wants a signature that the image does not have.
+    ImageUnsigned,
 }
 
 /// One service in an [`AppStatus`].

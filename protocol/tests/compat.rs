@@ -203,6 +203,7 @@ fn reports_with_every_phase_and_reason() {
         R::PullDeferred,
         R::SecretMissing,
         R::IoLimit,
+        R::ImageUnsigned,
     ];
     let states = [
         ServiceState::Waiting,

@@ -288,7 +288,8 @@ fn gate(draft: &mut Draft<'_>, app: &AppName, release: Digest) -> Gate {
         }
         None => {}
     }
-    let missing = Target::new(release, manifest).missing_images(&draft.observed.images);
+    let here = draft.observed.images_for(&release);
+    let missing = Target::new(release, manifest).missing_images(&here);
     if missing.is_empty() {
         // What runs is not stopped for something that could not be started.
         let mut services = manifest.services.iter();

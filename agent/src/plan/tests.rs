@@ -890,6 +890,7 @@ mod disk;
 mod properties;
 mod secret;
 mod setbacks;
+mod signature;
 
 #[test]
 fn a_release_that_the_devices_policy_denies_is_rejected_before_anything_is_staged() {

@@ -73,6 +73,7 @@ pub(super) struct World {
     locks_changed: bool,
     /// What the device's policy says of releases.
     pub(super) verdicts: BTreeMap<Digest, PolicyVerdict>,
+    pub(super) unsigned: BTreeMap<Digest, BTreeSet<Digest>>,
     /// The revisions of the secrets that the hub sent.
     pub(super) secrets: BTreeMap<SecretName, u64>,
     /// How often a secret got another value.
@@ -114,6 +115,7 @@ impl World {
             usage: BTreeMap::new(),
             locks_changed: false,
             verdicts: BTreeMap::new(),
+            unsigned: BTreeMap::new(),
             secrets: BTreeMap::new(),
             rotations: 0,
             renewed: Vec::new(),
@@ -214,6 +216,7 @@ impl World {
             disk: self.disk,
             usage: self.usage.clone(),
             verdicts: self.verdicts.clone(),
+            unsigned: self.unsigned.clone(),
             secrets: self.secrets.clone(),
             busy: self.busy.clone(),
         }
@@ -346,6 +349,7 @@ impl World {
                         image.rsplit_once('@').unwrap().1.parse::<Digest>().unwrap()
                     };
                     self.images.extend(images.iter().map(digest));
+                    self.unsigned.remove(release);
                     Outcome::Staged { release: *release }
                 }
             },

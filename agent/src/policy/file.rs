@@ -116,6 +116,11 @@ impl Source {
     }
 
     fn check(&self, policy: &Policy) -> Result<(), PolicyError> {
+        let of_apps = policy.apps.values();
+        let of_apps = of_apps.filter_map(|app| app.signatures.as_ref());
+        for rule in of_apps.chain([&policy.signatures]).flatten() {
+            rule.check().map_err(|message| self.invalid(&message))?;
+        }
         let of_apps = policy.apps.values().filter_map(|app| app.binds.as_ref());
         for rule in of_apps.chain([&policy.binds]).flatten() {
             let path = &rule.path;

@@ -26,7 +26,7 @@ impl DevicePattern {
 }
 
 /// In time proportional to the product of the lengths: on a mismatch, only the last `*` takes one more.
-fn part_matches(pattern: &[u8], part: &[u8]) -> bool {
+pub(super) fn part_matches(pattern: &[u8], part: &[u8]) -> bool {
     let (mut at, mut index) = (0, 0);
     let mut star: Option<(usize, usize)> = None;
     while index < part.len() {

@@ -281,3 +281,61 @@ proptest! {
         prop_assert_eq!(whole.matches(&format!("/dev/{part}")), plain(pattern.as_bytes(), part.as_bytes()));
     }
 }
+
+/// What `openssl pkey -pubout` writes.
+const KEY: &str = "'''-----BEGIN PUBLIC KEY-----\n\
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAElSj0n6mdVUBkACLrW1OmYLkFWR3A\n\
+iECnyg+r4gCfH3EF/cHPbNgaEpGqAuQTaVy6X66YHrGitZ1e206mlb8mqg==\n\
+-----END PUBLIC KEY-----'''";
+
+fn wanted(policy: &Policy, app: &str, image: &str) -> usize {
+    let app = app.parse().unwrap();
+    policy.demands(Some(&app), image).len()
+}
+
+#[test]
+fn an_image_needs_what_every_rule_that_means_it_wants() {
+    let nothing = policy("");
+    assert_eq!(wanted(&nothing, "gateway", "ghcr.io/acme/web"), 0);
+    let some = policy(&format!(
+        "[[signatures]]\nimages = [\"ghcr.io/acme/*\", \"hub.internal/*\"]\nkeys = [{KEY}]\n\
+         [[signatures]]\nkeys = [{KEY}, {KEY}]\n\
+         [[apps.own.signatures]]\nimages = [\"hub.internal/own\"]\nkeys = [{KEY}]\n\
+         [apps.free]\nsignatures = []\n[apps.other]\nhost_network = true\n"
+    ));
+    for (app, image, count) in [
+        ("gateway", "ghcr.io/acme/web", 2),
+        ("gateway", "ghcr.io/acme/deep/web", 2),
+        ("gateway", "ghcr.io/acmeweb", 1),
+        ("gateway", "docker.io/library/nginx", 1),
+        ("other", "hub.internal/x", 2),
+        ("own", "hub.internal/own", 1),
+        ("own", "hub.internal/x", 0),
+        ("free", "ghcr.io/acme/web", 0),
+    ] {
+        assert_eq!(wanted(&some, app, image), count, "{app} {image}");
+    }
+    assert_eq!(some.demands(None, "hub.internal/own").len(), 2);
+    let named = some.demands(None, "x.example/y")[0].by;
+    assert!(named.ends_with("policy.toml"), "{named}");
+}
+
+#[test]
+fn rules_that_cannot_be_meant_are_refused() {
+    for (images, keys, named) in [
+        ("\"*\"", "", "can be met by no image"),
+        ("", KEY, "means none"),
+        ("\"\"", KEY, "no pattern"),
+        ("\"ghcr.io/Acme\"", KEY, "no pattern"),
+        ("\"ghcr.io/acme/web:1\"", KEY, "tag"),
+        ("\"nginx\"", KEY, "docker.io/library"),
+        ("\"*\"", "\"AAAA\"", "cosign.pub"),
+        ("\"*\"", "\"/etc/cosign.pub\"", "cosign.pub"),
+    ] {
+        let text = format!("[[signatures]]\nimages = [{images}]\nkeys = [{keys}]\n");
+        let error = load(&text).unwrap_err().to_string();
+        assert!(error.contains(named), "{images} {keys}: {error}");
+    }
+    let unknown = format!("[[signatures]]\nkeys = [{KEY}]\nidentity = \"me\"\n");
+    assert!(load(&unknown).unwrap_err().to_string().contains("identity"));
+}

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use foreshore_images::Reference;
 use foreshore_killpoint as killpoint;
 use foreshore_protocol::manifest::Service;
 use foreshore_protocol::message::{AppStatus, EventKind, ReasonCode, ServiceState};
@@ -89,6 +90,7 @@ impl<R: Runtime + 'static> Agent<R> {
             disk: self.disk.observed(),
             usage: self.disk.usage(),
             verdicts: self.verdicts(),
+            unsigned: self.unsigned(),
             secrets: self.vault.revisions(),
             busy: self.busy.clone(),
         }
@@ -111,6 +113,30 @@ impl<R: Runtime + 'static> Agent<R> {
             .iter()
             .filter_map(|(digest, release)| Some((*digest, verdict(release)?)))
             .collect()
+    }
+
+    /// Looked at anew each time: policy, releases, images and signatures all change, and it is only a matter of a
+    /// few files where a policy asks for it.
+    fn unsigned(&self) -> BTreeMap<Digest, BTreeSet<Digest>> {
+        // While it cannot be used no release is tried.
+        let Ok(policy) = self.policy.policy() else {
+            return BTreeMap::new();
+        };
+        let is_unsigned = |app: &AppName, image: &str| {
+            let reference = Reference::parse(image).ok()?;
+            let digest = reference.digest()?;
+            let demands = policy.demands(Some(app), &reference.name());
+            let lacks = !demands.is_empty() && !self.tools.images.is_signed(&digest, &demands);
+            lacks.then_some(digest)
+        };
+        let of = |(digest, release): (&Digest, &Release)| {
+            let images = release.services.values().map(|service| &service.image);
+            let unsigned: BTreeSet<Digest> = images
+                .filter_map(|image| is_unsigned(&release.app, image))
+                .collect();
+            (!unsigned.is_empty()).then_some((*digest, unsigned))
+        };
+        self.releases.iter().filter_map(of).collect()
     }
 
     fn settle_update_locks(&mut self, wanted: &BTreeSet<AppName>) {
@@ -199,8 +225,17 @@ impl<R: Runtime + 'static> Agent<R> {
         let service = |id: &ContainerId| Work::Service(id.app.clone(), id.service.clone());
         let (work, task) = match step {
             Step::Stage {
-                release, images, ..
-            } => (Work::Staging(release), Task::Stage { release, images }),
+                app,
+                release,
+                images,
+            } => {
+                let task = Task::Stage {
+                    app,
+                    release,
+                    images,
+                };
+                (Work::Staging(release), task)
+            }
             Step::AbandonStaging { release } => return self.abandon_staging(release),
             Step::Stop {
                 id,

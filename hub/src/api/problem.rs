@@ -292,7 +292,8 @@ const fn image_fault(fault: Fault) -> (StatusCode, &'static str, &'static str) {
             "registry-configuration",
             "a registry is not configured right",
         ),
-        Fault::Internal => (
+        // A hub wants no signatures.
+        Fault::Unsigned | Fault::Internal => (
             StatusCode::INTERNAL_SERVER_ERROR,
             "internal",
             "the hub failed",

@@ -13,5 +13,6 @@ mod mirrors;
 mod pull;
 mod resume;
 mod server;
+mod signatures;
 mod store;
 mod tree;

@@ -229,6 +229,7 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::PullDeferred,
         ReasonCode::SecretMissing,
         ReasonCode::IoLimit,
+        ReasonCode::ImageUnsigned,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))

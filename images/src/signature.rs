@@ -1,0 +1,267 @@
+//! Signatures of images: who vouches for a digest, checked without asking anybody but the registry for the signature.
+//!
+//! The form is the one of cosign's key-based signatures ("Cosign Container Image Signature Specification", "simple
+//! signing"): a manifest under the tag `sha256-HEX.sig` beside the image, each layer of it a payload that names the
+//! image's digest, with the signature of the payload as an annotation. Certificates and transparency logs are not used.
+//! What was verified is kept in the store, so that a device without a network can look again.
+
+use std::fmt;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{SignatureVerificationAlgorithm, SubjectPublicKeyInfoDer};
+use serde::{Deserialize, Serialize};
+use webpki::RawPublicKeyEntity;
+
+use crate::manifest::Document;
+use crate::registry::{Client, FetchError};
+use crate::store::StageError;
+use crate::{Digest, Fault, Reference};
+
+/// What cosign calls a payload.
+const SIMPLE_SIGNING: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
+
+/// Where the signature of a payload stands.
+const ANNOTATION: &str = "dev.cosignproject.cosign/signature";
+
+/// What a payload says that it is.
+const KIND: &str = "cosign container image signature";
+
+/// The largest payload that is read, in bytes. They have some 250.
+const PAYLOAD_BYTES_MAX: u64 = 16 << 10;
+
+/// The longest signature, in base64: an RSA key of 8192 bits.
+const SIGNATURE_LEN_MAX: usize = 2048;
+
+/// Signatures of one image that are looked at.
+const SIGNATURES_MAX: usize = 32;
+
+/// As cosign signs: SHA-256 for every key but Ed25519's own.
+const ALGORITHMS: [&dyn SignatureVerificationAlgorithm; 4] = [
+    webpki::ring::ECDSA_P256_SHA256,
+    webpki::ring::ECDSA_P384_SHA256,
+    webpki::ring::ED25519,
+    webpki::ring::RSA_PKCS1_2048_8192_SHA256,
+];
+
+/// A public key that images may be signed with, as PEM (`-----BEGIN PUBLIC KEY-----`): ECDSA over P-256 or P-384,
+/// Ed25519, or RSA of 2048 to 8192 bits.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct TrustedKey {
+    spki: Vec<u8>,
+}
+
+impl fmt::Debug for TrustedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TrustedKey({})", Digest::of(&self.spki).short())
+    }
+}
+
+/// Why a text is not a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// Not PEM, or of something else.
+    #[error(
+        "it is not a public key in PEM form: write the text of cosign.pub, with its first and last line"
+    )]
+    Pem,
+    /// Of a kind that is not verified.
+    #[error(
+        "its kind is not supported: use ECDSA over P-256 or P-384, Ed25519, or RSA of at least 2048 bits"
+    )]
+    Kind,
+}
+
+impl TryFrom<String> for TrustedKey {
+    type Error = KeyError;
+
+    fn try_from(text: String) -> Result<Self, KeyError> {
+        let der = SubjectPublicKeyInfoDer::from_pem_slice(text.as_bytes());
+        let key = Self {
+            spki: der.map_err(|_| KeyError::Pem)?.as_ref().to_vec(),
+        };
+        if RawPublicKeyEntity::try_from(&SubjectPublicKeyInfoDer::from(&*key.spki)).is_err() {
+            return Err(KeyError::Pem);
+        }
+        let known = ALGORITHMS.iter().any(|algorithm| key.is_of(*algorithm));
+        if known { Ok(key) } else { Err(KeyError::Kind) }
+    }
+}
+
+impl TrustedKey {
+    /// Whether this is a key of `algorithm`: its name stands in the key.
+    fn is_of(&self, algorithm: &dyn SignatureVerificationAlgorithm) -> bool {
+        let name = algorithm.public_key_alg_id();
+        // SEQUENCE { SEQUENCE { name }, BIT STRING }: after two headers of two to four bytes.
+        self.spki.windows(name.len()).take(9).any(|at| at == &*name)
+    }
+
+    fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
+        let der = SubjectPublicKeyInfoDer::from(&*self.spki);
+        let Ok(key) = RawPublicKeyEntity::try_from(&der) else {
+            return false;
+        };
+        ALGORITHMS
+            .iter()
+            .any(|algorithm| key.verify_signature(*algorithm, message, signature).is_ok())
+    }
+}
+
+/// What an image needs: a signature by one of these keys.
+#[derive(Debug, Clone, Copy)]
+pub struct Demand<'a> {
+    /// Who wants it, for messages.
+    pub by: &'a str,
+    /// Any of them will do.
+    pub keys: &'a [TrustedKey],
+}
+
+/// A signature as it came.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Signature {
+    /// The bytes that are signed; JSON.
+    payload: String,
+    /// Base64.
+    signature: String,
+}
+
+/// As far as it matters.
+#[derive(Deserialize)]
+struct Payload {
+    critical: Critical,
+}
+
+#[derive(Deserialize)]
+struct Critical {
+    image: SignedImage,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+#[derive(Deserialize)]
+struct SignedImage {
+    #[serde(rename = "docker-manifest-digest")]
+    digest: String,
+}
+
+impl Signature {
+    /// Whether one of `keys` says by it that `digest` is right. The name that the payload has besides is not looked at:
+    /// an image that was copied is the same.
+    pub(crate) fn vouches(&self, digest: &Digest, keys: &[TrustedKey]) -> bool {
+        let Ok(signature) = STANDARD.decode(&self.signature) else {
+            return false;
+        };
+        // First that it is signed: what is not is not even parsed.
+        keys.iter()
+            .any(|key| key.verifies(self.payload.as_bytes(), &signature))
+            && serde_json::from_str::<Payload>(&self.payload).is_ok_and(|payload| {
+                payload.critical.kind == KIND && payload.critical.image.digest == digest.to_string()
+            })
+    }
+}
+
+/// Why it is not proven that an image may be run.
+#[derive(Debug, thiserror::Error)]
+pub enum SignatureError {
+    /// The reference carries no digest.
+    #[error("image {image} is not pinned by a digest; resolve its tag first")]
+    NotPinned {
+        /// The reference.
+        image: String,
+    },
+    /// There is no signature.
+    #[error(
+        "image {image} is not signed, and {by} wants it to be; sign it with `cosign sign --key`"
+    )]
+    Unsigned {
+        /// The reference.
+        image: String,
+        /// Who wants it.
+        by: String,
+    },
+    /// There are some, and none is right.
+    #[error(
+        "image {image} has {found} signatures, none by a key that {by} names, and it wants one"
+    )]
+    Untrusted {
+        /// The reference.
+        image: String,
+        /// How many were looked at.
+        found: usize,
+        /// Who wants it.
+        by: String,
+    },
+    /// It could not be fetched.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// It could not be kept.
+    #[error(transparent)]
+    Store(#[from] StageError),
+}
+
+impl SignatureError {
+    /// Which class it falls into: what the agent reports.
+    #[must_use]
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::NotPinned { .. } => Fault::Config,
+            Self::Unsigned { .. } | Self::Untrusted { .. } => Fault::Unsigned,
+            Self::Fetch(error) => error.fault(),
+            Self::Store(error) => error.fault(),
+        }
+    }
+}
+
+pub(crate) fn first_unmet<'d>(
+    digest: &Digest,
+    demands: &'d [Demand<'d>],
+    signatures: &[Signature],
+) -> Option<&'d Demand<'d>> {
+    demands.iter().find(|demand| {
+        !signatures
+            .iter()
+            .any(|signature| signature.vouches(digest, demand.keys))
+    })
+}
+
+/// The signatures that the registry has beside the image; none when it has no manifest of them.
+pub(crate) fn fetch(
+    client: &Client,
+    image: &Reference,
+    digest: &Digest,
+) -> Result<Vec<Signature>, SignatureError> {
+    let tagged = format!("{}:sha256-{}.sig", image.name(), digest.hex());
+    let beside = Reference::parse(&tagged).expect("a name and a short tag are a reference");
+    let raw = match client.manifest(&beside) {
+        Ok(raw) => raw,
+        Err(error) if error.fault() == Fault::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let Ok(Document::Manifest(manifest)) = Document::parse(&raw.bytes, Some(&raw.media_type))
+    else {
+        return Ok(Vec::new());
+    };
+    let mut signatures = Vec::new();
+    for layer in manifest.layers.iter().take(SIGNATURES_MAX) {
+        let Some(signature) = layer.annotations.get(ANNOTATION) else {
+            continue;
+        };
+        let fits = layer.size <= PAYLOAD_BYTES_MAX && signature.len() <= SIGNATURE_LEN_MAX;
+        if layer.media_type != SIMPLE_SIGNING || !fits {
+            continue;
+        }
+        let bytes = client.small_blob(&beside, layer)?;
+        if let Ok(payload) = String::from_utf8(bytes) {
+            signatures.push(Signature {
+                payload,
+                signature: signature.clone(),
+            });
+        }
+    }
+    Ok(signatures)
+}
+
+#[cfg(test)]
+mod tests;
