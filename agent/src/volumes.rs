@@ -11,7 +11,7 @@ use std::str::FromStr;
 use foreshore_protocol::AppName;
 use foreshore_protocol::id::VolumeName;
 use foreshore_protocol::manifest::VolumeSource;
-use nix::fcntl::{RenameFlags, renameat2};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::Serialize;
 
 use crate::runtime::ContainerId;
@@ -139,7 +139,7 @@ pub fn remove(state: &Path, run: &Path, id: &VolumeId) -> Result<(), VolumeError
         renamed => renamed.map_err(failed("remove", &path))?,
     }
     if let Err(error) = in_use()
-        && renameat2(None, &gone, None, &path, RenameFlags::RENAME_NOREPLACE).is_ok()
+        && renameat_with(CWD, &gone, CWD, &path, RenameFlags::NOREPLACE).is_ok()
     {
         return Err(error);
     }
