@@ -63,6 +63,7 @@ pub fn open(config: &Config) -> Result<Store, StageError> {
             program: PathBuf::from("/proc/self/exe"),
             arguments: vec![unpack::SUBCOMMAND.into()],
             inflate: vec![unpack::INFLATE.into()],
+            rebuild: vec![unpack::REBUILD.into()],
             patience: UNPACK_PATIENCE,
         }),
         ..StoreConfig::default()

@@ -187,6 +187,7 @@ fn main() -> ExitCode {
         Some("exec") => return exec::run(arguments),
         Some(unpack::SUBCOMMAND) => return unpack::run(arguments),
         Some(unpack::INFLATE) => return unpack::run_inflate(arguments),
+        Some(unpack::REBUILD) => return unpack::run_rebuild(arguments),
         Some(doctor::attempt::SUBCOMMAND) => return doctor::attempt::run(arguments),
         _ => {}
     }

@@ -12,7 +12,8 @@
 //! the last does to itself lets it live on.
 //!
 //! What inflates is confined in the same way, but for that it has no right at all, may write nothing, and may make no system
-//! call that opens anything.
+//! call that opens anything. What makes a layer of a delta (`foreshore-agent rebuild ROOT TARGET`) may besides open and read
+//! what is in the image store.
 //!
 //! Where the kernel allows no user namespace it works without, with five capabilities; where it allows no PID namespace,
 //! without the system calls that send signals. Both are said on standard error.
@@ -22,7 +23,7 @@ use std::io::{self, Read, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use foreshore_images::unpack::job::{Job, inflate, read_job, serve};
+use foreshore_images::unpack::job::{Job, inflate, read_job, rebuild, serve};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl::{set_dumpable, set_no_new_privs, set_pdeathsig};
@@ -39,6 +40,8 @@ use crate::runtime::userns::UserNamespace;
 pub const SUBCOMMAND: &str = "unpack";
 /// The subcommand that inflates.
 pub const INFLATE: &str = "inflate";
+/// The subcommand that makes a layer of a delta and old layers.
+pub const REBUILD: &str = "rebuild";
 
 /// Address space, in bytes: the largest zstd window (128 MiB), the paths of a layer (64 MiB), and their like again.
 const MEMORY_MAX: u64 = 768 << 20;
@@ -76,6 +79,24 @@ pub fn run_inflate(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(()) => ExitCode::from(inflate(io::stdin().lock(), &mut io::stdout().lock())),
         Err(error) => {
             eprintln!("foreshore-agent inflate: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs [`REBUILD`] with the arguments after its name. Must be called before any thread exists.
+#[must_use]
+pub fn run_rebuild(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let Some((root, _)) = places(arguments, REBUILD) else {
+        return ExitCode::FAILURE;
+    };
+    match prepare_rebuilding(&root) {
+        Ok(()) => {
+            let (stdin, mut stdout) = (io::stdin().lock(), io::stdout().lock());
+            ExitCode::from(rebuild(Path::new("/"), stdin, &mut stdout))
+        }
+        Err(error) => {
+            eprintln!("foreshore-agent rebuild: {error}");
             ExitCode::FAILURE
         }
     }
@@ -142,6 +163,15 @@ fn prepare_inflating(target: &Path) -> io::Result<()> {
     confine(target, None)?;
     apart.drop_rights(CapabilitySet::empty(), CapabilitySet::empty())?;
     inflate_filter(apart.alone).install()
+}
+
+fn prepare_rebuilding(root: &Path) -> io::Result<()> {
+    let apart = Apart::new()?;
+    limit(0)?;
+    confine(root, None)?;
+    // Files of images belong to anybody and may be readable by nobody.
+    apart.drop_rights(CapabilitySet::DAC_READ_SEARCH, CapabilitySet::empty())?;
+    rebuild_filter(apart.alone).install()
 }
 
 /// This process, away from all others.
@@ -320,6 +350,31 @@ fn filter(alone: bool) -> Filter {
 /// What inflating takes: memory, and reading and writing what is open. Anything else answers EPERM.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn inflate_filter(alone: bool) -> Filter {
+    Filter::only(&inflate_calls(alone))
+}
+
+/// What making a layer of old files takes: besides, to open and read what can be seen.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+fn rebuild_filter(alone: bool) -> Filter {
+    let mut calls = inflate_calls(alone);
+    calls.extend([
+        libc::SYS_close,
+        libc::SYS_fcntl,
+        libc::SYS_fstat,
+        libc::SYS_newfstatat,
+        libc::SYS_openat,
+        libc::SYS_pread64,
+        libc::SYS_statx,
+        // openat2
+        437,
+    ]);
+    #[cfg(target_arch = "x86_64")]
+    calls.push(libc::SYS_open);
+    Filter::only(&calls)
+}
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+fn inflate_calls(alone: bool) -> Vec<libc::c_long> {
     let mut calls = vec![
         libc::SYS_brk,
         libc::SYS_clock_gettime,
@@ -345,12 +400,18 @@ fn inflate_filter(alone: bool) -> Filter {
     if alone {
         calls.extend([libc::SYS_tgkill, libc::SYS_tkill]);
     }
-    Filter::only(&calls)
+    calls
 }
 
 /// What containers may make.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn inflate_filter(_alone: bool) -> Filter {
+    Filter::new()
+}
+
+/// What containers may make.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn rebuild_filter(_alone: bool) -> Filter {
     Filter::new()
 }
 

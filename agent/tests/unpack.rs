@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use foreshore_images::delta::format::{MAGIC, Old, Operation};
 use foreshore_images::unpack::Budget;
 use foreshore_images::unpack::job::{Job, LowerLayer, Paths};
 use serde_json::Value;
@@ -389,5 +390,68 @@ fn bad_layers_are_answered_and_touch_nothing_else() {
         );
         let below = bed.root().join("layers/below");
         assert_eq!(fs::read_dir(below).unwrap().count(), 1, "{name}");
+    }
+}
+
+/// A delta of one plan, as [`foreshore_images::delta::format`] has it.
+fn delta(operations: &[Operation<'_>]) -> Vec<u8> {
+    let mut plan = Vec::new();
+    for operation in operations {
+        foreshore_images::delta::format::write(&mut plan, operation);
+    }
+    let length = |length: usize| u32::try_from(length).unwrap().to_le_bytes();
+    // One raw block, the last.
+    let block = length(plan.len() << 3 | 1);
+    let head = [length(plan.len()), length(plan.len() + 3)].concat();
+    [&MAGIC[..], &head, &block[..3], &plan].concat()
+}
+
+#[test]
+fn a_layer_is_made_of_old_files_by_a_process_that_only_reads_them() {
+    let bed = Bed::new();
+    let file = bed.root().join("layers/below/etc/file");
+    fs::write(&file, "of anybody, for nobody").unwrap();
+    std::os::unix::fs::chown(&file, Some(4711), Some(4711)).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o000)).unwrap();
+    let link = bed.root().join("layers/below/link");
+    std::os::unix::fs::symlink(bed.dir.path().join("secret"), link).unwrap();
+    let rebuild = |path: &str, length: u64| {
+        let old = Old {
+            tree: 0,
+            path: path.as_bytes(),
+            offset: 3,
+            length,
+        };
+        let mut child = Command::new(env!("CARGO_BIN_EXE_foreshore-agent"))
+            .arg("rebuild")
+            .arg(bed.root())
+            .arg(bed.target())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let trees = br#"["layers/below"]"#;
+        let mut input = child.stdin.take().unwrap();
+        let delta = delta(&[Operation::Literal(b"new "), Operation::Copy(old)]);
+        let length = (trees.len() as u64).to_le_bytes();
+        let _it_may_have_had_enough = input.write_all(&[&length[..], trees, &delta].concat());
+        drop(input);
+        child.wait_with_output().unwrap()
+    };
+    let made = rebuild("etc/file", 7);
+    assert_eq!(String::from_utf8_lossy(&made.stderr), "");
+    assert_eq!(String::from_utf8_lossy(&made.stdout), "new anybody");
+    assert!(made.status.success());
+    for (path, said) in [
+        ("link", "cannot use the old file"),
+        ("../../../secret", "cannot use the old file"),
+        ("etc/nothing", "cannot use the old file"),
+    ] {
+        let refused = rebuild(path, 1);
+        assert_eq!(refused.status.code(), Some(3), "{path}: {refused:?}");
+        assert_eq!(String::from_utf8_lossy(&refused.stdout), "new ", "{path}");
+        let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(stderr.contains(said), "{path}: {stderr}");
     }
 }

@@ -33,6 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             program: program.into(),
             arguments: vec!["unpack".into()],
             inflate: vec!["inflate".into()],
+            rebuild: vec!["rebuild".into()],
             patience: Duration::from_mins(10),
         }),
         ..StoreConfig::default()

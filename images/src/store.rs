@@ -12,6 +12,7 @@
 //!   layers/HEX.surveyed     it has outlived a power cycle whole
 //!   images/HEX.json         an image by the digest it was asked for: manifest and layers
 //!   pins/HEX                an image that stays although no release names it
+//!   refused/HEX             a delta that made nothing of use; until an image is there
 //!   quarantine/             what was damaged, for people to look at and remove
 //!   tmp/                    what is on its way; swept when nobody holds the lock
 //! ```
@@ -21,6 +22,7 @@
 //! there (see [`crate::unpack`]); then it is unpacked again under its chain id (OCI image specification,
 //! "Layer ChainID").
 
+mod deltas;
 mod error;
 mod fetching;
 mod load;
@@ -163,6 +165,7 @@ impl Store {
             "images",
             "pins",
             "pulling",
+            "refused",
             "loading",
             "quarantine",
             "signatures",
@@ -216,7 +219,17 @@ impl Store {
         self.quarantine_image(&digest)?;
         let origin = Origin::Registry(client);
         let selected = select(origin, reference, platform)?;
-        Staging::new(self, origin, reference, &selected)?.run(progress)?;
+        let deltas = self.deltas(client, reference, &selected);
+        let staging = Staging::new(self, origin, reference, &selected)?;
+        if deltas.is_empty() {
+            staging.run(progress)?;
+        } else if let Err(error) = staging.leaning_on(&deltas).run(progress) {
+            if !self.gives_up_deltas(reference, &deltas, &error) {
+                return Err(error);
+            }
+            Staging::new(self, origin, reference, &selected)?.run(progress)?;
+        }
+        self.forget_refused();
         let missing = || io::Error::other("the image is not there after it was staged");
         self.staged(&digest)
             .ok_or_else(|| io_error("read back", &self.image_path(&digest), missing()))

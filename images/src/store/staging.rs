@@ -1,18 +1,20 @@
 //! One image on its way into the store: layer by layer, fetched, unpacked, recorded.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
 use foreshore_killpoint as killpoint;
 
+use super::deltas::Leanings;
 use super::fetching::{AT_ONCE, Fetching};
 use super::origin::Origin;
 use super::record::{ImageRecord, LayerRecord, PlacedLayer};
 use super::select::Selected;
 use super::survey::Extent;
 use super::{Progress, StageError, Store, chain_id, io_error};
+use crate::delta::Rebuilt;
 use crate::manifest::Descriptor;
 use crate::room::Shortage;
 use crate::unpack::job::{Job, LowerLayer, opaque_in, perform};
@@ -52,6 +54,10 @@ pub(super) struct Staging<'a> {
     /// The budget's bytes come from the free disk, not from the configured limit.
     bound_by_disk: bool,
     placed: Vec<PlacedLayer>,
+    /// What is fetched, for each layer of the image.
+    blobs: Vec<Descriptor>,
+    /// For layers of which that is a delta, the old layers' directories.
+    trees: BTreeMap<usize, Vec<PathBuf>>,
 }
 
 /// Stops the threads that fetch, so that nobody waits for them for ever.
@@ -84,7 +90,18 @@ impl<'a> Staging<'a> {
             budget,
             bound_by_disk: spare < max,
             placed: Vec::new(),
+            blobs: selected.manifest.layers.clone(),
+            trees: BTreeMap::new(),
         })
+    }
+
+    /// Fetches these instead of layers.
+    pub(super) fn leaning_on(mut self, deltas: &Leanings) -> Self {
+        for (index, leaning) in deltas {
+            self.blobs[*index] = leaning.blob.clone();
+            self.trees.insert(*index, leaning.trees.clone());
+        }
+        self
     }
 
     pub(super) fn run(mut self, progress: &mut dyn FnMut(Progress)) -> Result<(), StageError> {
@@ -92,8 +109,8 @@ impl<'a> Staging<'a> {
         // What was begun of other images may have made room since.
         let again = Self::new(self.store, self.origin, self.reference, self.selected)?;
         (self.budget, self.bound_by_disk) = (again.budget, again.bound_by_disk);
-        let layers = &self.selected.manifest.layers;
-        let fetching = Fetching::new(self.store, self.origin, self.reference, layers, &wanted);
+        let layers = self.blobs.clone();
+        let fetching = Fetching::new(self.store, self.origin, self.reference, &layers, &wanted);
         std::thread::scope(|scope| {
             for _ in 0..AT_ONCE.min(layers.len()) {
                 scope.spawn(|| fetching.work());
@@ -113,11 +130,8 @@ impl<'a> Staging<'a> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(), StageError> {
         let selected = self.selected;
-        let pairs = selected
-            .manifest
-            .layers
-            .iter()
-            .zip(&selected.config.rootfs.diff_ids);
+        let blobs = self.blobs.clone();
+        let pairs = blobs.iter().zip(&selected.config.rootfs.diff_ids);
         for (index, (layer, diff_id)) in pairs.enumerate() {
             fetching.unpacking(index);
             let chain_id = chain_id(self.placed.last().map(|placed| placed.chain_id), diff_id);
@@ -152,12 +166,13 @@ impl<'a> Staging<'a> {
                 self.store.layer(diff_id).is_none() && seen.insert(layer.digest)
             })
             .collect();
-        let ahead: Vec<&Descriptor> = layers
-            .iter()
-            .zip(&wanted)
-            .filter(|(_, wanted)| **wanted)
-            .map(|(layer, _)| layer)
-            .collect();
+        let those_wanted = |all: &'_ [Descriptor]| -> Vec<Descriptor> {
+            let pairs = all.iter().zip(&wanted);
+            let wanted = pairs.filter(|(_, wanted)| **wanted);
+            wanted.map(|(layer, _)| layer.clone()).collect()
+        };
+        // What is fetched may be little; what it unpacks to is not.
+        let (ahead, unpacked) = (those_wanted(&self.blobs), those_wanted(layers));
         let mut missing: Vec<u64> = ahead
             .iter()
             .map(|layer| match self.origin {
@@ -175,7 +190,7 @@ impl<'a> Staging<'a> {
         let bytes = sum(&missing);
         missing.sort_unstable_by_key(|size| std::cmp::Reverse(*size));
         missing.truncate(AT_ONCE);
-        let unpacked = ahead.iter().fold(0_u64, |sum, layer| {
+        let unpacked = unpacked.iter().fold(0_u64, |sum, layer| {
             sum.saturating_add(unpacked_estimate(layer))
         });
         let inodes = unpacked / INODE_BYTES + INODES_MIN * ahead.len() as u64;
@@ -339,9 +354,15 @@ impl<'a> Staging<'a> {
             opaque_later: false,
         };
         let blob = fetching.reader(index, tell)?;
-        Ok(match &store.config.unpacker {
-            Some(unpacker) => unpacker.perform(&store.root, job, blob),
-            None => perform(&job, blob),
+        let trees = self.trees.get(&index);
+        Ok(match (&store.config.unpacker, trees) {
+            (Some(unpacker), None) => unpacker.perform(&store.root, job, blob),
+            (Some(unpacker), Some(trees)) => unpacker.rebuild(&store.root, job, blob, trees),
+            (None, None) => perform(&job, blob),
+            (None, Some(trees)) => match Rebuilt::new(BufReader::new(blob), trees) {
+                Ok(layer) => perform(&job, layer),
+                Err(source) => Err(UnpackError::Archive(Box::new(source))),
+            },
         })
     }
 

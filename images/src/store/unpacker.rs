@@ -17,6 +17,7 @@ use crate::Digest;
 use crate::compression::{Compression, compression};
 use crate::unpack::job::{
     ANSWER_BYTES_MAX, Answer, INFLATE_DAMAGED, Job, Outcome, PIECE, set_opaque, write_job,
+    write_trees,
 };
 use crate::unpack::stream::{Counted, Guarded, bomb};
 use crate::unpack::{UnpackError, Unpacked};
@@ -34,6 +35,8 @@ pub struct Unpacker {
     pub arguments: Vec<OsString>,
     /// Its first arguments to [inflate](crate::unpack::job::inflate) from standard input to standard output.
     pub inflate: Vec<OsString>,
+    /// Its first arguments to [make a layer of a delta](crate::unpack::job::rebuild), from standard input to standard output.
+    pub rebuild: Vec<OsString>,
     /// How long it may take for one piece of the blob, or for the end of the layer, before it is killed as hung.
     pub patience: Duration,
 }
@@ -47,28 +50,63 @@ struct Passage<'p> {
 }
 
 impl Unpacker {
-    pub(super) fn perform(&self, root: &Path, mut job: Job, mut blob: impl Read) -> Outcome {
-        job.opaque_later = true;
-        let mut unpacking = self.start(&self.arguments, root, &job)?;
+    pub(super) fn perform(&self, root: &Path, job: Job, mut blob: impl Read) -> Outcome {
+        let unpacking = self.start(&self.arguments, root, &job)?;
         let mut head = Vec::new();
         let read = Read::by_ref(&mut blob).take(4).read_to_end(&mut head);
         read.map_err(|source| self.unread(source))?;
-        let (compression, blob) = (compression(&head), io::Cursor::new(head).chain(blob));
+        let through = match compression(&head) {
+            Compression::None => None,
+            Compression::Gzip | Compression::Zstd => Some(&self.inflate[..]),
+        };
+        let blob = io::Cursor::new(head).chain(blob);
+        self.pass_through(root, job, unpacking, blob, through, 0)
+    }
+
+    /// As [`perform`](Self::perform), with a delta for old layers.
+    pub(super) fn rebuild(
+        &self,
+        root: &Path,
+        job: Job,
+        delta: impl Read,
+        trees: &[PathBuf],
+    ) -> Outcome {
+        let unpacking = self.start(&self.arguments, root, &job)?;
+        let mut head = Vec::new();
+        write_trees(root, trees, &mut head).map_err(|source| self.failed("start", source))?;
+        let delta = io::Cursor::new(head).chain(delta);
+        let through = Some(&self.rebuild[..]);
+        // How long it is says nothing of what it makes of old files; the rest is bounded by who applies it.
+        self.pass_through(root, job, unpacking, delta, through, u64::MAX / 2)
+    }
+
+    /// Has the blob unpacked, after a process started with the arguments `through` made a plain layer of it. `consumed` counts as
+    /// bytes of the blob from the beginning.
+    fn pass_through(
+        &self,
+        root: &Path,
+        mut job: Job,
+        mut unpacking: Worker,
+        blob: impl Read,
+        through: Option<&[OsString]>,
+        consumed: u64,
+    ) -> Outcome {
+        job.opaque_later = true;
         let mut input = unpacking.input.take().expect("it is piped");
         // It may have had enough before the end; what it says counts then.
         let wrote = unpacking.patience.while_it(|| write_job(&job, &mut input));
         let passage = Passage {
             job: &job,
-            consumed: &AtomicU64::new(0),
+            consumed: &AtomicU64::new(consumed),
             unpacking: &unpacking.patience,
         };
-        let passed = match compression {
+        let passed = match through {
             _ if wrote.is_err() => None,
-            Compression::None => passage
+            None => passage
                 .pass_on(Counted::new(blob, passage.consumed), input)
                 .map_err(|source| self.unread(source))?,
-            Compression::Gzip | Compression::Zstd => {
-                let inflating = self.start(&self.inflate, root, &job)?;
+            Some(arguments) => {
+                let inflating = self.start(arguments, root, &job)?;
                 self.inflated(&passage, inflating, blob, input)?
             }
         };

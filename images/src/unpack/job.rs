@@ -20,6 +20,7 @@ use super::lower::{Below, OPAQUE};
 use super::stream::{self, Bomb};
 use super::{Budget, UnpackError, Unpacked, Unpacking, io_error};
 use crate::compression::decompress;
+use crate::delta::Rebuilt;
 use crate::room::Shortage;
 use crate::{Digest, Room};
 
@@ -28,6 +29,8 @@ const JOB_BYTES_MAX: u64 = 256 << 20;
 /// The longest answer that is read: what [`super::PATH_BYTES_TOTAL_MAX`] is in hexadecimal digits, and the rest.
 pub(crate) const ANSWER_BYTES_MAX: u64 = 160 << 20;
 
+/// The longest list of old layers: 127 paths of 77 bytes and a few.
+const TREES_BYTES_MAX: u64 = 64 << 10;
 /// What goes through a pipe at once.
 pub(crate) const PIECE: usize = 64 << 10;
 
@@ -144,9 +147,13 @@ pub const INFLATE_NOT_TAKEN: u8 = 4;
 /// Inflates gzip or zstd; the exit code for a process that does nothing else: 0, [`INFLATE_DAMAGED`] or
 /// [`INFLATE_NOT_TAKEN`].
 pub fn inflate(input: impl Read, output: &mut dyn Write) -> u8 {
-    let Ok(mut inflated) = decompress(BufReader::with_capacity(64 << 10, input)) else {
-        return INFLATE_DAMAGED;
-    };
+    match decompress(BufReader::with_capacity(64 << 10, input)) {
+        Ok(inflated) => hand_out(inflated, output),
+        Err(_) => INFLATE_DAMAGED,
+    }
+}
+
+fn hand_out(mut inflated: impl Read, output: &mut dyn Write) -> u8 {
     let mut buffer = vec![0; PIECE];
     loop {
         match inflated.read(&mut buffer) {
@@ -154,9 +161,59 @@ pub fn inflate(input: impl Read, output: &mut dyn Write) -> u8 {
             Ok(count) if output.write_all(&buffer[..count]).is_err() => return INFLATE_NOT_TAKEN,
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return INFLATE_DAMAGED,
+            Err(error) => {
+                eprintln!("{}", chain(&error));
+                return INFLATE_DAMAGED;
+            }
         }
     }
+}
+
+/// Makes a layer of a delta and the old layers' directories below `root`, which [`write_trees`] wrote in front of it; the exit
+/// code for a process that does nothing else, as of [`inflate`].
+pub fn rebuild(root: &std::path::Path, mut input: impl Read, output: &mut dyn Write) -> u8 {
+    let rebuilt = read_trees(&mut input).and_then(|mut trees| {
+        for tree in &mut trees {
+            *tree = root.join(&tree);
+        }
+        Rebuilt::new(BufReader::with_capacity(PIECE, input), &trees)
+    });
+    match rebuilt {
+        Ok(rebuilt) => hand_out(rebuilt, output),
+        Err(error) => {
+            eprintln!("the delta's old layers cannot be opened: {error}");
+            INFLATE_DAMAGED
+        }
+    }
+}
+
+/// Names the directories that a delta leans on, all below `root`; the delta comes behind.
+pub(crate) fn write_trees(
+    root: &std::path::Path,
+    trees: &[PathBuf],
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    let below = |tree: &PathBuf| tree.strip_prefix(root).map(PathBuf::from);
+    let below: Vec<PathBuf> = trees
+        .iter()
+        .map(below)
+        .collect::<Result<_, _>>()
+        .map_err(io::Error::other)?;
+    let text = serde_json::to_vec(&below)?;
+    out.write_all(&(text.len() as u64).to_le_bytes())?;
+    out.write_all(&text)
+}
+
+fn read_trees(input: &mut dyn Read) -> io::Result<Vec<PathBuf>> {
+    let mut length = [0; 8];
+    input.read_exact(&mut length)?;
+    let length = u64::from_le_bytes(length);
+    if length > TREES_BYTES_MAX {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut text = Vec::new();
+    input.take(length).read_to_end(&mut text)?;
+    Ok(serde_json::from_slice(&text)?)
 }
 
 /// Makes directories of an unpacked layer opaque for overlayfs. The paths come from a process that is not trusted: they

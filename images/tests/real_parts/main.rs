@@ -6,6 +6,7 @@
 mod bed;
 mod compose;
 mod credentials;
+mod deltas;
 mod hostile;
 mod import;
 mod load;

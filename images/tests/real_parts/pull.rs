@@ -193,6 +193,7 @@ fn mounted(registry: &Registry, name: &str, dir: &Path) -> Mount {
         program: program.ancestors().nth(2).unwrap().join("examples/unpack"),
         arguments: Vec::new(),
         inflate: vec!["inflate".into()],
+        rebuild: vec!["rebuild".into()],
         patience: std::time::Duration::from_mins(1),
     };
     let here = stage("here", None);

@@ -436,6 +436,7 @@ fn an_unpacker_that_dies_of_wrong_bytes_gets_the_right_ones() {
             program: "/bin/sh".into(),
             arguments: vec!["-c".into(), script.into()],
             inflate: vec!["-c".into(), inflate.into()],
+            rebuild: Vec::new(),
             patience: Duration::from_secs(20),
         }),
         ..StoreConfig::default()

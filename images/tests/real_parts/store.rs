@@ -442,6 +442,7 @@ fn unpacker(arguments: [&str; 2], inflate: &str, patience: Duration) -> Unpacker
         program: "/bin/sh".into(),
         arguments: arguments.map(Into::into).into(),
         inflate: vec!["-c".into(), inflate.into()],
+        rebuild: Vec::new(),
         patience,
     }
 }
