@@ -9,6 +9,7 @@ use crate::{packages, step};
 
 mod conmon;
 mod crowd;
+mod delta;
 mod footprint;
 mod pull;
 
@@ -43,6 +44,8 @@ enum Part {
     Crowd,
     /// Pulling and unpacking an image beside podman, skopeo and umoci
     Pull,
+    /// Bytes of deltas between rebuilt images, and applying them
+    Delta,
     /// Simulated devices converged per second on one hub
     Fleet,
 }
@@ -70,6 +73,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     }
     if wanted(Part::Pull) {
         pull::run(options.programs.as_deref(), options.pulls)?;
+    }
+    if wanted(Part::Delta) {
+        delta::run(options.programs.as_deref())?;
     }
     if wanted(Part::Fleet) {
         fleet()?;

@@ -135,6 +135,11 @@ pub(crate) const FOR_GUEST: &[Package] = &[
 /// What `cargo xtask bench` compares with.
 pub(crate) const FOR_BENCH: &[Package] = &[
     Package {
+        name: "rdiff",
+        file: "/usr/bin/rdiff",
+        why: "a peer of deltas",
+    },
+    Package {
         name: "conmon",
         file: "/usr/bin/conmon",
         why: "a peer of the shim",

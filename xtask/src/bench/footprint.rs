@@ -200,7 +200,7 @@ fn find(name: &str) -> Option<Process> {
     .next()
 }
 
-fn target_dir() -> anyhow::Result<PathBuf> {
+pub(super) fn target_dir() -> anyhow::Result<PathBuf> {
     let metadata: Value = json_of(&mut step::cargo(&[
         "metadata",
         "--format-version",
