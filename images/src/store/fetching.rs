@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -104,7 +105,13 @@ impl<'a> Fetching<'a> {
     /// Fetches one layer after the other until there are none left or it is stopped; for a thread of its own.
     pub(super) fn work(&self) {
         while let Some(index) = self.next() {
-            let result = self.fetch(index);
+            // Whoever waits for the layer would wait for ever if this thread just ended.
+            let fetched = catch_unwind(AssertUnwindSafe(|| self.fetch(index)));
+            let result = fetched.unwrap_or_else(|_| {
+                let path = self.path(&self.layers[index].digest);
+                let fault = io::Error::other("this is a fault of the program; its log has more");
+                Err(io_error("fetch", &path, fault))
+            });
             killpoint::reached("layer", "fetched");
             let mut state = self.lock();
             state.layers[index].end = Some(result);
