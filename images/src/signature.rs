@@ -1,10 +1,13 @@
 //! Signatures of images: who vouches for a digest, checked without asking anybody but the registry for the signature.
 //!
-//! The form is the one of cosign's key-based signatures ("Cosign Container Image Signature Specification", "simple
-//! signing"): a manifest under the tag `sha256-HEX.sig` beside the image, each layer of it a payload that names the
-//! image's digest, with the signature of the payload as an annotation. Certificates and transparency logs are not used.
+//! Two forms of cosign's key-based signatures are read. The older ("Cosign Container Image Signature Specification",
+//! "simple signing") is a manifest under the tag `sha256-HEX.sig` beside the image, each layer of it a payload that names
+//! the image's digest, with the signature of the payload as an annotation. The newer ("Cosign Bundle Specification") is a
+//! Sigstore bundle that refers to the image: an in-toto statement about its digest in a DSSE envelope. Certificates and
+//! transparency logs are not used.
 //! What was verified is kept in the store, so that a device without a network can look again.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use base64::Engine as _;
@@ -15,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use webpki::RawPublicKeyEntity;
 
 use crate::manifest::Document;
-use crate::registry::{Client, FetchError};
+use crate::registry::{Client, FetchError, Referrer};
 use crate::store::StageError;
 use crate::{Digest, Fault, Reference};
 
@@ -30,6 +33,24 @@ const KIND: &str = "cosign container image signature";
 
 /// The largest payload that is read, in bytes. They have some 250.
 const PAYLOAD_BYTES_MAX: u64 = 16 << 10;
+
+/// What the newer form is called, without its version.
+const BUNDLE: &str = "application/vnd.dev.sigstore.bundle";
+
+/// The version of it that cosign writes; referrers are asked for by the whole name.
+const BUNDLE_NOW: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
+
+/// Where a bundle's manifest says what its statement is.
+const PREDICATE: &str = "dev.sigstore.bundle.predicateType";
+
+/// What a statement says that it is, when it is a signature and not, say, a list of what is in the image.
+const SIGN: &str = "https://sigstore.dev/cosign/sign/v1";
+
+/// What the payload of an envelope is.
+const IN_TOTO: &str = "application/vnd.in-toto+json";
+
+/// The largest bundle that is read, in bytes. With entries of transparency logs they have some 10 KiB.
+const BUNDLE_BYTES_MAX: u64 = 64 << 10;
 
 /// The longest signature, in base64: an RSA key of 8192 bits.
 const SIGNATURE_LEN_MAX: usize = 2048;
@@ -121,10 +142,49 @@ pub struct Demand<'a> {
 /// A signature as it came.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Signature {
-    /// The bytes that are signed; JSON.
+    /// JSON.
     payload: String,
     /// Base64.
     signature: String,
+    /// Of the payload, when it came in an envelope; it is signed too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    payload_type: Option<String>,
+}
+
+/// As far as it matters.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Bundle {
+    dsse_envelope: Envelope,
+}
+
+/// "DSSE: Dead Simple Signing Envelope".
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Envelope {
+    payload: String,
+    payload_type: String,
+    signatures: Vec<EnvelopeSignature>,
+}
+
+#[derive(Deserialize)]
+struct EnvelopeSignature {
+    sig: String,
+}
+
+/// in-toto Attestation Framework, "Statement".
+#[derive(Deserialize)]
+struct Statement {
+    #[serde(rename = "_type")]
+    kind: String,
+    #[serde(rename = "predicateType")]
+    predicate_type: String,
+    subject: Vec<Subject>,
+}
+
+#[derive(Deserialize)]
+struct Subject {
+    digest: BTreeMap<String, String>,
 }
 
 /// As far as it matters.
@@ -153,12 +213,63 @@ impl Signature {
         let Ok(signature) = STANDARD.decode(&self.signature) else {
             return false;
         };
+        let message = self.message();
         // First that it is signed: what is not is not even parsed.
-        keys.iter()
-            .any(|key| key.verifies(self.payload.as_bytes(), &signature))
-            && serde_json::from_str::<Payload>(&self.payload).is_ok_and(|payload| {
+        keys.iter().any(|key| key.verifies(&message, &signature)) && self.names(digest)
+    }
+
+    /// The bytes that are signed.
+    fn message(&self) -> Vec<u8> {
+        let payload = &self.payload;
+        match &self.payload_type {
+            None => payload.clone().into_bytes(),
+            Some(kind) => {
+                let lengths = (kind.len(), payload.len());
+                format!("DSSEv1 {} {kind} {} {payload}", lengths.0, lengths.1).into_bytes()
+            }
+        }
+    }
+
+    /// Whether it is about this image.
+    fn names(&self, digest: &Digest) -> bool {
+        match self.payload_type.as_deref() {
+            None => serde_json::from_str::<Payload>(&self.payload).is_ok_and(|payload| {
                 payload.critical.kind == KIND && payload.critical.image.digest == digest.to_string()
+            }),
+            Some(IN_TOTO) => serde_json::from_str::<Statement>(&self.payload).is_ok_and(|said| {
+                let hex = digest.hex();
+                let mut hashes = said
+                    .subject
+                    .iter()
+                    .map(|subject| subject.digest.get("sha256"));
+                said.kind.starts_with("https://in-toto.io/Statement/")
+                    && said.predicate_type == SIGN
+                    && hashes.any(|hash| hash.is_some_and(|hash| *hash == hex))
+            }),
+            Some(_) => false,
+        }
+    }
+
+    /// Those in a bundle.
+    fn in_bundle(bytes: &[u8]) -> Vec<Self> {
+        let Ok(bundle) = serde_json::from_slice::<Bundle>(bytes) else {
+            return Vec::new();
+        };
+        let envelope = bundle.dsse_envelope;
+        let payload = STANDARD.decode(&envelope.payload).ok();
+        let Some(payload) = payload.and_then(|bytes| String::from_utf8(bytes).ok()) else {
+            return Vec::new();
+        };
+        let signatures = envelope.signatures.into_iter();
+        signatures
+            .filter(|signature| signature.sig.len() <= SIGNATURE_LEN_MAX)
+            .take(SIGNATURES_MAX)
+            .map(|signature| Self {
+                payload: payload.clone(),
+                signature: signature.sig,
+                payload_type: Some(envelope.payload_type.clone()),
             })
+            .collect()
     }
 }
 
@@ -226,8 +337,8 @@ pub(crate) fn first_unmet<'d>(
     })
 }
 
-/// The signatures that the registry has beside the image; none when it has no manifest of them.
-pub(crate) fn fetch(
+/// The signatures of the older form that the registry has beside the image; none when it has no manifest of them.
+pub(crate) fn fetch_attached(
     client: &Client,
     image: &Reference,
     digest: &Digest,
@@ -257,7 +368,39 @@ pub(crate) fn fetch(
             signatures.push(Signature {
                 payload,
                 signature: signature.clone(),
+                payload_type: None,
             });
+        }
+    }
+    Ok(signatures)
+}
+
+/// The signatures of the newer form that refer to the image.
+pub(crate) fn fetch_bundles(
+    client: &Client,
+    image: &Reference,
+    digest: &Digest,
+) -> Result<Vec<Signature>, SignatureError> {
+    let mut signatures = Vec::new();
+    let may_be_one = |referrer: &&Referrer| {
+        let annotations = referrer.annotations.as_ref();
+        // Some registries leave annotations out.
+        annotations
+            .and_then(|annotations| annotations.get(PREDICATE))
+            .is_none_or(|predicate| predicate == SIGN)
+    };
+    let referrers = client.referrers(image, digest, BUNDLE_NOW)?;
+    for referrer in referrers.iter().filter(may_be_one).take(SIGNATURES_MAX) {
+        let raw = client.manifest(&image.with_digest(referrer.digest))?;
+        let Ok(Document::Manifest(manifest)) = Document::parse(&raw.bytes, Some(&raw.media_type))
+        else {
+            continue;
+        };
+        let Some(layer) = manifest.layers.first() else {
+            continue;
+        };
+        if layer.size <= BUNDLE_BYTES_MAX && layer.media_type.starts_with(BUNDLE) {
+            signatures.extend(Signature::in_bundle(&client.small_blob(image, layer)?));
         }
     }
     Ok(signatures)

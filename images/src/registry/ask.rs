@@ -68,10 +68,7 @@ impl Ask<'_> {
     pub(super) fn checked(&self, response: Response<Body>) -> Result<Response<Body>, FetchError> {
         match response.status().as_u16() {
             200 | 206 => Ok(response),
-            404 => Err(FetchError::NotFound {
-                host: self.host(),
-                what: self.what(),
-            }),
+            404 => Err(self.not_found()),
             status @ (401 | 403) => Err(self.denied(status)),
             status => Err(FetchError::Status {
                 host: self.host(),
@@ -79,6 +76,13 @@ impl Ask<'_> {
                 status,
                 retry_after: retry_after(response.headers()),
             }),
+        }
+    }
+
+    pub(super) fn not_found(&self) -> FetchError {
+        FetchError::NotFound {
+            host: self.host(),
+            what: self.what(),
         }
     }
 

@@ -31,8 +31,8 @@ struct Index {
 }
 
 impl Client {
-    /// The manifests of the kind `artifact_type` that refer to `subject` in the repository of `reference`, at most 64. Whoever
-    /// of mirrors and registry answers first decides; a registry without the referrers API is asked for the tag that stands in
+    /// The manifests of the kind `artifact_type` that refer to `subject` in the repository of `reference`, at most 64. The
+    /// first of mirrors and registry that knows any decides; a registry without the referrers API is asked for the tag that stands in
     /// for it. Asks once: nothing depends on it.
     ///
     /// # Errors
@@ -52,26 +52,26 @@ impl Client {
                 Err(error) if has_no_api(&error) => self.get(&ask, endpoint, &tag, OCI_INDEX, 0),
                 other => other,
             };
-            let response = match response {
-                Err(FetchError::NotFound { .. }) => return Ok(Vec::new()),
-                other => other?,
-            };
-            let bytes = self.read_document(&ask, response)?;
+            let bytes = self.read_document(&ask, response?)?;
             let index: Index = serde_json::from_slice(&bytes)
                 .map_err(|source| ask.document(crate::manifest::DocumentError::Json(source)))?;
-            Ok(index.manifests)
+            // Registries need not filter.
+            let is_one = |referrer: &Referrer| {
+                let kind = referrer.artifact_type.as_deref();
+                referrer.media_type == OCI_MANIFEST && kind.is_none_or(|kind| kind == artifact_type)
+            };
+            let found = index.manifests.into_iter().filter(is_one);
+            let found: Vec<Referrer> = found.take(REFERRERS_MAX).collect();
+            if found.is_empty() {
+                // As when there is no such list, so that the next is asked.
+                return Err(ask.not_found());
+            }
+            Ok(found)
         });
-        let mut found: Vec<Referrer> = found.map_err(super::source::Refused::into_error)?;
-        // Registries need not filter.
-        found.retain(|referrer| {
-            referrer.media_type == OCI_MANIFEST
-                && referrer
-                    .artifact_type
-                    .as_deref()
-                    .is_none_or(|kind| kind == artifact_type)
-        });
-        found.truncate(REFERRERS_MAX);
-        Ok(found)
+        match found.map_err(super::source::Refused::into_error) {
+            Err(FetchError::NotFound { .. }) => Ok(Vec::new()),
+            found => found,
+        }
     }
 
     /// A manifest by its digest, asked for once.

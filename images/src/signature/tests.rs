@@ -48,6 +48,7 @@ fn signature(payload: &str, signature: &str) -> Signature {
     Signature {
         payload: payload.to_owned(),
         signature: signature.to_owned(),
+        payload_type: None,
     }
 }
 
@@ -163,4 +164,64 @@ fn what_is_no_key_is_refused_with_the_reason() {
     // A curve that is not verified.
     let other = "-----BEGIN PUBLIC KEY-----\nMFYwEAYHKoZIzj0CAQYFK4EEAAoDQgAEoyHIsbsKz1DhBMCRST59MNmewgrcLE5O\neiNRFhhwTTocNOjfmv7D8Y30cQMk0AIwStAuTctmYVX+ek5pnSIPjQ==\n-----END PUBLIC KEY-----";
     assert_eq!(TrustedKey::try_from(other.to_owned()), Err(KeyError::Kind));
+}
+
+/// In-toto statements and their signatures in envelopes, by the first key: a signature, and a list of contents.
+const STATEMENTS: [(&str, &str); 2] = [
+    (
+        r#"{"_type":"https://in-toto.io/Statement/v1","subject":[{"digest":{"sha256":"6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d"}}],"predicateType":"https://sigstore.dev/cosign/sign/v1","predicate":{}}"#,
+        "MEQCIHyhfqYWAau9WEvp4gICng0ZBXMra/bqu6WebArcOFl7AiBoR0a02pxGjJTXbEIm3oTwlEJra3XmgV2hyAgwJJfVUQ==",
+    ),
+    (
+        r#"{"_type":"https://in-toto.io/Statement/v1","subject":[{"digest":{"sha256":"6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d"}}],"predicateType":"https://cyclonedx.org/bom","predicate":{}}"#,
+        "MEUCIQDLJ5G9gFn7NhTmHMzLFvaFUwE586oFaS2b18UKn4BwZAIgdMbvHoq4SNuGf7xBgUP5lykwkXdO11rJF/yQvyRFtJM=",
+    ),
+];
+
+fn bundle(payload: &str, kind: &str, signatures: &[&str]) -> Vec<u8> {
+    let signatures: Vec<_> = signatures
+        .iter()
+        .map(|sig| serde_json::json!({"sig": sig, "keyid": ""}))
+        .collect();
+    let payload = STANDARD.encode(payload);
+    serde_json::json!({
+        "mediaType": BUNDLE_NOW,
+        "verificationMaterial": {"publicKey": {"hint": "x"}, "tlogEntries": []},
+        "dsseEnvelope": {"payload": payload, "payloadType": kind, "signatures": signatures},
+    })
+    .to_string()
+    .into_bytes()
+}
+
+#[test]
+fn a_bundle_vouches_for_the_image_that_its_statement_names() {
+    let digest = Digest::of(b"image");
+    let [(_, pem, _), (_, other, _), ..] = SIGNED;
+    let (statement, signed) = STATEMENTS[0];
+    let vouches = |bytes: &[u8], digest: &Digest, pem: &str| {
+        let found = Signature::in_bundle(bytes);
+        found.iter().any(|one| one.vouches(digest, &[key(pem)]))
+    };
+    let right = bundle(statement, IN_TOTO, &["AAAA", signed]);
+    assert!(vouches(&right, &digest, pem));
+    assert!(!vouches(&right, &digest, other));
+    assert!(!vouches(&right, &Digest::of(b"another image"), pem));
+    // The kind of the payload is signed with it, and so is every letter.
+    let renamed = bundle(statement, "text/plain", &[signed]);
+    assert!(!vouches(&renamed, &digest, pem));
+    let changed = bundle(&statement.replace("v1", "v2"), IN_TOTO, &[signed]);
+    assert!(!vouches(&changed, &digest, pem));
+    // Rightly signed, and says something else about the image.
+    let (contents, signed) = STATEMENTS[1];
+    let listed = bundle(contents, IN_TOTO, &[signed]);
+    let found = &Signature::in_bundle(&listed)[0];
+    let bytes = STANDARD.decode(signed).unwrap();
+    assert!(key(pem).verifies(&found.message(), &bytes));
+    assert!(!vouches(&listed, &digest, pem));
+    // One form is not read as the other.
+    assert!(!signature(statement, STATEMENTS[0].1).vouches(&digest, &[key(pem)]));
+    let not_base64 = bundle("", IN_TOTO, &[]);
+    for nonsense in [&b""[..], b"{}", b"[]", &not_base64] {
+        assert_eq!(Signature::in_bundle(nonsense), []);
+    }
 }

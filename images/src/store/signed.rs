@@ -7,7 +7,9 @@ use std::io::Read as _;
 use super::{Store, io_error};
 use crate::blobs::write_atomic;
 use crate::registry::Client;
-use crate::signature::{Demand, Signature, SignatureError, fetch, first_unmet};
+use crate::signature::{
+    Demand, Signature, SignatureError, fetch_attached, fetch_bundles, first_unmet,
+};
 use crate::{Digest, Reference};
 
 /// The largest file of kept signatures.
@@ -38,7 +40,10 @@ impl Store {
         if self.is_signed(&digest, demands) {
             return Ok(());
         }
-        let mut signatures = fetch(client, reference, &digest)?;
+        let mut signatures = fetch_attached(client, reference, &digest)?;
+        if first_unmet(&digest, demands, &signatures).is_some() {
+            signatures.extend(fetch_bundles(client, reference, &digest)?);
+        }
         if let Some(unmet) = first_unmet(&digest, demands, &signatures) {
             let by = unmet.by.to_owned();
             return Err(match signatures.len() {

@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use foreshore_images::registry::{Client, ClientConfig, RegistryConfig};
 use foreshore_images::signature::{Demand, SignatureError, TrustedKey};
 use foreshore_images::store::Store;
@@ -20,6 +22,13 @@ const SIGNED: &str = "MEYCIQDj2wNlu7woh259ncPwJOD3DKKrUQ7arnDxdZj6KorFJAIhAMGjGm
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const SIMPLE: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
+
+const BUNDLE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+
+/// A statement about `image` in an envelope, signed with it.
+const STATEMENT: &str = r#"{"_type":"https://in-toto.io/Statement/v1","subject":[{"digest":{"sha256":"6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d"}}],"predicateType":"https://sigstore.dev/cosign/sign/v1","predicate":{}}"#;
+const SIGNED_STATEMENT: &str = "MEQCIHyhfqYWAau9WEvp4gICng0ZBXMra/bqu6WebArcOFl7AiBoR0a02pxGjJTXbEIm3oTwlEJra3XmgV2hyAgwJJfVUQ==";
 
 /// What the registry answers to the manifest of signatures.
 type Answer = Arc<Mutex<Option<(String, Blobs)>>>;
@@ -48,12 +57,19 @@ impl Place {
                     text => ok(MANIFEST, text.as_bytes().to_vec()),
                 };
             }
+            if request.path.contains("/referrers/") {
+                return match blobs.0.get(&Digest::of(b"referrers")) {
+                    Some(index) => ok(INDEX, index.clone()),
+                    None => status(404),
+                };
+            }
             let blob = request
                 .path
                 .rsplit('/')
                 .next()
                 .and_then(|name| name.parse().ok());
             match blob.and_then(|digest: Digest| blobs.0.get(&digest)) {
+                Some(bytes) if request.path.contains("/manifests/") => ok(MANIFEST, bytes.clone()),
                 Some(bytes) => ok("application/octet-stream", bytes.clone()),
                 None => status(404),
             }
@@ -219,4 +235,58 @@ fn what_is_no_signature_is_told_from_a_registry_that_is_away() {
     place.show(&[layer], blobs);
     assert_eq!(place.prove().unwrap_err().fault(), Fault::DigestMismatch);
     assert!(!place.is_signed());
+}
+
+#[test]
+fn a_bundle_that_refers_to_the_image_is_found_too() {
+    let place = Place::new();
+    let mut blobs = Blobs::default();
+    let mut referrer = |payload: &str, annotations: Value| {
+        let bundle = json!({"mediaType": BUNDLE, "verificationMaterial": {}, "dsseEnvelope": {
+            "payload": STANDARD.encode(payload),
+            "payloadType": "application/vnd.in-toto+json",
+            "signatures": [{"sig": SIGNED_STATEMENT}],
+        }});
+        let layer = blobs.add(BUNDLE, bundle.to_string().into_bytes());
+        let empty = "application/vnd.oci.empty.v1+json";
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "artifactType": BUNDLE,
+            "config": {"mediaType": empty, "size": 2, "digest": Digest::of(b"{}")},
+            "layers": [layer],
+            "subject": {"mediaType": MANIFEST, "size": 5, "digest": Digest::of(b"image")},
+        });
+        let mut descriptor = blobs.add(MANIFEST, manifest.to_string().into_bytes());
+        descriptor["artifactType"] = BUNDLE.into();
+        descriptor["annotations"] = annotations;
+        descriptor
+    };
+    let predicate = |kind: &str| json!({"dev.sigstore.bundle.predicateType": kind});
+    let contents = referrer("{}", predicate("https://cyclonedx.org/bom"));
+    let wrong = referrer("not a statement", Value::Null);
+    let right = referrer(STATEMENT, predicate("https://sigstore.dev/cosign/sign/v1"));
+    let show = |manifests: &[&Value]| {
+        let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});
+        let mut blobs = Blobs(blobs.0.clone());
+        let index = index.to_string().into_bytes();
+        blobs.0.insert(Digest::of(b"referrers"), index);
+        *place.answer.lock().unwrap() = Some((String::new(), blobs));
+    };
+    show(&[&contents]);
+    let unsigned = place.prove().unwrap_err();
+    assert!(
+        matches!(unsigned, SignatureError::Unsigned { .. }),
+        "{unsigned}"
+    );
+    show(&[&contents, &wrong]);
+    let untrusted = place.prove().unwrap_err();
+    let one = matches!(untrusted, SignatureError::Untrusted { found: 1, .. });
+    assert!(one, "{untrusted}");
+    show(&[&contents, &wrong, &right]);
+    place.prove().unwrap();
+    assert!(place.is_signed());
+    let asked = place.server.requests().len();
+    place.prove().unwrap();
+    assert_eq!(place.server.requests().len(), asked, "it was kept");
 }
