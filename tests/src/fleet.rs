@@ -37,7 +37,8 @@ impl Fleet {
         fleet
     }
 
-    /// Waits until the hub sees `count` devices online.
+    /// Waits until the hub sees `count` devices online and knows their labels: those come a moment later, and an app
+    /// that is applied before them does not select the device.
     pub fn await_online(&self, count: usize) {
         let api = self.hub.api();
         wait_for(&format!("{count} devices online"), LONG, || {
@@ -46,7 +47,7 @@ impl Fleet {
                 .as_array()
                 .into_iter()
                 .flatten()
-                .filter(|device| device["online"] == true);
+                .filter(|device| device["online"] == true && !device["inventory"].is_null());
             if online.count() == count {
                 Ok(())
             } else {

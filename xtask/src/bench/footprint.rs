@@ -88,7 +88,8 @@ fn measure(stage: &mut Stage, idle_secs: u64) -> anyhow::Result<()> {
     stage.start_device_with("bench", "")?;
     wait_for("the device to join", PATIENCE, || {
         let devices = stage.json(&["get", "devices"])?;
-        Ok((devices["items"][0]["online"] == true).then_some(()))
+        let device = &devices["items"][0];
+        Ok((device["online"] == true && !device["inventory"].is_null()).then_some(()))
     })?;
     let device = stage.device("bench")?;
     let agent = device.agent.process().context("the agent does not run")?;

@@ -181,7 +181,8 @@ fn start(story: &mut Story) -> anyhow::Result<String> {
         }
         let devices = story.stage.json(&["get", "devices"])?;
         let online = items(&devices)
-            .filter(|device| device["online"] == true)
+            // Its labels come a moment after it, and an app selects by them.
+            .filter(|device| device["online"] == true && !device["inventory"].is_null())
             .count();
         Ok((online == DEVICES.len()).then_some(()))
     })?;
