@@ -24,7 +24,7 @@
 //! | [`stage`] | pulling and unpacking images in a child process |
 //! | [`runtime`] | containers, behind a trait; libcontainer and a fake |
 //! | [`shim`], [`exec`] | the programs that start a container, and a command in one |
-//! | [`status`], [`removal`], [`volumes`], [`doctor`] | what an operator on the device asks for |
+//! | [`status`], [`removal`], [`volumes`], [`doctor`], [`fsck`] | what an operator on the device asks for |
 //! | [`watchdog`] | signs of life for the supervisor and the hardware |
 //! | [`config`], [`inventory`], [`clock`] | the configuration, the device, its clocks |
 
@@ -35,6 +35,7 @@ pub mod disk;
 pub mod doctor;
 pub mod exec;
 pub mod execute;
+pub mod fsck;
 pub mod images;
 pub mod inventory;
 pub mod link;

@@ -23,10 +23,11 @@ use foreshore_agent::vault::Vault;
 use foreshore_agent::volumes::{self, VolumeId};
 use foreshore_agent::watchdog::{Environment, Watchdog};
 use foreshore_agent::{
-    clock, disk, doctor, exec, images, link, plan, removal, shim, stage, state, status, unpack,
+    clock, disk, doctor, exec, fsck, images, link, plan, removal, shim, stage, state, status,
+    unpack,
 };
 use foreshore_images::Digest;
-use foreshore_images::store::{Progress, Store};
+use foreshore_images::store::{LayerFinding, LayerState, Progress, Store};
 use foreshore_protocol::AppName;
 use foreshore_protocol::message::{AppStatus, ServiceState};
 
@@ -131,6 +132,21 @@ enum Images {
         #[arg(short, long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
+    /// Look through the images and repair what is damaged, from the registry if need be. The agent may be running. Exit status 0
+    /// when all is well or is again, 1 when something stays damaged, 3 when not everything could be checked.
+    Fsck {
+        #[command(flatten)]
+        at: At,
+        /// Read every file of every layer and compare it with what it was when it was unpacked.
+        #[arg(long)]
+        deep: bool,
+        /// Change nothing.
+        #[arg(long)]
+        check: bool,
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
     /// Let a loaded image go. It is deleted when the agent next collects garbage and no release on this device names it.
     /// Exit status 1 when it was not loaded.
     Remove {
@@ -214,7 +230,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status { at, output } => {
             show_status(&at.config, output).map(|()| ExitCode::SUCCESS)
         }
-        Command::Image(command) => images_command(command).map(|()| ExitCode::SUCCESS),
+        Command::Image(command) => images_command(command),
         Command::Volume(command) => volumes_command(command).map(|()| ExitCode::SUCCESS),
         Command::StopAll(at) => stop_all(&at.config).map(|()| ExitCode::SUCCESS),
         Command::RemoveAll { at, purge } => {
@@ -316,6 +332,13 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
     }
     let (state, mut loaded) = open_state(&config.paths.state)?;
     let images = Store::open(&stage::store_path(&config))?;
+    // What containers ran from that are gone, or began anew since.
+    if let Err(error) = images.clear_aside(&oci::holders(&config.paths.run)) {
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "what was set aside stays for now"
+        );
+    }
     loaded
         .damage
         .extend(stage::survey(&images, &config.paths.run, boot));
@@ -392,10 +415,16 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
-fn images_command(command: Images) -> anyhow::Result<()> {
+fn images_command(command: Images) -> anyhow::Result<ExitCode> {
     need_root()?;
     let open = |at: &At| anyhow::Ok(images::open(&Config::load(&at.config)?)?);
     let (found, output) = match command {
+        Images::Fsck {
+            at,
+            deep,
+            check,
+            output,
+        } => return look_through(&at.config, deep, check, output),
         Images::Load {
             at,
             archive,
@@ -419,7 +448,7 @@ fn images_command(command: Images) -> anyhow::Result<()> {
             println!(
                 "{digest} is no longer pinned; it goes when no release on this device names it"
             );
-            return Ok(());
+            return Ok(ExitCode::SUCCESS);
         }
     };
     let mut out = std::io::stdout().lock();
@@ -430,7 +459,37 @@ fn images_command(command: Images) -> anyhow::Result<()> {
         }
         Output::Text => out.write_all(images::table(&found).as_bytes())?,
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+fn look_through(path: &Path, deep: bool, check: bool, output: Output) -> anyhow::Result<ExitCode> {
+    need_root()?;
+    let config = Config::load(path)?;
+    let store = images::open(&config)?;
+    let options = fsck::Options {
+        deep,
+        repair: !check,
+    };
+    let mut looked = |layer: &LayerFinding| {
+        if layer.state != LayerState::Sound {
+            eprintln!("layer {} is not as it should be", layer.layer);
+        }
+    };
+    let mut unpacked = |progress| {
+        if let Progress::Unpacked { diff_id } = progress {
+            eprintln!("unpacked {diff_id}");
+        }
+    };
+    let report = fsck::run(&config, &store, options, &mut looked, &mut unpacked)?;
+    let mut out = std::io::stdout().lock();
+    match output {
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut out, &report)?;
+            writeln!(out)?;
+        }
+        Output::Text => out.write_all(report.text().as_bytes())?,
+    }
+    Ok(ExitCode::from(report.verdict.exit_code()))
 }
 
 fn volumes_command(command: Volumes) -> anyhow::Result<()> {

@@ -132,6 +132,8 @@ pub struct Observed {
     pub releases: BTreeMap<Digest, Release>,
     /// The images that are wholly on disk, by the digest that releases name them by.
     pub images: BTreeSet<Digest>,
+    /// Those of them in which rot was found: they can be started, and are to be staged again.
+    pub damaged: BTreeSet<Digest>,
     /// Which update locks are had, and which are not to be had.
     pub update_locks: UpdateLocks,
     /// The images that stay whether a release names them or not.
@@ -155,8 +157,19 @@ impl Observed {
     /// The images that are here for a trial of `release`.
     fn images_for(&self, release: &Digest) -> Cow<'_, BTreeSet<Digest>> {
         match self.unsigned.get(release) {
-            None => Cow::Borrowed(&self.images),
-            Some(unsigned) => Cow::Owned(self.images.difference(unsigned).copied().collect()),
+            None => self.sound_images(),
+            Some(unsigned) => {
+                Cow::Owned(self.sound_images().difference(unsigned).copied().collect())
+            }
+        }
+    }
+
+    /// The images that are here and need not be staged again.
+    fn sound_images(&self) -> Cow<'_, BTreeSet<Digest>> {
+        if self.damaged.is_empty() {
+            Cow::Borrowed(&self.images)
+        } else {
+            Cow::Owned(self.images.difference(&self.damaged).copied().collect())
         }
     }
 }

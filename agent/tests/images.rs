@@ -92,8 +92,8 @@ fn images_are_loaded_listed_and_let_go_without_hub_and_registry() {
     let file = dir.path().join("state/images/layers");
     assert_eq!(
         fs::read_dir(file).unwrap().count(),
-        2,
-        "a layer and its record"
+        3,
+        "a layer, its record and the list of its files"
     );
 
     let listed = image(&config, &["list"], b"");
@@ -114,6 +114,105 @@ fn images_are_loaded_listed_and_let_go_without_hub_and_registry() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(text.contains(named), "{arguments:?}: {text}");
         assert_eq!(text.trim().lines().count(), 1, "one clear error: {text}");
+    }
+}
+
+#[test]
+fn rot_is_found_named_and_repaired_beside_others_at_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("agent.toml");
+    fs::write(dir.path().join("token"), "t").unwrap();
+    let text = format!(
+        "device = \"d\"\n[hub]\nbroker = \"mqtt://127.0.0.1:1\"\njoin_token_file = \"{0}/token\"\n[paths]\n\
+         state = \"{0}/state\"\nrun = \"{0}/run\"\n",
+        dir.path().display()
+    );
+    fs::write(&config, text).unwrap();
+    let archive = dir.path().join("layout");
+    let digest = layout(&archive).to_string();
+    let load = || {
+        let loaded = image(&config, &["load", archive.to_str().unwrap()], b"");
+        assert!(loaded.status.success(), "{loaded:?}");
+    };
+    load();
+    let fsck = |arguments: &[&str]| {
+        let arguments: Vec<&str> = ["fsck", "--deep"]
+            .iter()
+            .chain(arguments)
+            .copied()
+            .collect();
+        image(&config, &arguments, b"")
+    };
+    let json = |output: &Output| -> Value { serde_json::from_slice(&output.stdout).unwrap() };
+    let sound = fsck(&["-o", "json"]);
+    assert_eq!(sound.status.code(), Some(0), "{sound:?}");
+    let sound = json(&sound);
+    assert_eq!(sound["verdict"], "sound");
+    assert_eq!(
+        (&sound["deep"], &sound["layers"][0]["bytes"]),
+        (&json!(true), &json!(5))
+    );
+
+    let store = dir.path().join("state/images");
+    let layer = sound["layers"][0]["layer"].as_str().unwrap();
+    let file = store
+        .join("layers")
+        .join(layer.strip_prefix("sha256:").unwrap())
+        .join("hello");
+    fs::write(&file, "worle").unwrap();
+    // Without reading what files hold nothing is seen, and that is said.
+    let shallow = image(&config, &["fsck"], b"");
+    assert_eq!(shallow.status.code(), Some(0), "{shallow:?}");
+    assert!(String::from_utf8_lossy(&shallow.stdout).contains("--deep"));
+    // Who only looks is held up by nobody.
+    let lock = fs::File::options()
+        .write(true)
+        .open(store.join("lock"))
+        .unwrap();
+    lock.lock().unwrap();
+    let looked = fsck(&["--check", "-o", "json"]);
+    drop(lock);
+    assert_eq!(looked.status.code(), Some(1), "{looked:?}");
+    let looked = json(&looked);
+    assert_eq!(
+        (&looked["verdict"], &looked["repairs"]),
+        (&json!("damaged"), &json!([]))
+    );
+    let found = &looked["layers"][0];
+    assert_eq!(
+        (&found["state"], &found["images"]),
+        (&json!("damaged"), &json!([digest]))
+    );
+    let flaw = &found["flaws"][0];
+    assert_eq!(
+        (&flaw["path"], &flaw["wrong"]),
+        (&json!("hello"), &json!("content"))
+    );
+    assert_eq!(
+        fs::read_to_string(&file).unwrap(),
+        "worle",
+        "it only looked"
+    );
+
+    // It came from an archive, so that is where it comes from again.
+    let left = fsck(&[]);
+    assert_eq!(left.status.code(), Some(1), "{left:?}");
+    let text = String::from_utf8_lossy(&left.stdout).into_owned();
+    for said in [
+        "library/hello@",
+        "  hello: content: ",
+        "image load",
+        "1 layers damaged",
+    ] {
+        assert!(text.contains(said), "{said}: {text}");
+    }
+    load();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "world");
+    let well = fsck(&[]);
+    assert_eq!(well.status.code(), Some(0), "{well:?}");
+    for name in ["damaged", "quarantine", "tmp"] {
+        let left = fs::read_dir(store.join(name)).unwrap().count();
+        assert_eq!(left, 0, "{name}: nobody ran from it");
     }
 }
 

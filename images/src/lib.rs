@@ -15,6 +15,7 @@
 //! | [`signature`] | who vouches for an image |
 //! | [`unpack`] | one layer's tar stream into one directory that it can never leave |
 //! | [`delta`] | a layer made of files of an old image and of little besides |
+//! | [`ledger`] | what every file of an unpacked layer was, to find rot |
 //! | [`compression`] | gzip and zstd, told apart by their first bytes |
 //! | [`layout`] | import of OCI layouts and docker-archives into a blob directory |
 //! | [`blobs`] | a directory of blobs named by their digest |
@@ -41,6 +42,7 @@ pub mod compression;
 pub mod delta;
 pub mod fault;
 pub mod layout;
+pub mod ledger;
 pub mod manifest;
 pub mod partial;
 pub mod platform;

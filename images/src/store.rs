@@ -9,11 +9,13 @@
 //!   pulling/HEX             the layers of an image that was begun: their blobs are kept
 //!   layers/HEX/             one unpacked layer, by diff id or chain id (see below)
 //!   layers/HEX.json         what came of unpacking it
+//!   layers/HEX.ledger       what each of its files is, to find rot
 //!   layers/HEX.surveyed     it has outlived a power cycle whole
 //!   images/HEX.json         an image by the digest it was asked for: manifest and layers
 //!   pins/HEX                an image that stays although no release names it
 //!   refused/HEX             a delta that made nothing of use; until an image is there
-//!   quarantine/             what was damaged, for people to look at and remove
+//!   damaged/HEX             a layer that rot was found in; until its new tree is there
+//!   quarantine/             what was damaged: trees until nobody runs from them, records for people to look at
 //!   tmp/                    what is on its way; swept when nobody holds the lock
 //! ```
 //!
@@ -22,9 +24,11 @@
 //! there (see [`crate::unpack`]); then it is unpacked again under its chain id (OCI image specification,
 //! "Layer ChainID").
 
+mod aside;
 mod deltas;
 mod error;
 mod fetching;
+mod fsck;
 mod load;
 mod origin;
 mod pull;
@@ -44,7 +48,9 @@ use std::time::{Duration, Instant};
 use foreshore_killpoint as killpoint;
 use rustix::fs::FlockOperation;
 
+pub use self::aside::Holders;
 pub use self::error::StageError;
+pub use self::fsck::{Findings, ImageFinding, LayerFinding, LayerState, Repair, Sources};
 pub use self::load::{Archive, LoadError, LoadedImage};
 use self::origin::Origin;
 use self::record::{ImageRecord, LayerRecord, PlacedLayer};
@@ -167,6 +173,7 @@ impl Store {
             "pulling",
             "refused",
             "loading",
+            "damaged",
             "quarantine",
             "signatures",
         ] {
@@ -190,8 +197,8 @@ impl Store {
     }
 
     /// Makes the image that `reference` pins (it must carry a digest) ready to be mounted: fetches what is
-    /// missing, checks every byte, unpacks. Nothing to do, and no network, when it is already there. May be
-    /// killed at any point and called again: what came is kept.
+    /// missing, checks every byte, unpacks. Nothing to do, and no network, when it is already there and nothing of it was
+    /// found to be [damaged](Self::repair). May be killed at any point and called again: what came is kept.
     ///
     /// # Errors
     /// [`StageError`]; nothing of other images is touched.
@@ -207,12 +214,12 @@ impl Store {
                 image: reference.to_string(),
             });
         };
-        if let Some(staged) = self.staged(&digest) {
+        if let Some(staged) = self.staged_sound(&digest) {
             return Ok(staged);
         }
         let _lock = self.lock()?;
         // Another process may have staged it while this one waited.
-        if let Some(staged) = self.staged(&digest) {
+        if let Some(staged) = self.staged_sound(&digest) {
             return Ok(staged);
         }
         self.sweep()?;
@@ -260,7 +267,7 @@ impl Store {
             if !seen.insert(layer.key) {
                 continue;
             }
-            if let Some(known) = self.layer(&layer.key) {
+            if let Some(known) = self.any_layer(&layer.key) {
                 staged.size_bytes += known.unpacked.bytes;
                 staged.notes.extend(known.unpacked.notes);
             }
@@ -268,6 +275,12 @@ impl Store {
         }
         staged.layers.reverse();
         Some(staged)
+    }
+
+    /// As [`staged`](Self::staged); `None` also when a layer was found to be damaged, which staging again repairs.
+    fn staged_sound(&self, digest: &Digest) -> Option<StagedImage> {
+        self.staged(digest)
+            .filter(|staged| !self.has_damage(&staged.digest))
     }
 
     /// Every image that is wholly here, in the order of the digests they were asked for by.
@@ -352,7 +365,9 @@ impl Store {
         // The records are gone for good before what they name goes.
         self.sync("images")?;
         for key in digests_in(&self.root.join("layers"))?.difference(&layers) {
-            removed.bytes += self.layer(key).map_or(0, |record| record.unpacked.bytes);
+            removed.bytes += self
+                .any_layer(key)
+                .map_or(0, |record| record.unpacked.bytes);
             removed.layers += usize::from(self.remove_layer(key)?);
         }
         removed.bytes += self
@@ -466,37 +481,17 @@ impl Store {
         Ok(None)
     }
 
-    /// The record of a layer that is wholly here.
+    /// The record of a layer that is wholly here, and sound as far as is known.
     fn layer(&self, key: &Digest) -> Option<LayerRecord> {
+        self.any_layer(key).filter(|_| !self.is_damaged(key))
+    }
+
+    /// The record of a layer whose directory is here.
+    fn any_layer(&self, key: &Digest) -> Option<LayerRecord> {
         let record = LayerRecord::read(&self.layer_record_path(key), key)?;
         fs::symlink_metadata(self.layer_path(key))
             .is_ok_and(|meta| meta.is_dir())
             .then_some(record)
-    }
-
-    /// Moves a tree whose record is damaged out of the way. A container may be running from it, which keeps
-    /// working, so it is not removed.
-    fn quarantine_layer(&self, key: &Digest) -> Result<(), StageError> {
-        let (tree, aside) = (
-            self.layer_path(key),
-            self.root
-                .join("quarantine")
-                .join(format!("layer-{}", key.hex())),
-        );
-        if !is_directory(&tree) {
-            return Ok(());
-        }
-        let mark = self.survey_mark(key);
-        if mark.exists() {
-            fs::remove_file(&mark).map_err(|source| io_error("remove", &mark, source))?;
-        }
-        if aside.exists() {
-            remove_tree(&aside).map_err(|source| io_error("remove", &aside, source))?;
-        }
-        tracing::warn!(layer = %key, path = %aside.display(), "a layer with a damaged record was set aside");
-        fs::rename(&tree, &aside).map_err(|source| io_error("set aside", &tree, source))?;
-        killpoint::reached("layer", "set-aside");
-        Ok(())
     }
 
     /// Moves the tree away before it is removed, so that half a tree never stands under its name.
@@ -506,7 +501,13 @@ impl Store {
         let there = match fs::rename(&tree, &away) {
             Ok(()) => {
                 killpoint::reached("layer", "moved-away");
-                remove_tree(&away).map_err(|source| io_error("remove", &away, source))?;
+                let removed = if is_directory(&away) {
+                    remove_tree(&away)
+                } else {
+                    // A file system that was repaired may have made a file of it.
+                    fs::remove_file(&away)
+                };
+                removed.map_err(|source| io_error("remove", &away, source))?;
                 killpoint::reached("layer", "deleted");
                 true
             }
@@ -521,29 +522,14 @@ impl Store {
             }
             _ => Ok(()),
         };
-        match gone(&mark).and_then(|()| gone(&record)) {
+        let others = [mark, self.ledger_path(key), record, self.damage_mark(key)];
+        match others.iter().try_for_each(|path| gone(path)) {
             Err(error) => Err(error),
             Ok(()) => {
                 killpoint::reached("layer", "record-gone");
                 Ok(there)
             }
         }
-    }
-
-    /// Sets a record that cannot be read aside; a readable one whose parts are missing is simply replaced.
-    fn quarantine_image(&self, digest: &Digest) -> Result<(), StageError> {
-        let path = self.image_path(digest);
-        if !path.exists() || self.record(digest).is_some() {
-            return Ok(());
-        }
-        let aside = self
-            .root
-            .join("quarantine")
-            .join(format!("image-{}.json", digest.hex()));
-        tracing::warn!(%digest, path = %aside.display(), "a damaged image record was set aside; the image is staged again");
-        fs::rename(&path, &aside).map_err(|source| io_error("set aside", &path, source))?;
-        killpoint::reached("image", "set-aside");
-        Ok(())
     }
 
     /// Removes what an interrupted stage left: everything in `tmp/`, and records whose layer never got its name.
@@ -616,7 +602,7 @@ fn chain_id(below: Option<Digest>, diff_id: &Digest) -> Digest {
     })
 }
 
-/// The digests that files `HEX`, `HEX.json` in a directory are named by.
+/// The digests that files `HEX`, `HEX.json`, `HEX.ledger` in a directory are named by.
 fn digests_in(path: &Path) -> Result<BTreeSet<Digest>, StageError> {
     let entries = fs::read_dir(path).map_err(|source| io_error("list", path, source))?;
     let mut found = BTreeSet::new();
@@ -625,8 +611,11 @@ fn digests_in(path: &Path) -> Result<BTreeSet<Digest>, StageError> {
             .map_err(|source| io_error("list", path, source))?
             .file_name();
         let Some(name) = name.to_str() else { continue };
-        if let Ok(digest) = format!("sha256:{}", name.strip_suffix(".json").unwrap_or(name)).parse()
-        {
+        let hex = [".json", ".ledger"]
+            .iter()
+            .find_map(|suffix| name.strip_suffix(suffix))
+            .unwrap_or(name);
+        if let Ok(digest) = format!("sha256:{hex}").parse() {
             found.insert(digest);
         }
     }

@@ -71,7 +71,8 @@ pub(super) fn advance(
     {
         draft.update_locks.insert(app.clone());
     }
-    draft.stage(app, current, target.missing_images(&draft.observed.images));
+    let sound = draft.observed.sound_images();
+    draft.stage(app, current, target.missing_images(&sound));
     service::advance(
         draft,
         app,

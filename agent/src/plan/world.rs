@@ -60,6 +60,7 @@ pub(super) struct World {
     pub(super) hub: BTreeMap<Digest, Release>,
     pub(super) releases: BTreeMap<Digest, Release>,
     pub(super) images: BTreeSet<Digest>,
+    pub(super) damaged: BTreeSet<Digest>,
     pub(super) containers: Vec<(Container, BootMs, Service)>,
     /// While set, staging fails with this.
     pub(super) registry: Option<ReasonCode>,
@@ -106,6 +107,7 @@ impl World {
             hub: BTreeMap::new(),
             releases: BTreeMap::new(),
             images: BTreeSet::new(),
+            damaged: BTreeSet::new(),
             containers: Vec::new(),
             registry: None,
             hub_reachable: true,
@@ -211,6 +213,7 @@ impl World {
             containers,
             releases: self.releases.clone(),
             images: self.images.clone(),
+            damaged: self.damaged.clone(),
             update_locks: self.update_locks.clone(),
             pinned: self.pinned.clone(),
             disk: self.disk,
@@ -349,6 +352,9 @@ impl World {
                         image.rsplit_once('@').unwrap().1.parse::<Digest>().unwrap()
                     };
                     self.images.extend(images.iter().map(digest));
+                    for image in images {
+                        self.damaged.remove(&digest(image));
+                    }
                     self.unsigned.remove(release);
                     Outcome::Staged { release: *release }
                 }

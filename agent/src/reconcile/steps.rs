@@ -85,6 +85,7 @@ impl<R: Runtime + 'static> Agent<R> {
                 .collect(),
             releases: self.releases.clone(),
             images: self.images.clone(),
+            damaged: self.tools.images.damaged(),
             update_locks: self.update_locks.observed(),
             pinned: self.pinned.clone(),
             disk: self.disk.observed(),

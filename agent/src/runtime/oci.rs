@@ -40,6 +40,7 @@ use super::{
     Container, ContainerId, ContainerSpec, ExecError, ListError, RemoveError, Runtime, StartError,
     StopError, io_limits, secrets,
 };
+pub use holders::holders;
 use watch::Watch;
 
 use crate::policy;
@@ -48,6 +49,7 @@ mod children;
 mod connection;
 mod creation;
 mod end;
+mod holders;
 mod logs;
 mod observation;
 mod watch;

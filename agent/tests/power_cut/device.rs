@@ -158,7 +158,7 @@ impl Device {
                 self.damaged += 1;
             }
             "unfinished.removed" => fs::write(state.join("head.new"), b"half").unwrap(),
-            "layer.set-aside" => {
+            "layer.set-aside" | "layer.beside" => {
                 // The record of a layer that the next image has, too: the one of busybox, which comes first in time.
                 let layers = fs::read_dir(state.join("images/layers")).unwrap().flatten();
                 for entry in layers.filter(|entry| entry.path().join("bin/busybox").exists()) {

@@ -24,6 +24,14 @@ pub enum StageError {
         /// The image, as the archive names it.
         image: String,
     },
+    /// It came from an archive, or its name was lost, and no release says where it is.
+    #[error(
+        "image {image} came from an archive, or its name was lost, and no release here says where to fetch it; load it again with \"foreshore-agent image load\""
+    )]
+    NoSource {
+        /// Its digest.
+        image: String,
+    },
     /// Something did not come from the registry.
     #[error(transparent)]
     Fetch(#[from] FetchError),
@@ -136,7 +144,7 @@ impl StageError {
     pub fn fault(&self) -> Fault {
         match self {
             Self::NotPinned { .. } => Fault::Config,
-            Self::Missing { .. } => Fault::NotFound,
+            Self::Missing { .. } | Self::NoSource { .. } => Fault::NotFound,
             Self::Fetch(error) => error.fault(),
             Self::NoPlatform { .. } => Fault::NoMatchingPlatform,
             Self::SizeLie { .. } | Self::DiffId { .. } => Fault::DigestMismatch,

@@ -182,7 +182,7 @@ impl Store {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(), StageError> {
         let digest = reference.digest().expect("it was made with one");
-        if self.staged(&digest).is_some() {
+        if self.staged_sound(&digest).is_some() {
             return Ok(());
         }
         self.quarantine_image(&digest)?;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::survey::Extent;
 use crate::Digest;
 use crate::blobs::write_atomic;
+use crate::ledger::Seal;
 use crate::unpack::Unpacked;
 
 /// No record of ours is longer, in bytes: 127 layers, 1024 paths.
@@ -54,6 +55,9 @@ pub(super) struct LayerRecord {
     /// Of the tree as it was unpacked; `None` when it was not measured.
     #[serde(default)]
     pub(super) extent: Option<Extent>,
+    /// The list of what its files are; `None` from before there were any, or for a tree too large for one.
+    #[serde(default)]
+    pub(super) ledger: Option<Seal>,
 }
 
 impl ImageRecord {

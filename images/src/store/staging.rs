@@ -15,6 +15,7 @@ use super::select::Selected;
 use super::survey::Extent;
 use super::{Progress, StageError, Store, chain_id, io_error};
 use crate::delta::Rebuilt;
+use crate::ledger::{self, LedgerError, Seal};
 use crate::manifest::Descriptor;
 use crate::room::Shortage;
 use crate::unpack::job::{Job, LowerLayer, opaque_in, perform};
@@ -30,6 +31,9 @@ const INODE_BYTES: u64 = 16 << 10;
 const INODES_MIN: u64 = 64;
 /// The name of what is unpacked, in a directory of its own.
 const TREE: &str = "tree";
+/// The name of the list of its files, beside it.
+const LEDGER: &str = "ledger";
+
 /// What a layer unpacks to at most, usually: as long as its blob where it is not compressed, 4 times that with gzip
 /// (a Debian system has 2.8) and 5 times with anything else (zstd at its best has 3.7).
 fn unpacked_estimate(layer: &Descriptor) -> u64 {
@@ -309,24 +313,89 @@ impl<'a> Staging<'a> {
             });
         }
         killpoint::reached("layer", "unpacked");
+        let list = staging.path().join(LEDGER);
+        let (ledger, extent) = match self.write_ledger(&tree, &list, &unpacked) {
+            Ok(written) => written,
+            Err(source) => {
+                let error = self.layer_error(layer, source);
+                if !error.is_transient() {
+                    remove_blob()?;
+                }
+                return Err(error);
+            }
+        };
         let record = LayerRecord {
             diff_id: *diff_id,
             chain_id: *chain_id,
             unpacked,
-            extent: Extent::of(&tree).ok(),
+            extent,
+            ledger,
         };
         self.budget.entries = self.budget.entries.saturating_sub(record.unpacked.entries);
         self.budget.bytes = self.budget.bytes.saturating_sub(record.unpacked.bytes);
-        // Under the diff id, where every image finds it, unless another variant of it stands there.
-        let key = if store.layer(diff_id).is_none() {
-            *diff_id
-        } else {
-            *chain_id
-        };
-        self.publish(&tree, &key, &record)?;
+        let key = self.key_for(diff_id, chain_id)?;
+        self.publish(&tree, &list, &key, &record)?;
         // Only now: after a power loss before this it need not be fetched again.
         remove_blob()?;
         Ok(key)
+    }
+
+    /// What a new layer is to be called: as the damaged one that it replaces, else by the diff id, where every image finds it,
+    /// unless another variant of it stands there.
+    fn key_for(&self, diff_id: &Digest, chain_id: &Digest) -> Result<Digest, StageError> {
+        let store = self.store;
+        let mut taken = store.layer(diff_id).is_some();
+        for key in [chain_id, diff_id] {
+            let path = store.layer_record_path(key);
+            let Some(record) = LayerRecord::read(&path, key).filter(|_| store.is_damaged(key))
+            else {
+                continue;
+            };
+            let fits = record.chain_id == *chain_id
+                || record
+                    .unpacked
+                    .leans
+                    .holds_above(&self.lowers())
+                    .map_err(|source| io_error("look at the layers below", &path, source))?;
+            if fits && record.diff_id == *diff_id {
+                return Ok(*key);
+            }
+            // Another image's.
+            taken |= key == diff_id;
+        }
+        Ok(if taken { *chain_id } else { *diff_id })
+    }
+
+    /// Writes down what each file of a new tree is. Done here and not by who unpacked it, which is believed nothing.
+    fn write_ledger(
+        &self,
+        tree: &Path,
+        list: &Path,
+        unpacked: &Unpacked,
+    ) -> Result<(Option<Seal>, Option<Extent>), UnpackError> {
+        match ledger::write(tree, unpacked.bytes, list) {
+            Ok(written) => {
+                let extent = Extent::new(written.names, written.bytes);
+                Ok((Some(written.seal), Some(extent)))
+            }
+            Err(LedgerError::TooLong) => {
+                tracing::warn!(image = %self.reference, "a layer is too large for a list of its files; rot in it will not be found");
+                Ok((None, Extent::of(tree).ok()))
+            }
+            Err(LedgerError::TooMuch) => Err(UnpackError::Crashed(
+                "left more behind than it said that it unpacked".to_owned(),
+            )),
+            Err(LedgerError::Io(source)) if crate::registry::is_disk_full(&source) => {
+                Err(UnpackError::DiskFull {
+                    path: "the list of the layer's files".to_owned(),
+                })
+            }
+            Err(LedgerError::Io(source)) => Err(UnpackError::Io {
+                act: "write a list of".into(),
+                path: "the layer's files".to_owned(),
+                source,
+            }),
+        }
     }
 
     /// Unpacks what comes of a layer into `TREE` of a directory; returns what came of that and its diff id.
@@ -383,23 +452,39 @@ impl<'a> Staging<'a> {
         self.placed.iter().rev().map(lower).collect()
     }
 
-    /// Flushes the tree and gives it its name, the record first: a record alone is swept.
-    fn publish(&self, tree: &Path, key: &Digest, record: &LayerRecord) -> Result<(), StageError> {
+    /// Flushes the tree and gives it its name, ledger and record first: these alone are swept, and beside an old tree that is
+    /// damaged they say so.
+    fn publish(
+        &self,
+        tree: &Path,
+        list: &Path,
+        key: &Digest,
+        record: &LayerRecord,
+    ) -> Result<(), StageError> {
         let store = self.store;
-        store.quarantine_layer(key)?;
         File::open(tree)
             .and_then(|dir| rustix::fs::syncfs(&dir).map_err(io::Error::from))
             .map_err(|source| io_error("flush", tree, source))?;
         killpoint::reached("layer", "flushed");
-        let (record_path, path) = (store.layer_record_path(key), store.layer_path(key));
+        let (record_path, ledger) = (store.layer_record_path(key), store.ledger_path(key));
+        if record.ledger.is_some() {
+            fs::rename(list, &ledger)
+                .map_err(|source| io_error("move into place", &ledger, source))?;
+            killpoint::reached("ledger", "renamed");
+        }
         record
             .write(&record_path, store.blobs.tmp())
             .map_err(|source| io_error("write", &record_path, source))?;
-        fs::rename(tree, &path).map_err(|source| io_error("move into place", &path, source))?;
-        killpoint::reached("layer", "renamed");
+        store.put_in_place(tree, key)?;
         store.sync("layers")?;
         killpoint::reached("layer", "durable");
-        Ok(())
+        let mark = store.damage_mark(key);
+        match fs::remove_file(&mark) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &mark, source))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Writes manifest, config and record: from here on the image is there.

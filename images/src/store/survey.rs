@@ -22,7 +22,21 @@ pub(super) struct Extent {
     bytes: u64,
 }
 
+impl std::fmt::Display for Extent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} names, {} bytes", self.names, self.bytes)
+    }
+}
+
 impl Extent {
+    pub(super) const fn new(names: u64, bytes: u64) -> Self {
+        Self { names, bytes }
+    }
+
+    pub(super) const fn names(&self) -> u64 {
+        self.names
+    }
+
     /// Walks the tree; links are counted and not followed.
     pub(super) fn of(tree: &Path) -> io::Result<Self> {
         let mut extent = Self::default();

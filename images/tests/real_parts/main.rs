@@ -13,6 +13,7 @@ mod load;
 mod mirrors;
 mod pull;
 mod resume;
+mod rot;
 mod server;
 mod signatures;
 mod store;

@@ -17,18 +17,18 @@ use crate::server::{Server, status};
 
 const AMD64: (&str, &str) = ("amd64", "");
 
-struct World {
-    server: Server,
-    client: Client,
-    root: tempfile::TempDir,
+pub(crate) struct World {
+    pub(crate) server: Server,
+    pub(crate) client: Client,
+    pub(crate) root: tempfile::TempDir,
 }
 
 impl World {
-    fn new(blobs: Blobs) -> Self {
+    pub(crate) fn new(blobs: Blobs) -> Self {
         Self::with(move |request| honest(&blobs, request))
     }
 
-    fn with(
+    pub(crate) fn with(
         handler: impl Fn(&crate::server::Request) -> crate::server::Reply + Send + Sync + 'static,
     ) -> Self {
         let server = Server::start("127.0.0.1", handler);
@@ -40,17 +40,17 @@ impl World {
         }
     }
 
-    fn store(&self) -> Store {
+    pub(crate) fn store(&self) -> Store {
         Store::open(self.root.path()).unwrap()
     }
 
-    fn reference(&self, digest: Digest) -> Reference {
+    pub(crate) fn reference(&self, digest: Digest) -> Reference {
         format!("{}/app@{digest}", self.server.host)
             .parse()
             .unwrap()
     }
 
-    fn stage(
+    pub(crate) fn stage(
         &self,
         store: &Store,
         digest: Digest,

@@ -1,4 +1,4 @@
-//! Releases whose images lack a signature that the device's policy wants.
+//! Releases whose images lack a signature that the device's policy wants, and those in whose images rot was found.
 
 use super::*;
 
@@ -46,4 +46,29 @@ fn what_runs_and_what_is_gone_back_to_is_not_asked_for_a_signature_again() {
     assert_eq!(world.phase("shop"), Phase::RolledBack);
     assert_eq!(world.status("shop").running, Some(good.digest()));
     assert_eq!(world.running("shop").len(), 1);
+}
+
+#[test]
+fn an_image_in_which_rot_was_found_is_staged_again_and_run_meanwhile() {
+    let good = web("good", 1);
+    let mut world = settled(&good);
+    let before = world.running("shop");
+    world.damaged = image_of(&good);
+    world.run(HOUR);
+    assert!(world.damaged.is_empty(), "it was staged again");
+    assert_eq!(world.running("shop"), before, "and nothing was restarted");
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    // Without a registry it is started from what there is, also to go back to.
+    world.damaged = image_of(&good);
+    world.registry = Some(ReasonCode::RegistryUnreachable);
+    world.reboot();
+    world.run(HOUR);
+    assert_eq!(world.running("shop").len(), 1);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    world.registry = None;
+    world.assign(&web("never-ready", 2));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::RolledBack);
+    assert_eq!(world.status("shop").running, Some(good.digest()));
+    assert!(world.damaged.is_empty());
 }
