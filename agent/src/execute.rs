@@ -253,9 +253,9 @@ async fn stage<R>(
             message: format!("failed to start {}: {error}", tools.program.display()),
         })?;
     let now = Instant::now();
-    let tally = tools.pulling.show(Tally::new(release, images, now));
+    let mut shown = tools.pulling.show(Tally::new(release, images, now));
     staging
-        .finish(|line| tally.borrow_mut().note(&line, Instant::now()))
+        .finish(|line| shown.note(&line, Instant::now()))
         .await
 }
 

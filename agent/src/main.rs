@@ -29,6 +29,7 @@ use foreshore_agent::{
 use foreshore_images::Digest;
 use foreshore_images::store::{LayerFinding, LayerState, Progress, Store};
 use foreshore_protocol::AppName;
+use foreshore_protocol::api::PullView;
 use foreshore_protocol::message::{AppStatus, ServiceState};
 
 /// Runs containers on this device as the hub wants them, and keeps them running without it.
@@ -367,7 +368,7 @@ fn run_agent(path: &Path) -> anyhow::Result<()> {
                 program: std::env::current_exe()
                     .context("failed to find the agent's own program")?,
                 config: path.to_owned(),
-                pulling: Pulling::default(),
+                pulling: Pulling::written_to(config.paths.run.clone()),
             },
             config,
             memory,
@@ -576,6 +577,8 @@ struct Status {
     version: Option<foreshore_protocol::Version>,
     apps: Vec<AppStatus>,
     containers: Vec<ContainerLine>,
+    /// What the agent fetches right now.
+    pull: Option<PullView>,
     /// Containers that run without a user namespace, and why.
     without_user_namespace: BTreeMap<String, String>,
     /// Containers whose weights under `blkio_config` have no effect now, and why.
@@ -612,6 +615,10 @@ fn show_status(path: &Path, output: Output) -> anyhow::Result<()> {
             .ok()
             .flatten()
             .map(|key| key.public().fingerprint()),
+        // What an agent that is gone was at is no news.
+        pull: agent_running
+            .then(|| status::pull(&config.paths.run, clock::boot_ms()))
+            .flatten(),
         device: config.device.to_string(),
         agent_running,
         version: published.version,
@@ -721,6 +728,12 @@ fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Resu
                 "  {:<20} {state}, {ready}, {} restarts",
                 service.service, service.restarts
             )?;
+        }
+    }
+    if let Some(pull) = &status.pull {
+        writeln!(out, "\nfetches images of release {}", pull.release.short())?;
+        for image in &pull.images {
+            writeln!(out, "  {}: {}", image.image, status::pull_line(pull, image))?;
         }
     }
     if !status.containers.is_empty() {

@@ -1,14 +1,20 @@
 //! [`Tally`]: how far the staging under way is, for the hub and for whoever looks. Nothing is decided by it.
+//!
+//! For `foreshore-agent status` it is written into the run directory, with or without a hub.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::time::{Duration, Instant};
 
 use foreshore_protocol::Digest;
+use foreshore_protocol::api::PullView;
 use foreshore_protocol::message::{ImagePull, MAX_TEXT_BYTES, PullProgress, PullState, fit};
 
+use crate::clock;
 use crate::stage::{Line, in_order};
+use crate::status;
 
 /// The rate is that of so long.
 const WINDOW: Duration = Duration::from_secs(10);
@@ -16,23 +22,85 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// Samples of one window, at most: one for each line of the child.
 const SAMPLES_MAX: usize = 64;
 
+/// How often it is written at most.
+const WRITE_EVERY: Duration = Duration::from_secs(1);
+
 /// Where the staging under way is looked at. There is none when its task is gone.
 #[derive(Debug, Clone, Default)]
-pub struct Pulling(Rc<RefCell<Weak<RefCell<Tally>>>>);
+pub struct Pulling {
+    tally: Rc<RefCell<Weak<RefCell<Tally>>>>,
+    /// The run directory, if it is written there.
+    run: Option<Rc<Path>>,
+}
+
+/// A tally that is shown as long as this is kept.
+#[derive(Debug)]
+pub struct Shown {
+    tally: Rc<RefCell<Tally>>,
+    pulling: Pulling,
+    written: Option<Instant>,
+}
+
+impl Shown {
+    /// Takes in what the child said at `now`.
+    pub fn note(&mut self, line: &Line, now: Instant) {
+        self.tally.borrow_mut().note(line, now);
+        let is_due = !matches!(line, Line::Fetched { .. })
+            || self
+                .written
+                .is_none_or(|written| now.saturating_duration_since(written) >= WRITE_EVERY);
+        if let Some(run) = &self.pulling.run
+            && is_due
+        {
+            self.written = Some(now);
+            let view = PullView::from(&self.tally.borrow().progress(0, now));
+            status::publish_pull(run, &view, clock::boot_ms());
+        }
+    }
+}
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        // Unless another is shown by now.
+        let is_shown = std::ptr::eq(
+            self.pulling.tally.borrow().as_ptr(),
+            Rc::as_ptr(&self.tally),
+        );
+        if let Some(run) = &self.pulling.run
+            && is_shown
+        {
+            status::forget_pull(run);
+        }
+    }
+}
 
 impl Pulling {
+    /// Writes it into this run directory, too. What an agent before left there is removed.
+    #[must_use]
+    pub fn written_to(run: PathBuf) -> Self {
+        status::forget_pull(&run);
+        Self {
+            tally: Rc::default(),
+            run: Some(run.into()),
+        }
+    }
+
     /// Shows a tally for as long as the answer is kept.
     #[must_use]
-    pub fn show(&self, tally: Tally) -> Rc<RefCell<Tally>> {
-        let shown = Rc::new(RefCell::new(tally));
-        self.0.replace(Rc::downgrade(&shown));
-        shown
+    pub fn show(&self, tally: Tally) -> Shown {
+        let tally = Rc::new(RefCell::new(tally));
+        self.tally.replace(Rc::downgrade(&tally));
+        Shown {
+            tally,
+            pulling: self.clone(),
+            written: None,
+        }
     }
 
     /// What is to be told at `now`; `None` while nothing is staged.
     #[must_use]
     pub fn progress(&self, boot: u64, now: Instant) -> Option<PullProgress> {
-        let tally = self.0.borrow().upgrade()?;
+        let tally = self.tally.borrow().upgrade()?;
         let progress = tally.borrow().progress(boot, now);
         Some(progress)
     }
@@ -222,6 +290,34 @@ mod tests {
         assert!(pulling.progress(1, now).is_some());
         drop(second);
         assert_eq!(pulling.progress(1, now), None);
+    }
+
+    #[test]
+    fn what_is_shown_is_written_for_whoever_looks_and_goes_with_the_task() {
+        let dir = tempfile::tempdir().unwrap();
+        let shown = || status::pull(dir.path(), clock::boot_ms());
+        std::fs::write(dir.path().join("pulling.json"), "{}").unwrap();
+        let pulling = Pulling::written_to(dir.path().to_owned());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let begin = Instant::now();
+        let mut first = pulling.show(tally(begin));
+        first.note(&planned("a", 4 * MB), begin);
+        assert_eq!(shown().unwrap().images[0].fetched_bytes, Some(0));
+        let second = |count| begin + Duration::from_secs(count);
+        first.note(&Line::Fetched { bytes: 2 * MB }, second(2));
+        let view = shown().unwrap();
+        assert_eq!(view.images[0].fetched_bytes, Some(2 * MB));
+        assert_eq!((view.rate_bytes, view.images[0].remaining_s), (MB, Some(2)));
+        // Not for each line.
+        let soon = second(2) + Duration::from_millis(500);
+        first.note(&Line::Fetched { bytes: 3 * MB }, soon);
+        assert_eq!(shown(), Some(view));
+        let mut other = pulling.show(tally(begin));
+        other.note(&planned("a", 7), second(3));
+        drop(first);
+        assert_eq!(shown().unwrap().images[0].total_bytes, Some(7));
+        drop(other);
+        assert_eq!(shown(), None);
     }
 
     #[test]

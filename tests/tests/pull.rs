@@ -63,6 +63,32 @@ fn a_slow_pull_says_how_far_it_is_and_how_long_it_takes() {
         }
     });
     assert_eq!(first["release"], applied["release"]);
+    // The device itself says it too, also to who has no hub at hand.
+    let here = wait_for("the device to tell on the spot", LONG, || {
+        let status = fleet.devices[0].status()?;
+        match status["pull"]["images"][0]["fetchedBytes"].as_u64() {
+            Some(1..) => Ok(status["pull"].clone()),
+            _ => Err(status.to_string()),
+        }
+    });
+    assert_eq!(here["release"], applied["release"]);
+    let fetches = &here["images"][0];
+    assert!(here["rateBytes"].as_u64() > Some(0), "{here}");
+    assert!(
+        fetches["totalBytes"].as_u64() > fetches["fetchedBytes"].as_u64(),
+        "{here}"
+    );
+    assert!(fetches["remainingS"].as_u64() > Some(0), "{here}");
+    let words = Command::new(programs().join("foreshore-agent"))
+        .args(["status", "--config"])
+        .arg(fleet.devices[0].config())
+        .output()
+        .expect("it runs");
+    let words = String::from_utf8_lossy(&words.stdout).into_owned();
+    assert!(
+        words.contains("fetches images") && words.contains("/s, "),
+        "{words}"
+    );
     let part = fleet.api().rollout("shop")["assignments"][0].clone();
     assert_eq!(part["pull"]["release"], applied["release"], "{part}");
     let described = told(&fleet.hub, &["describe", "device", "device-1"]);
@@ -104,4 +130,6 @@ fn a_slow_pull_says_how_far_it_is_and_how_long_it_takes() {
         assert_eq!(number("remainingS"), (total - fetched).div_ceil(rate));
     }
     fleet.await_rollout("shop", "completed");
+    let status = fleet.devices[0].status().expect("the agent runs");
+    assert!(status["pull"].is_null(), "{status}");
 }
