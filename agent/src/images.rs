@@ -33,6 +33,9 @@ pub struct Image {
     pub layers: usize,
     /// Loaded from a file: it stays until `image remove`.
     pub pinned: bool,
+    /// How many signatures came with it, right or wrong; only just after it was loaded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signatures: Option<usize>,
     /// What was left out while unpacking.
     pub notes: Vec<String>,
 }
@@ -45,6 +48,7 @@ impl Image {
             size_bytes: image.size_bytes,
             layers: image.layers.len(),
             pinned,
+            signatures: None,
             notes: image.notes,
         }
     }
@@ -90,7 +94,10 @@ pub fn load(
     let loaded = store.load(archive, &Platform::host(), progress)?;
     Ok(loaded
         .into_iter()
-        .map(|loaded| Image::new(loaded.name, loaded.image, true))
+        .map(|loaded| Image {
+            signatures: Some(loaded.signatures),
+            ..Image::new(loaded.name, loaded.image, true)
+        })
         .collect())
 }
 

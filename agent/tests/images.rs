@@ -89,6 +89,7 @@ fn images_are_loaded_listed_and_let_go_without_hub_and_registry() {
         (&loaded["name"], &loaded["pinned"]),
         (&json!("hello:v1"), &json!(true))
     );
+    assert_eq!(loaded["signatures"], json!(0));
     let file = dir.path().join("state/images/layers");
     assert_eq!(
         fs::read_dir(file).unwrap().count(),

@@ -548,6 +548,7 @@ mod tests {
             platforms: Vec::new(),
             size_bytes: 0,
             blobs: std::collections::BTreeSet::new(),
+            signatures: Vec::new(),
         }
     }
 

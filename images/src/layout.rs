@@ -5,6 +5,7 @@
 //! image refers to is followed, every size and digest compared, and only complete images move into the blob
 //! directory. On an error nothing of the archive stays.
 
+pub(crate) mod attached;
 mod docker;
 mod error;
 mod spool;
@@ -14,6 +15,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
+pub use self::attached::ImportedSignature;
 pub use self::error::ImportError;
 use self::spool::Spool;
 use crate::blobs::BlobDir;
@@ -56,6 +58,8 @@ pub struct ImportedImage {
     /// The index or manifest and everything it refers to, down to the layers. Variants of an index of which the
     /// archive holds nothing are not among them.
     pub blobs: BTreeSet<Digest>,
+    /// The signatures that the archive has of it or of its variants; nobody looked yet whether they are right.
+    pub signatures: Vec<ImportedSignature>,
 }
 
 /// Imports every image of an archive: a tar (plain, gzip or zstd) of an OCI layout or a docker-archive. One that
@@ -215,11 +219,8 @@ fn import_index(
         documents: 0,
     };
     let mut found = Vec::new();
-    for descriptor in index
-        .manifests
-        .iter()
-        .filter(|descriptor| descriptor.is_document())
-    {
+    let (images, attached) = attached::sort(source, index)?;
+    for descriptor in images {
         let mut parts = Parts::default();
         if !walk.visit(descriptor, DEPTH_MAX, &mut parts)? {
             return Err(ImportError::MissingBlob {
@@ -236,8 +237,15 @@ fn import_index(
     if found.is_empty() {
         return Err(ImportError::Empty);
     }
-    for (_, parts) in &found {
-        for (digest, size) in &parts.blobs {
+    let of = |descriptor: &Descriptor, parts: &Parts| -> Vec<&attached::Attached> {
+        let all = attached.iter();
+        all.filter(|attached| attached::is_about(attached, &descriptor.digest, &parts.blobs))
+            .collect()
+    };
+    for (descriptor, parts) in &found {
+        let signatures = of(descriptor, parts);
+        let sizes = signatures.iter().flat_map(|attached| &attached.sizes);
+        for (digest, size) in parts.blobs.iter().chain(sizes) {
             source.deliver(digest, *size, blobs)?;
         }
     }
@@ -245,6 +253,10 @@ fn import_index(
         .into_iter()
         .map(|(descriptor, parts)| ImportedImage {
             name: name(descriptor),
+            signatures: of(descriptor, &parts)
+                .into_iter()
+                .map(|attached| attached.signature.clone())
+                .collect(),
             digest: descriptor.digest,
             media_type: descriptor.media_type.clone(),
             platforms: parts.platforms,

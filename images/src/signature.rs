@@ -17,7 +17,7 @@ use rustls_pki_types::{SignatureVerificationAlgorithm, SubjectPublicKeyInfoDer};
 use serde::{Deserialize, Serialize};
 use webpki::RawPublicKeyEntity;
 
-use crate::manifest::Document;
+use crate::manifest::{Descriptor, Document, Manifest};
 use crate::registry::{Client, FetchError, Referrer};
 use crate::store::StageError;
 use crate::{Digest, Fault, Reference};
@@ -30,6 +30,9 @@ const ANNOTATION: &str = "dev.cosignproject.cosign/signature";
 
 /// What a payload says that it is.
 const KIND: &str = "cosign container image signature";
+
+/// The largest part of a manifest with signatures that is read, in bytes.
+pub(crate) const PART_BYTES_MAX: u64 = BUNDLE_BYTES_MAX;
 
 /// The largest payload that is read, in bytes. They have some 250.
 const PAYLOAD_BYTES_MAX: u64 = 16 << 10;
@@ -250,6 +253,21 @@ impl Signature {
         }
     }
 
+    /// The image that it says it is about, whoever made it: not to be believed before it [vouches](Self::vouches).
+    pub(crate) fn claims(&self) -> Option<Digest> {
+        match self.payload_type {
+            None => {
+                let payload: Payload = serde_json::from_str(&self.payload).ok()?;
+                payload.critical.image.digest.parse().ok()
+            }
+            Some(_) => {
+                let said: Statement = serde_json::from_str(&self.payload).ok()?;
+                let hex = said.subject.first()?.digest.get("sha256")?;
+                format!("sha256:{hex}").parse().ok()
+            }
+        }
+    }
+
     /// Those in a bundle.
     fn in_bundle(bytes: &[u8]) -> Vec<Self> {
         let Ok(bundle) = serde_json::from_slice::<Bundle>(bytes) else {
@@ -354,6 +372,30 @@ pub(crate) fn fetch_attached(
     else {
         return Ok(Vec::new());
     };
+    let blob = |layer: &Descriptor| client.small_blob(&beside, layer).map(Some);
+    Ok(simple_in(&manifest, blob)?)
+}
+
+/// Whether a manifest holds signatures of the older form and nothing else.
+pub(crate) fn is_simple(manifest: &Manifest) -> bool {
+    let mut layers = manifest.layers.iter();
+    !manifest.layers.is_empty() && layers.all(|layer| layer.media_type == SIMPLE_SIGNING)
+}
+
+/// The signatures of either form in a manifest. `blob` has its blobs, `None` for one that is not there.
+pub(crate) fn in_manifest<E>(
+    manifest: &Manifest,
+    mut blob: impl FnMut(&Descriptor) -> Result<Option<Vec<u8>>, E>,
+) -> Result<Vec<Signature>, E> {
+    let mut signatures = simple_in(manifest, &mut blob)?;
+    signatures.extend(bundle_in(manifest, blob)?);
+    Ok(signatures)
+}
+
+fn simple_in<E>(
+    manifest: &Manifest,
+    mut blob: impl FnMut(&Descriptor) -> Result<Option<Vec<u8>>, E>,
+) -> Result<Vec<Signature>, E> {
     let mut signatures = Vec::new();
     for layer in manifest.layers.iter().take(SIGNATURES_MAX) {
         let Some(signature) = layer.annotations.get(ANNOTATION) else {
@@ -363,16 +405,28 @@ pub(crate) fn fetch_attached(
         if layer.media_type != SIMPLE_SIGNING || !fits {
             continue;
         }
-        let bytes = client.small_blob(&beside, layer)?;
-        if let Ok(payload) = String::from_utf8(bytes) {
-            signatures.push(Signature {
-                payload,
-                signature: signature.clone(),
-                payload_type: None,
-            });
-        }
+        let payload = blob(layer)?.and_then(|bytes| String::from_utf8(bytes).ok());
+        signatures.extend(payload.map(|payload| Signature {
+            payload,
+            signature: signature.clone(),
+            payload_type: None,
+        }));
     }
     Ok(signatures)
+}
+
+fn bundle_in<E>(
+    manifest: &Manifest,
+    mut blob: impl FnMut(&Descriptor) -> Result<Option<Vec<u8>>, E>,
+) -> Result<Vec<Signature>, E> {
+    let Some(layer) = manifest.layers.first() else {
+        return Ok(Vec::new());
+    };
+    if layer.size > BUNDLE_BYTES_MAX || !layer.media_type.starts_with(BUNDLE) {
+        return Ok(Vec::new());
+    }
+    let bytes = blob(layer)?;
+    Ok(bytes.map_or_else(Vec::new, |bytes| Signature::in_bundle(&bytes)))
 }
 
 /// The signatures of the newer form that refer to the image.
@@ -396,12 +450,8 @@ pub(crate) fn fetch_bundles(
         else {
             continue;
         };
-        let Some(layer) = manifest.layers.first() else {
-            continue;
-        };
-        if layer.size <= BUNDLE_BYTES_MAX && layer.media_type.starts_with(BUNDLE) {
-            signatures.extend(Signature::in_bundle(&client.small_blob(image, layer)?));
-        }
+        let blob = |layer: &Descriptor| client.small_blob(image, layer).map(Some);
+        signatures.extend(bundle_in(&manifest, blob)?);
     }
     Ok(signatures)
 }

@@ -35,6 +35,8 @@ pub struct LoadedImage {
     pub name: Option<String>,
     /// Ready to be started.
     pub image: StagedImage,
+    /// How many signatures of it are kept, right or wrong: the policy is asked when a release names the image.
+    pub signatures: usize,
 }
 
 /// Why an archive was not loaded.
@@ -160,6 +162,7 @@ impl Store {
             let reference = reference(found.name.as_deref(), found.digest);
             if done.insert(found.digest) {
                 self.load_one(&blobs, &reference, platform, progress)?;
+                self.keep_attached(&found.digest, &blobs, &found.signatures)?;
                 self.pin(&found.digest)?;
             }
             let image = self.staged(&found.digest).ok_or_else(|| {
@@ -169,6 +172,7 @@ impl Store {
             loaded.push(LoadedImage {
                 name: found.name,
                 image,
+                signatures: self.kept_signatures(&found.digest).len(),
             });
         }
         Ok(loaded)

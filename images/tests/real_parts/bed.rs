@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use foreshore_images::registry::{Client, ClientConfig, Credentials, RegistryConfig, Timeouts};
+use foreshore_images::store::StageError;
 use tempfile::TempDir;
 
 /// Runs a program to its end; its standard output.
@@ -33,6 +34,19 @@ pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < until, "waited 20 s for {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// What comes of work on a store. A process that another test starts holds the store's lock until it executes its program.
+pub(crate) fn unless_busy<T>(mut work: impl FnMut() -> Result<T, StageError>) -> T {
+    let mut done = None;
+    wait_for("the store's lock", || {
+        match work() {
+            Err(StageError::Busy { .. }) => {}
+            other => done = Some(other.unwrap()),
+        }
+        done.is_some()
+    });
+    done.unwrap()
 }
 
 pub(crate) fn text(path: &Path) -> &str {
