@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foreshore_protocol::message::{
-    Beacon, Command, Event, Head, HubInfo, Presence, PullProgress, Reported,
+    Beacon, Command, Event, Head, HubInfo, Lease, LeaseRequest, Presence, PullProgress, Reported,
 };
 use foreshore_protocol::secret::{PublicKey, SealedSecrets};
 use foreshore_protocol::topic::{self, Leaf, Topic};
@@ -25,7 +25,7 @@ use foreshore_protocol::{DeviceId, Digest, Version, frame};
 use rumqttc::mqttbytes::v5::{ConnectReturnCode, LastWill, LastWillProperties, Publish};
 use rumqttc::{
     AckMode, AsyncClient, ConnectionError, Event as Polled, Incoming as Packet, ManualAck,
-    MqttOptions, PublishOptions, QoS, TlsConfiguration, Transport,
+    MqttOptions, PublishOptions, PublishProperties, QoS, TlsConfiguration, Transport,
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
 
@@ -60,6 +60,9 @@ const QUEUE: usize = 32;
 /// while the connection makes progress.
 const PACKETS: usize = 4 * QUEUE;
 
+/// A request for a turn that no hub took for so long is worth nothing any more.
+const REQUEST_EXPIRY_SECS: u32 = 60;
+
 /// After the broker has refused our name or token, the first pause is this long: trying every second would
 /// only be noise, and a fleet of them a storm.
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
@@ -78,6 +81,8 @@ pub enum Outgoing {
     Pull(PullProgress),
     /// Something that happened.
     Event(Event),
+    /// Ask for a turn to switch, or give it back.
+    LeaseRequest(LeaseRequest),
     /// Ask for the manifest of a release; it arrives as [`Incoming::Release`].
     Fetch(Digest),
     /// The manifest is here (or not wanted any more): stop asking.
@@ -106,6 +111,8 @@ pub enum Incoming {
     Secrets(SealedSecrets, Receipt),
     /// A command.
     Command(Command),
+    /// A turn to switch.
+    Lease(Lease),
     /// What the hub tells everybody.
     Hub(HubInfo),
     /// Bytes that claim to be the manifest of this release; nothing was checked but the size.
@@ -429,6 +436,7 @@ fn greet(client: &AsyncClient, device: &DeviceId, birth: Vec<u8>) -> Result<(), 
         topic::device(device, Leaf::Secrets),
         topic::device(device, Leaf::Head),
         topic::device(device, Leaf::Command),
+        topic::device(device, Leaf::Lease),
         topic::HUB.to_owned(),
     ];
     for topic in down {
@@ -469,6 +477,18 @@ fn send(client: &AsyncClient, device: &DeviceId, message: Outgoing) -> Result<()
         Outgoing::Event(event) => {
             publish(Leaf::Event, frame::encode(&event), QoS::AtLeastOnce, false)
         }
+        Outgoing::LeaseRequest(request) => {
+            // It is repeated before that.
+            let properties = PublishProperties {
+                message_expiry_interval: Some(REQUEST_EXPIRY_SECS),
+                ..PublishProperties::default()
+            };
+            let options = PublishOptions::at_least_once().properties(properties);
+            let topic = topic::device(device, Leaf::LeaseRequest);
+            client
+                .try_publish(topic, frame::encode(&request), options)
+                .map_err(|error| error.to_string())
+        }
         Outgoing::Fetch(digest) => client
             .try_subscribe(topic::release(&digest), QoS::AtLeastOnce)
             .map_err(|error| error.to_string()),
@@ -498,6 +518,9 @@ fn arrived(client: &AsyncClient, message: &Publish, spread: &mut Duration) -> In
         },
         Some(Topic::Device(_, Leaf::Command)) => frame::decode(&message.payload)
             .map(Incoming::Command)
+            .map_err(|error| error.to_string()),
+        Some(Topic::Device(_, Leaf::Lease)) => frame::decode(&message.payload)
+            .map(Incoming::Lease)
             .map_err(|error| error.to_string()),
         Some(Topic::Hub) => frame::decode(&message.payload)
             .map(|info: HubInfo| {

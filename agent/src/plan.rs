@@ -24,6 +24,7 @@
 //! | `plan/backoff.rs` | how long to wait before trying again |
 //! | `plan/collect.rs` | which images and releases are no longer needed |
 //! | `plan/evict.rs` | who is stopped when the device runs out of disk space |
+//! | `plan/turn.rs` | whether a disruption budget lets others go first |
 //! | `plan/status.rs` | what is reported |
 //! | `plan/history.rs` | what is remembered, and how a step's outcome changes it |
 //! | `plan/check.rs` | whether a plan keeps the rules; for tests and debug builds |
@@ -32,7 +33,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_protocol::id::SecretName;
-use foreshore_protocol::message::{AppStatus, EventKind, Head, HeadApp, Reason};
+use foreshore_protocol::message::{AppStatus, BudgetGroup, EventKind, Head, HeadApp, Reason};
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
 use serde::{Deserialize, Serialize};
@@ -54,6 +55,7 @@ mod status;
 mod step;
 #[cfg(test)]
 mod tests;
+mod turn;
 #[cfg(test)]
 mod world;
 
@@ -62,6 +64,7 @@ pub use history::{
     ServiceHistory, StagingHistory, Trial,
 };
 pub use step::{Outcome, Step};
+pub use turn::{Turn, TurnWish};
 
 /// One life of the kernel: `/proc/sys/kernel/random/boot_id`. Times of different lives do not compare.
 #[derive(
@@ -106,6 +109,8 @@ pub struct Desired {
     pub version: Option<Version>,
     /// Every app that selects this device.
     pub apps: BTreeMap<AppName, HeadApp>,
+    /// The disruption budgets that the device is under: if there is one, switching needs a [`Turn`].
+    pub budgets: Vec<BudgetGroup>,
 }
 
 impl From<&Head> for Desired {
@@ -117,6 +122,7 @@ impl From<&Head> for Desired {
                 .iter()
                 .map(|app| (app.app.clone(), app.clone()))
                 .collect(),
+            budgets: head.budgets.clone(),
         }
     }
 }
@@ -149,6 +155,8 @@ pub struct Observed {
     pub unsigned: BTreeMap<Digest, BTreeSet<Digest>>,
     /// The secrets that are there, with their revisions.
     pub secrets: BTreeMap<SecretName, u64>,
+    /// The turns that the hub has granted, and until when they count.
+    pub turns: BTreeMap<AppName, Turn>,
     /// What is being done at this moment; no second step is planned on it.
     pub busy: Busy,
 }
@@ -260,6 +268,8 @@ pub struct Plan {
     pub fetch: BTreeSet<Digest>,
     /// Apps whose update lock is wanted; all others are given back.
     pub update_locks: BTreeSet<AppName>,
+    /// What turns are wanted for; all others are given back, unless they were used.
+    pub turns: BTreeMap<AppName, TurnWish>,
     /// When to plan again if nothing happens before; `None` is never.
     pub wake_at: Option<BootMs>,
     /// What is reported, sorted by app.
@@ -288,7 +298,7 @@ pub struct Notice {
 pub fn plan(desired: &Desired, observed: &Observed, history: &History, now: Now) -> Plan {
     let mut history = history.clone();
     history.rebase(now);
-    let mut draft = Draft::new(observed, now, &history);
+    let mut draft = Draft::new(observed, &desired.budgets, now, &history);
     draft.victim = evict::choose(&mut draft, &mut history);
     draft.disk_full = history.disk_full;
     let mut status = Vec::new();
@@ -333,6 +343,7 @@ pub fn plan(desired: &Desired, observed: &Observed, history: &History, now: Now)
         steps: draft.steps,
         fetch: draft.fetch,
         update_locks: draft.update_locks,
+        turns: draft.turns,
         wake_at: draft.wake_at,
         notices: draft.notices,
         status,
@@ -344,6 +355,7 @@ pub fn plan(desired: &Desired, observed: &Observed, history: &History, now: Now)
 #[derive(Debug)]
 struct Draft<'a> {
     observed: &'a Observed,
+    budgets: &'a [BudgetGroup],
     now: Now,
     staging: BTreeMap<Digest, StagingHistory>,
     disk_full: bool,
@@ -351,6 +363,7 @@ struct Draft<'a> {
     steps: Vec<Step>,
     fetch: BTreeSet<Digest>,
     update_locks: BTreeSet<AppName>,
+    turns: BTreeMap<AppName, TurnWish>,
     /// Releases with images that are not there, in the order they came up.
     candidates: Vec<(AppName, Digest, Vec<String>)>,
     forget_staging: BTreeSet<Digest>,
@@ -360,9 +373,15 @@ struct Draft<'a> {
 }
 
 impl<'a> Draft<'a> {
-    fn new(observed: &'a Observed, now: Now, history: &History) -> Self {
+    fn new(
+        observed: &'a Observed,
+        budgets: &'a [BudgetGroup],
+        now: Now,
+        history: &History,
+    ) -> Self {
         Self {
             observed,
+            budgets,
             now,
             staging: history.staging.clone(),
             disk_full: history.disk_full,
@@ -370,6 +389,7 @@ impl<'a> Draft<'a> {
             steps: Vec::new(),
             fetch: BTreeSet::new(),
             update_locks: BTreeSet::new(),
+            turns: BTreeMap::new(),
             candidates: Vec::new(),
             forget_staging: BTreeSet::new(),
             collect_soon: false,

@@ -44,10 +44,12 @@ mod disk;
 mod downlink;
 mod probes;
 mod steps;
+mod turns;
 mod uplink;
 
 use disk::{DiskWatch, Told};
 use probes::Probes;
+use turns::Turns;
 use uplink::{Gauges, Uplink};
 
 /// After the disk or the runtime failed, everything is tried again after this.
@@ -186,6 +188,7 @@ pub struct Agent<R> {
     update_locks: Locks,
     policy: policy::Watched,
     fetching: BTreeSet<Digest>,
+    turns: Turns,
     offered: Option<Offered>,
     vault: Vault,
     /// Secrets that arrived and are not stored yet.
@@ -247,6 +250,7 @@ impl<R: Runtime + 'static> Agent<R> {
             update_locks: Locks::new(run),
             policy: policy::Watched::new(policy),
             fetching: BTreeSet::new(),
+            turns: Turns::new(boot_count, jitter(&parts.boot)),
             offered: None,
             vault,
             offered_secrets: None,
@@ -326,6 +330,7 @@ impl<R: Runtime + 'static> Agent<R> {
             self.uplink.wake_at(),
             watchdog,
             self.disk.wake_at(),
+            self.turn_due_at(),
         ]
         .into_iter()
         .flatten()
@@ -499,6 +504,7 @@ impl<R: Runtime + 'static> Agent<R> {
             },
             || pulling.progress(boot, std::time::Instant::now()),
         );
+        self.ask_for_turns();
         let version = self.head.as_ref().map(|head| head.version);
         self.memory.seen.set(Seen {
             version,
@@ -506,6 +512,30 @@ impl<R: Runtime + 'static> Agent<R> {
             secrets_key: self.vault.public_key(),
             secrets,
         });
+    }
+
+    /// Sends the requests for turns that are due.
+    fn ask_for_turns(&mut self) {
+        if self.connected_at.is_none() {
+            return;
+        }
+        // What could not be sent is asked again in its time, like what was lost.
+        while let Some(request) = self.turns.due(Instant::now(), clock::boot_ms()) {
+            tracing::debug!(
+                app = request.app.as_str(),
+                nonce = request.nonce,
+                wanted = request.wanted,
+                "asks for a turn"
+            );
+            if !self.uplink.send(Outgoing::LeaseRequest(request)) {
+                break;
+            }
+        }
+    }
+
+    fn turn_due_at(&self) -> Option<Instant> {
+        self.connected_at?;
+        self.turns.wake_at(Instant::now(), clock::boot_ms())
     }
 
     /// Only from the loop itself, so that a loop that stands still is noticed.
@@ -545,6 +575,12 @@ impl<R: Runtime + 'static> Agent<R> {
             tracing::info!("the broker did not hear our goodbye; it will notice by itself");
         }
     }
+}
+
+/// A number that differs between devices, and between boots of one.
+fn jitter(boot: &BootId) -> u64 {
+    let (first, _) = boot.0.split_first_chunk::<8>().expect("it has 16 bytes");
+    u64::from_le_bytes(*first)
 }
 
 /// What an event asks for.

@@ -126,16 +126,17 @@ Examples:
         exit_code: bool,
     },
 
-    /// Create or change apps
+    /// Create or change apps and disruption budgets
     #[command(after_help = "\
-All files are checked before the first is applied. Applying what is there already does nothing.
+All files are checked before the first is applied; disruption budgets are applied first.
+Applying what is there already does nothing.
 
 Examples:
   foreshore apply -f gateway.yaml
   foreshore apply -f gateway.yaml && foreshore rollout status -w gateway")]
     Apply(Files),
 
-    /// List apps, devices, rollouts, images or events, or show one line of them
+    /// List apps, devices, rollouts, budgets, images or events, or show one line of them
     #[command(after_help = "\
 Examples:
   foreshore get devices
@@ -144,12 +145,13 @@ Examples:
   foreshore get devices -o name | grep edge- ")]
     Get(Get),
 
-    /// Show everything about one app, device or rollout
+    /// Show everything about one app, device, rollout or disruption budget
     #[command(after_help = "\
 Examples:
   foreshore describe device gw-3
   foreshore describe app gateway
-  foreshore describe rollout 12")]
+  foreshore describe rollout 12
+  foreshore describe budget lines           who is unavailable in each group, and how many wait")]
     Describe {
         /// What kind of thing
         #[arg(value_enum)]
@@ -158,7 +160,7 @@ Examples:
         name: String,
     },
 
-    /// Delete an app from the fleet, or forget a device that is gone
+    /// Delete an app from the fleet or a disruption budget, or forget a device that is gone
     #[command(after_help = "\
 Deleting an app stops and removes its containers on every device; named volumes stay on the devices.
 A device can be forgotten while it is offline; if it connects again, it is known again.
@@ -222,6 +224,10 @@ Examples:
     #[command(subcommand)]
     Device(Device),
 
+    /// Turns of devices under disruption budgets
+    #[command(subcommand)]
+    Lease(Lease),
+
     /// Print a completion script for a shell
     #[command(after_help = "\
 Examples:
@@ -240,7 +246,7 @@ Examples:
 /// Manifests to read.
 #[derive(Debug, Args)]
 pub(crate) struct Files {
-    /// App manifest in YAML or JSON; `-` reads standard input; may be given several times
+    /// Manifest of an app or disruption budget in YAML or JSON; `-` reads standard input; may be given several times
     #[arg(short, long = "file", required = true, value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
 }
@@ -276,6 +282,9 @@ pub(crate) enum GetKind {
     /// Images imported into the hub
     #[value(alias = "image")]
     Images,
+    /// Disruption budgets
+    #[value(aliases = ["budget", "disruption-budget", "disruption-budgets"])]
+    Budgets,
     /// The newest events
     #[value(alias = "event")]
     Events,
@@ -290,6 +299,9 @@ pub(crate) enum DescribeKind {
     /// A device
     #[value(alias = "devices")]
     Device,
+    /// A disruption budget
+    #[value(aliases = ["budgets", "disruption-budget", "disruption-budgets"])]
+    Budget,
     /// A rollout
     #[value(alias = "rollouts")]
     Rollout,
@@ -301,6 +313,9 @@ pub(crate) enum DeleteKind {
     /// An app
     #[value(alias = "apps")]
     App,
+    /// A disruption budget
+    #[value(aliases = ["budgets", "disruption-budget", "disruption-budgets"])]
+    Budget,
     /// A device
     #[value(alias = "devices")]
     Device,
@@ -485,6 +500,24 @@ Examples:
     },
 }
 
+/// `lease`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Lease {
+    /// List the devices that may switch to another release, and those that wait for their turn, in order
+    List,
+    /// Write a device off, so that others get its place in its disruption budgets
+    #[command(after_help = "\
+A device that went dark while it was switching keeps its place, as nobody knows whether it works. Once it is known that
+it does, or that it is gone for good, this gives the place to others. When the device is heard of again, it counts again.
+
+Example:
+  foreshore lease release gw-3")]
+    Release {
+        /// The device
+        device: DeviceId,
+    },
+}
+
 /// `device`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Device {
@@ -562,6 +595,11 @@ mod tests {
             "secret set db-password --from-file x",
             "secret list -o json",
             "device trust-key gw-1",
+            "get budgets",
+            "describe budget lines",
+            "delete budget lines -y",
+            "lease list -o json",
+            "lease release gw-1",
         ] {
             let words = std::iter::once("foreshore").chain(line.split(' '));
             assert!(Arguments::try_parse_from(words).is_ok(), "{line}");

@@ -2,6 +2,7 @@
 //! code.
 
 mod apply;
+mod budget;
 mod delete;
 mod delta;
 mod describe;
@@ -10,6 +11,7 @@ mod events;
 mod get;
 mod image;
 mod label;
+mod lease;
 mod manifest;
 mod plan;
 mod rollout;
@@ -45,6 +47,7 @@ pub(crate) fn run(arguments: &Arguments) -> Outcome {
         Command::Rollout(verb) => rollout::run(&hub()?, verb, format, out),
         Command::Events(events) => events::run(&hub()?, events, format, out),
         Command::Secret(verb) => secret::run(&hub()?, verb, format, out),
+        Command::Lease(verb) => lease::run(&hub()?, verb, format, out),
         Command::Device(verb) => device::run(&hub()?, verb, format, out),
         Command::Image(Image::Delta(delta)) => delta::run(delta, format, out),
         Command::Image(verb) => image::run(&hub()?, verb, format, out),

@@ -10,6 +10,8 @@
 //! | `drain` | the rest of refused requests |
 //! | [`apps`] | `/apps` |
 //! | [`devices`] | `/devices` |
+//! | [`disruption_budgets`] | `/disruption-budgets` |
+//! | [`leases`] | `/leases` |
 //! | [`rollouts`] | `/rollouts` |
 //! | [`events`] | `/events`, `/events/stream` |
 //! | [`images`] | `/images` |
@@ -38,10 +40,12 @@ use crate::secrets::Secrets;
 pub mod apps;
 pub mod authority;
 pub mod devices;
+pub mod disruption_budgets;
 mod drain;
 pub mod events;
 pub mod health;
 pub mod images;
+pub mod leases;
 pub mod problem;
 pub mod rollouts;
 pub mod secrets;
@@ -104,6 +108,15 @@ pub fn router(api: Api) -> Router {
             "/secrets/{secret}",
             get(secrets::get).put(secrets::set).delete(secrets::remove),
         )
+        .route("/disruption-budgets", get(disruption_budgets::list))
+        .route(
+            "/disruption-budgets/{budget}",
+            get(disruption_budgets::get)
+                .put(disruption_budgets::apply)
+                .delete(disruption_budgets::delete),
+        )
+        .route("/leases", get(leases::list))
+        .route("/leases/{device}", delete(leases::release))
         .route("/rollouts", get(rollouts::list))
         .route("/rollouts/{id}", get(rollouts::get))
         .route("/rollouts/{id}/pause", post(rollouts::pause))

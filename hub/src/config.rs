@@ -30,6 +30,9 @@ pub struct Config {
     /// Where the MQTT broker is.
     #[serde(default)]
     pub broker: BrokerConfig,
+    /// Turns under disruption budgets.
+    #[serde(default)]
+    pub leases: LeaseConfig,
     /// The hub's own registry.
     #[serde(default)]
     pub registry: OwnRegistry,
@@ -53,6 +56,32 @@ impl Default for ApiConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 8480)),
             max_image_bytes: 4 << 30,
+        }
+    }
+}
+
+/// `[leases]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LeaseConfig {
+    /// How long after it asked for its turn a device may begin to switch, in seconds; 10 to 3600. It is also how long an
+    /// abort may take to reach a device that is cut off. Devices ask again at the latest every 60 s. Default: five
+    /// minutes.
+    pub ttl_s: u64,
+}
+
+impl Default for LeaseConfig {
+    fn default() -> Self {
+        Self { ttl_s: 300 }
+    }
+}
+
+impl LeaseConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        if (10..=3600).contains(&self.ttl_s) {
+            Ok(())
+        } else {
+            Err(ConfigError::Leases(self.ttl_s))
         }
     }
 }
@@ -161,6 +190,9 @@ pub enum ConfigError {
     /// `[broker]` contradicts itself.
     #[error("[broker] {0}")]
     Broker(String),
+    /// `[leases]` is out of range.
+    #[error("[leases] ttl_s must be 10 to 3600, not {0}")]
+    Leases(u64),
     /// An upstream is not one.
     #[error("[registry.upstreams.\"{name}\"] {message}")]
     Upstream {
@@ -192,6 +224,7 @@ impl Config {
             message: error.to_string().trim_end().to_owned(),
         })?;
         config.broker.check()?;
+        config.leases.check()?;
         Ok(config)
     }
 
@@ -202,6 +235,7 @@ impl Config {
             data,
             api: ApiConfig::default(),
             broker: BrokerConfig::default(),
+            leases: LeaseConfig::default(),
             registry: OwnRegistry::default(),
             registries: BTreeMap::new(),
         }

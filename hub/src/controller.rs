@@ -11,19 +11,21 @@
 //! | [`apps`] | apply, plan, undo, delete |
 //! | [`rollouts`] | opening, advancing and commanding rollouts |
 //! | [`membership`] | which device an app selects, and what newcomers get |
+//! | [`disruption_budgets`] | disruption budgets, and whom they hold for |
+//! | [`leases`] | whose turn it is to switch |
 //! | [`images`] | which images go |
 //! | [`releases`] | which releases are forgotten |
 //! | [`secrets`] | secrets, and the keys of devices |
 //! | [`ingest`] | what devices say |
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use foreshore_protocol::id::SecretName;
-use foreshore_protocol::message::{MAX_APPS, MAX_LABELS};
+use foreshore_protocol::id::{BudgetName, SecretName};
+use foreshore_protocol::message::{Lease, MAX_APPS, MAX_LABELS};
 use foreshore_protocol::secret::MAX_BUNDLE_BYTES;
-use foreshore_protocol::{AppName, ServiceName};
+use foreshore_protocol::{AppName, DeviceId, ServiceName};
 use rusqlite::Connection;
 use tokio::sync::{Notify, watch};
 
@@ -33,8 +35,10 @@ use crate::store::{self, Store, StoreError};
 
 pub mod apps;
 pub mod change;
+pub mod disruption_budgets;
 pub mod images;
 pub mod ingest;
+pub mod leases;
 pub mod membership;
 pub mod releases;
 pub mod rollouts;
@@ -57,6 +61,9 @@ const ROUND_MIN: Duration = Duration::from_millis(20);
 /// How often releases that nobody needs are looked for.
 const RELEASES_EVERY: Duration = Duration::from_secs(3600);
 
+/// How long after it asked a device may begin to switch, unless the hub is configured otherwise: 5 minutes.
+pub const LEASE_TTL: Duration = Duration::from_secs(300);
+
 /// How many rollouts of an app are kept, beside its newest completed one.
 const KEEP_ROLLOUTS: u64 = 100;
 
@@ -68,7 +75,7 @@ pub enum ControlError {
     UnknownApp(AppName),
     /// There is no such device.
     #[error("there is no device {0}; a device appears when it first connects")]
-    UnknownDevice(foreshore_protocol::DeviceId),
+    UnknownDevice(DeviceId),
     /// There is no such rollout.
     #[error("there is no rollout {0}")]
     UnknownRollout(u64),
@@ -107,10 +114,10 @@ pub enum ControlError {
     #[error(
         "device {0} would be selected by more than {MAX_APPS} apps; narrow a selector, or label the device otherwise"
     )]
-    TooManyApps(foreshore_protocol::DeviceId),
+    TooManyApps(DeviceId),
     /// Operators give a device only so many labels.
     #[error("device {0} would have more than {MAX_LABELS} labels; remove some first")]
-    TooManyLabels(foreshore_protocol::DeviceId),
+    TooManyLabels(DeviceId),
     /// There is no such secret.
     #[error("there is no secret {0}; see `foreshore secret list`")]
     UnknownSecret(SecretName),
@@ -159,10 +166,31 @@ pub enum ControlError {
     #[error(
         "device {0} has shown no key yet; it does when it next connects with an agent that can have secrets"
     )]
-    NoKey(foreshore_protocol::DeviceId),
+    NoKey(DeviceId),
+    /// There is no such disruption budget.
+    #[error("there is no disruption budget {0}; see `foreshore get budgets`")]
+    UnknownBudget(BudgetName),
+    /// The manifest names another budget than the path.
+    #[error("the path names disruption budget {path}, the manifest {manifest}")]
+    OtherBudget {
+        /// In the path.
+        path: BudgetName,
+        /// In the manifest.
+        manifest: BudgetName,
+    },
+    /// A hub has only so many budgets.
+    #[error(
+        "there are {max} disruption budgets already, and a hub has no more; delete one first, or let one budget \
+         group by more labels",
+        max = disruption_budgets::MAX_BUDGETS
+    )]
+    TooManyBudgets,
+    /// The device holds no slot.
+    #[error("device {0} holds no place in a disruption budget; see `foreshore lease list`")]
+    NoLease(DeviceId),
     /// A connected device would come back at once.
     #[error("device {0} is connected; stop its agent first, or it comes back at once")]
-    Connected(foreshore_protocol::DeviceId),
+    Connected(DeviceId),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -195,8 +223,12 @@ struct Inner {
     clock: HubClock,
     listening: Mutex<Listening>,
     dirty: Mutex<BTreeSet<AppName>>,
+    /// Leases that devices are to be sent. One that is lost is not missed: its device asks again.
+    leases: Mutex<BTreeMap<(DeviceId, AppName), Lease>>,
+    lease_ttl_ms: u64,
     news: Notify,
     publish: Notify,
+    send_leases: Notify,
     events: watch::Sender<()>,
 }
 
@@ -204,14 +236,23 @@ impl Controller {
     /// A controller over a store. Nothing moves until [`Self::run`].
     #[must_use]
     pub fn new(store: Store, clock: HubClock) -> Self {
+        Self::with_lease_ttl(store, clock, LEASE_TTL)
+    }
+
+    /// One that gives devices this long to begin to switch, from when they ask.
+    #[must_use]
+    pub fn with_lease_ttl(store: Store, clock: HubClock, lease_ttl: Duration) -> Self {
         Self {
             inner: Arc::new(Inner {
                 store,
                 clock,
                 listening: Mutex::default(),
                 dirty: Mutex::default(),
+                leases: Mutex::default(),
+                lease_ttl_ms: u64::try_from(lease_ttl.as_millis()).unwrap_or(u64::MAX),
                 news: Notify::new(),
                 publish: Notify::new(),
+                send_leases: Notify::new(),
                 events: watch::Sender::new(()),
             }),
         }
@@ -232,6 +273,18 @@ impl Controller {
     /// Wakes once when something waits in the outbox.
     pub async fn outbox_news(&self) {
         self.inner.publish.notified().await;
+    }
+
+    /// Takes the leases that devices are to be sent.
+    #[must_use]
+    pub fn take_leases(&self) -> Vec<(DeviceId, Lease)> {
+        let leases = std::mem::take(&mut *lock(&self.inner.leases)).into_iter();
+        leases.map(|((device, _), lease)| (device, lease)).collect()
+    }
+
+    /// Wakes once when there are leases to send.
+    pub async fn lease_news(&self) {
+        self.inner.send_leases.notified().await;
     }
 
     /// Changes whenever an event was recorded.
@@ -312,6 +365,15 @@ impl Controller {
         if effects.events {
             self.inner.events.send_replace(());
         }
+        if !effects.leases.is_empty() {
+            let leases = effects.leases.into_iter();
+            let keyed = leases.map(|(device, lease)| ((device, lease.app.clone()), lease));
+            lock(&self.inner.leases).extend(keyed);
+            self.inner.send_leases.notify_one();
+        }
+        if effects.turns {
+            self.inner.news.notify_one();
+        }
         self.touch(effects.dirty);
     }
 
@@ -380,6 +442,14 @@ impl Controller {
                 failed = true;
             }
         }
+        let ttl_ms = self.inner.lease_ttl_ms;
+        let decided = self.change(move |change| Ok(leases::decide(change, ttl_ms)?));
+        if let Err(error) = decided.await {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "failed to decide whose turn it is to switch"
+            );
+        }
         if failed {
             // Not at once: what failed is likely to fail again.
             return Ok(None);
@@ -427,6 +497,7 @@ impl Controller {
             if !stale.is_empty() {
                 change.touch_live()?;
             }
+            leases::keep_house(change)?;
             let since = UnixMs(change.now.0.saturating_sub(store::event::KEEP_MS));
             store::event::prune(change.connection, store::event::KEEP, since)?;
             for app in store::app::list(change.connection)? {

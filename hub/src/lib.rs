@@ -18,6 +18,7 @@
 //! | [`clock`] | time that does not jump |
 //! | [`store`] | the SQLite database |
 //! | [`rollout`] | PURE: how a release spreads |
+//! | [`lease`] | PURE: whose turn it is under a disruption budget |
 //! | [`controller`] | every change, each in one transaction |
 //! | [`broker`] | the embedded broker, and files for an external one |
 //! | [`link`] | the hub as an MQTT client |
@@ -33,6 +34,13 @@ pub mod config;
 pub mod controller;
 pub mod http;
 pub mod images;
+#[deny(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::disallowed_macros,
+    clippy::wildcard_enum_match_arm
+)]
+pub mod lease;
 pub mod link;
 pub mod process;
 pub mod pulls;

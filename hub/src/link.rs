@@ -13,6 +13,7 @@
 //! | [`inbound`] | from packets to committed changes |
 //! | [`outbox`] | heads, releases and the hub's own topic, at a set rate |
 //! | [`commands`] | acknowledgements and requests to devices |
+//! | [`leases`] | whose turn it is to switch |
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,6 +33,7 @@ use crate::secrets::Secret;
 
 pub mod commands;
 pub mod inbound;
+pub mod leases;
 pub mod outbox;
 
 /// The hub's client id and user name.
@@ -177,6 +179,7 @@ async fn session(
         tokio::select! {
             result = outbox::run(&client, controller, counters) => result.map_err(LinkError::from),
             result = commands::run(&client, &commands) => result.map_err(LinkError::from),
+            result = leases::run(&client, controller) => result.map_err(LinkError::from),
             () = catch_up => Ok(()),
         }
     };
@@ -226,7 +229,7 @@ async fn subscribe(
         .await
         .map_err(|_| LinkError::NoAnswer)?
         .map_err(|_| LinkError::Closed)?;
-    let live = [Leaf::Beacon, Leaf::Pull, Leaf::Event]
+    let live = [Leaf::Beacon, Leaf::Pull, Leaf::Event, Leaf::LeaseRequest]
         .map(|leaf| format!("{}/+/+/{}", topic::PREFIX, leaf.as_str()));
     let mut rounds = vec![vec![topic::HUB.to_owned()], live.to_vec()];
     for shard in 0..=255 {

@@ -138,7 +138,8 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
     let latest = store
         .read(|connection| Ok::<_, StoreError>(store::desired::latest(connection)?))
         .await?;
-    let controller = Controller::new(store.clone(), HubClock::start(latest));
+    let ttl = Duration::from_secs(config.leases.ttl_s);
+    let controller = Controller::with_lease_ttl(store.clone(), HubClock::start(latest), ttl);
     let images = Images::open(
         &config.data.join("images"),
         config.registry_client()?,

@@ -16,6 +16,8 @@
 //! | [`desired`] | placements, generations and the outbox |
 //! | [`rollout`] | rollouts, waves, assignments and the facts they are decided on |
 //! | [`release`] | which releases are still needed |
+//! | [`disruption_budget`] | disruption budgets and whom they hold for |
+//! | [`lease`] | who may switch, and who waits for it |
 //! | [`secret`] | secrets, the keys of devices, and what each device is sent |
 //! | [`event`] | what happened |
 //! | [`image`] | tags of the hub's own images |
@@ -35,8 +37,10 @@ pub mod cache;
 pub mod column;
 pub mod desired;
 pub mod device;
+pub mod disruption_budget;
 pub mod event;
 pub mod image;
+pub mod lease;
 pub mod registry;
 pub mod release;
 pub mod rollout;

@@ -14,6 +14,11 @@
 //! | `GET /secrets`, `GET /secrets/{secret}` | → [`SecretView`]s; never a value |
 //! | `PUT /secrets/{secret}` | the value, 1 to 4096 bytes as they are → [`SecretView`] |
 //! | `DELETE /secrets/{secret}` | → 204; 409 `secret-in-use` while an app needs it |
+//! | `GET /disruption-budgets`, `GET /disruption-budgets/{budget}` | → [`BudgetView`]s; groups only in the second |
+//! | `PUT /disruption-budgets/{budget}` | manifest → [`BudgetAnswer`] |
+//! | `DELETE /disruption-budgets/{budget}` | → 204 |
+//! | `GET /leases` | → [`LeaseView`]s: who may switch and who waits, in the order of their turns |
+//! | `DELETE /leases/{device}` | → 204: the device is written off; 404 `no-lease` if it holds none |
 //! | `GET /rollouts?app=`, `GET /rollouts/{id}` | → [`RolloutView`]s, newest first |
 //! | `POST /rollouts/{id}/pause`, `/resume`, `/abort` | → [`RolloutView`] |
 //! | `GET /events?after=&limit=` | → [`EventView`]s |
@@ -30,10 +35,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::Digest;
 use crate::id::{
-    AppName, DeviceId, Epoch, LabelKey, LabelValue, Labels, SecretName, ServiceName, Version,
+    AppName, BudgetName, DeviceId, Epoch, LabelKey, LabelValue, Labels, SecretName, ServiceName,
+    Version,
 };
-use crate::manifest::{App, WaveTarget};
-use crate::message::{AppStatus, Inventory, Phase, PullProgress, PullState};
+use crate::manifest::{App, DisruptionBudget, WaveTarget};
+use crate::message::{AppStatus, BudgetGroup, Inventory, Phase, PullProgress, PullState};
 
 /// A list, so that fields can be added beside it later.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -329,6 +335,97 @@ pub struct SecretView {
     pub created_ms: u64,
     /// When its value last changed, milliseconds since 1970.
     pub changed_ms: u64,
+}
+
+/// What `apply` did to a disruption budget.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BudgetAnswer {
+    /// Which budget.
+    pub budget: BudgetName,
+    /// `created`, `updated` or `unchanged`.
+    pub outcome: ApplyOutcome,
+    /// How many devices it holds for now.
+    pub devices: u64,
+    /// In how many groups.
+    pub groups: u64,
+}
+
+/// A disruption budget.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BudgetView {
+    /// Its name.
+    pub name: BudgetName,
+    /// The manifest as applied last.
+    pub manifest: DisruptionBudget,
+    /// Devices that it holds for.
+    pub devices: u64,
+    /// Of them, unavailable now.
+    pub unavailable: u64,
+    /// Of them, waiting for their turn.
+    pub waiting: u64,
+    /// Milliseconds since 1970.
+    pub created_ms: u64,
+    /// Milliseconds since 1970.
+    pub updated_ms: u64,
+    /// Its groups, by their labels. Left out in a list.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupView>,
+}
+
+/// A group of devices that share a disruption budget.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GroupView {
+    /// The labels that they have in common.
+    pub group: Labels,
+    /// How many they are.
+    pub devices: u64,
+    /// How many of them may be unavailable at once.
+    pub max_unavailable: u64,
+    /// Who is unavailable now.
+    pub unavailable: Vec<DeviceId>,
+    /// How many wait for their turn.
+    pub waiting: u64,
+}
+
+/// The right of a device to switch an app, or its wait for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LeaseView {
+    /// Which device.
+    pub device: DeviceId,
+    /// Which app.
+    pub app: AppName,
+    /// To which release.
+    pub release: Digest,
+    /// What becomes of it.
+    pub state: LeaseState,
+    /// The budgets that the device is under.
+    pub budgets: Vec<BudgetGroup>,
+    /// Since when it has waited for its turn, milliseconds since 1970.
+    pub requested_ms: u64,
+    /// When it was granted, milliseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub granted_ms: Option<u64>,
+    /// By when the device should have said how it ended, milliseconds since 1970. It is not taken back then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_ms: Option<u64>,
+}
+
+/// What becomes of a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LeaseState {
+    /// Asked for.
+    Waiting,
+    /// The device may begin to switch, or has.
+    Granted,
+    /// Granted, and the device did not say in time how it ended. It keeps its slot until it does, or is written off.
+    Overdue,
+    /// An operator wrote the device off: it holds no slot any more.
+    WrittenOff,
 }
 
 /// `PATCH /devices/{device}/labels`: `null` removes a label.

@@ -8,7 +8,9 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::message::{Beacon, Command, Event, Head, HubInfo, Presence, PullProgress, Reported};
+use crate::message::{
+    Beacon, Command, Event, Head, HubInfo, Lease, LeaseRequest, Presence, PullProgress, Reported,
+};
 use crate::secret::SealedSecrets;
 
 /// The first two bytes of every frame.
@@ -21,7 +23,7 @@ pub const HEADER_LEN: usize = 9;
 pub const MAX_FRAME_BYTES: usize = 64 * 1024;
 
 /// The highest schema id this build reads.
-pub const MAX_SCHEMA: u16 = 0x0009;
+pub const MAX_SCHEMA: u16 = 0x000b;
 
 /// Why bytes are not a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -95,6 +97,8 @@ schema! {
     HubInfo => 0x0007,
     SealedSecrets => 0x0008,
     PullProgress => 0x0009,
+    LeaseRequest => 0x000a,
+    Lease => 0x000b,
 }
 
 /// The bytes of `message`, framed.

@@ -128,6 +128,11 @@ text_newtype!(ConfigName, ParseNameError, check_name);
 pub struct SecretName(Box<str>);
 text_newtype!(SecretName, ParseNameError, check_name);
 
+/// The name of a disruption budget within its hub; same shape as [`AppName`].
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BudgetName(Box<str>);
+text_newtype!(BudgetName, ParseNameError, check_name);
+
 /// Why a text is not a label key or value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseLabelError {

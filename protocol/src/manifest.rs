@@ -20,6 +20,7 @@ mod blkio;
 pub(crate) mod check;
 mod config;
 mod device;
+mod disruption_budget;
 mod explain;
 mod lifecycle;
 mod parse;
@@ -29,8 +30,11 @@ pub use blkio::{BlkioConfig, BytesRate, DeviceWeight, DiskPath, OperationsRate};
 pub use check::{MAX_SERVICES, MAX_WAVES, Violation};
 pub use config::{ConfigFile, ConfigMount, FileMode, FileOwner};
 pub use device::{DeviceAccess, DeviceMapping};
+pub use disruption_budget::{BudgetMetadata, BudgetSpec, DisruptionBudget};
 pub use lifecycle::{Condition, Dependencies, Dependency, Deploy, Hook, UpdateConfig, UpdateOrder};
-pub use parse::{MAX_DEPTH, MAX_MANIFEST_BYTES, ManifestError, parse};
+pub use parse::{
+    MAX_DEPTH, MAX_MANIFEST_BYTES, Manifest, ManifestError, parse, parse_any, parse_budget,
+};
 pub use secret::{OnRotate, SECRETS_DIR, SecretMount, SecretSource};
 
 /// An App: *which devices* (selector), *what runs there* (services), *how changes arrive* (rollout).
@@ -58,8 +62,10 @@ pub enum ApiVersion {
 /// The kind of object a manifest describes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
-    /// The only one so far.
+    /// An [`App`].
     App,
+    /// A [`DisruptionBudget`].
+    DisruptionBudget,
 }
 
 /// The envelope's `metadata`.

@@ -7,12 +7,15 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Digest;
-use crate::id::{AppName, Epoch, Generation, Labels, ServiceName, Version};
+use crate::id::{AppName, BudgetName, Epoch, Generation, Labels, ServiceName, Version};
 use crate::secret::PublicKey;
 
 mod bounds;
 
-pub use bounds::{MAX_APPS, MAX_FACT_BYTES, MAX_LABELS, MAX_SERVICE_STATES, MAX_TEXT_BYTES, fit};
+pub use bounds::{
+    MAX_APPS, MAX_BUDGETS, MAX_FACT_BYTES, MAX_GROUP_LABELS, MAX_LABELS, MAX_SERVICE_STATES,
+    MAX_TEXT_BYTES, fit,
+};
 
 /// Down, retained: what the device should run, in brief.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +24,70 @@ pub struct Head {
     pub version: Version,
     /// Every app that selects this device, sorted by name.
     pub apps: Vec<HeadApp>,
+    /// The disruption budgets that the device is under, at most [`MAX_BUDGETS`] of them. If there is one, the device
+    /// switches to another release of an app only with a [`Lease`].
+    pub budgets: Vec<BudgetGroup>,
+}
+
+/// A disruption budget that a device is under, and the group of devices that it shares it with.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct BudgetGroup {
+    /// Which budget.
+    pub budget: BudgetName,
+    /// The labels that the group has in common: those of `groupBy`, empty where the device lacks one.
+    pub group: Labels,
+}
+
+impl std::fmt::Display for BudgetGroup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "disruption budget {}", self.budget)?;
+        for (index, (key, value)) in self.group.iter().enumerate() {
+            let before = if index == 0 { ", group " } else { "," };
+            write!(f, "{before}{key}={value}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Up: the device asks for the right to switch an app to another release, or gives it back.
+///
+/// With it the device says that it has not begun to switch in this assignment, and that every earlier request of it for
+/// the app is void.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseRequest {
+    /// As in [`Reported::boot`].
+    pub boot: u64,
+    /// Grows with every request of this boot.
+    pub nonce: u64,
+    /// Which app.
+    pub app: AppName,
+    /// [`HeadApp::since`] of the assignment.
+    pub since: Version,
+    /// [`HeadApp::release`] of it.
+    pub release: Digest,
+    /// False: the device does not want to switch any more, or not now.
+    pub wanted: bool,
+}
+
+/// Down: the right to begin to switch, once.
+///
+/// It ends `ttl_ms` after the device *sent* the request that it answers, on the device's own clock, and with the agent
+/// that sent it. As that was before the hub granted it, the right never outlasts what the hub reckons with, and no two
+/// clocks need to agree.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// [`LeaseRequest::boot`] of the request that it answers.
+    pub boot: u64,
+    /// [`LeaseRequest::nonce`] of it.
+    pub nonce: u64,
+    /// Which app.
+    pub app: AppName,
+    /// In which assignment.
+    pub since: Version,
+    /// To which release.
+    pub release: Digest,
+    /// How long from sending the request, in milliseconds.
+    pub ttl_ms: u64,
 }
 
 /// One app in a [`Head`].
@@ -137,6 +204,8 @@ pub enum Phase {
     Failed,
     /// The app no longer selects this device and is being removed.
     Removing,
+    /// All is staged, and the device waits for a [`Lease`]: its turn under a disruption budget. Leaves to `Activating`.
+    Waiting,
 }
 
 impl Phase {
@@ -235,6 +304,8 @@ pub enum ReasonCode {
     IoLimit,
     /// The device's policy wants a signature that the image does not have.
     ImageUnsigned,
+    /// A disruption budget lets others of the device's group go first.
+    WaitsForTurn,
 }
 
 /// One service in an [`AppStatus`].

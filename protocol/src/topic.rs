@@ -32,11 +32,15 @@ pub enum Leaf {
     Event,
     /// Up, QoS 1, retained, birth and Will: [`crate::message::Presence`].
     Presence,
+    /// Up, QoS 1, expires: [`crate::message::LeaseRequest`].
+    LeaseRequest,
+    /// Down, QoS 1, expires: [`crate::message::Lease`].
+    Lease,
 }
 
 impl Leaf {
     /// Every leaf.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Head,
         Self::Command,
         Self::Secrets,
@@ -45,6 +49,8 @@ impl Leaf {
         Self::Pull,
         Self::Event,
         Self::Presence,
+        Self::LeaseRequest,
+        Self::Lease,
     ];
 
     /// The text in the topic.
@@ -59,13 +65,18 @@ impl Leaf {
             Self::Pull => "pull",
             Self::Event => "event",
             Self::Presence => "presence",
+            Self::LeaseRequest => "lease_req",
+            Self::Lease => "lease",
         }
     }
 
     /// Whether the hub writes it and the device reads it.
     #[must_use]
     pub const fn is_down(self) -> bool {
-        matches!(self, Self::Head | Self::Command | Self::Secrets)
+        matches!(
+            self,
+            Self::Head | Self::Command | Self::Secrets | Self::Lease
+        )
     }
 
     fn parse(text: &str) -> Option<Self> {

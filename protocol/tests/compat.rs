@@ -14,9 +14,9 @@ use foreshore_protocol::frame::{self, MAX_SCHEMA, Message};
 use foreshore_protocol::id::{Epoch, Version};
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
-    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull, Inventory,
-    Phase, Presence, PullProgress, PullState, Reason, ReasonCode, Reported, ServiceState,
-    ServiceStatus,
+    AppStatus, Beacon, BudgetGroup, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull,
+    Inventory, Lease, LeaseRequest, Phase, Presence, PullProgress, PullState, Reason, ReasonCode,
+    Reported, ServiceState, ServiceStatus,
 };
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::secret::{
@@ -81,6 +81,14 @@ fn downlinks() {
         &Head {
             version: version(7),
             apps: vec![app("gateway", 3), app("web", 7)],
+            budgets: vec![BudgetGroup {
+                budget: "lines".parse().unwrap(),
+                group: [
+                    ("line".parse().unwrap(), "".parse().unwrap()),
+                    ("site".parse().unwrap(), "hull".parse().unwrap()),
+                ]
+                .into(),
+            }],
         },
     );
     message(
@@ -88,6 +96,7 @@ fn downlinks() {
         &Head {
             version: version(u64::from(u32::MAX)),
             apps: vec![],
+            budgets: vec![],
         },
     );
     message(
@@ -103,7 +112,7 @@ fn downlinks() {
         unix_ms: 1_790_000_000_000,
         beacon_interval_ms: 900_000,
         reconnect_spread_ms: 30_000,
-        schema_range: (1, 9),
+        schema_range: (1, MAX_SCHEMA),
     };
     message("hub-info.bin", &info);
     // The frame; what is in the box is not the same twice, see the test below.
@@ -111,6 +120,15 @@ fn downlinks() {
         sealed: vec![1, 2, 3],
     };
     message("secrets.bin", &sealed);
+    let lease = Lease {
+        boot: 3,
+        nonce: 300,
+        app: "web".parse().unwrap(),
+        since: version(7),
+        release: digest("web"),
+        ttl_ms: 300_000,
+    };
+    message("lease.bin", &lease);
 }
 
 #[test]
@@ -132,7 +150,7 @@ fn uplinks() {
         boot: 3,
         version: None,
         reported_seq: 0,
-        max_schema: 9,
+        max_schema: MAX_SCHEMA,
         agent_version: "0.1.0".to_owned(),
         secrets_key: Some(PublicKey::from_bytes([7; 32])),
         secrets: Some(version(5)),
@@ -159,6 +177,15 @@ fn uplinks() {
         rate_bytes: 300_000,
     };
     message("pull.bin", &progress);
+    let request = LeaseRequest {
+        boot: 3,
+        nonce: 300,
+        app: "web".parse().unwrap(),
+        since: version(7),
+        release: digest("web"),
+        wanted: true,
+    };
+    message("lease-request.bin", &request);
 }
 
 /// Every phase, reason code, service state and event kind, so that none can be reordered.
@@ -176,6 +203,7 @@ fn reports_with_every_phase_and_reason() {
         P::RolledBack,
         P::Failed,
         P::Removing,
+        P::Waiting,
     ];
     let codes = [
         R::ImageNotFound,
@@ -204,6 +232,7 @@ fn reports_with_every_phase_and_reason() {
         R::SecretMissing,
         R::IoLimit,
         R::ImageUnsigned,
+        R::WaitsForTurn,
     ];
     let states = [
         ServiceState::Waiting,

@@ -455,6 +455,19 @@ fn mixed_waves_and_the_edges_of_ranges_are_accepted() {
 }
 
 #[test]
+fn the_sample_of_a_budget_parses() {
+    let sample = include_bytes!("../../configs/budgets/sites.yaml");
+    assert_eq!(
+        manifest::parse_budget(sample)
+            .unwrap()
+            .metadata
+            .name
+            .as_str(),
+        "sites"
+    );
+}
+
+#[test]
 fn every_sample_in_the_repository_parses() {
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     let mut seen = 0;

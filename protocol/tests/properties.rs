@@ -9,8 +9,8 @@ use foreshore_protocol::frame::{self, FrameError, HEADER_LEN, Message};
 use foreshore_protocol::id::{LabelKey, LabelValue};
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
-    Beacon, Command, Event, EventKind, Head, HubInfo, MAX_TEXT_BYTES, Presence, PullProgress,
-    Reason, ReasonCode, Reported,
+    Beacon, Command, Event, EventKind, Head, HubInfo, Lease, LeaseRequest, MAX_TEXT_BYTES,
+    Presence, PullProgress, Reason, ReasonCode, Reported,
 };
 use foreshore_protocol::quantity::{Bytes, Cpus, Span};
 use foreshore_protocol::release::Release;
@@ -59,11 +59,23 @@ fn decode_all(bytes: &[u8]) {
     let _ = frame::decode::<Event>(bytes);
     let _ = frame::decode::<HubInfo>(bytes);
     let _ = frame::decode::<SealedSecrets>(bytes);
+    let _ = frame::decode::<LeaseRequest>(bytes);
+    let _ = frame::decode::<Lease>(bytes);
 }
 
 proptest! {
     #[test]
     fn heads_round_trip(message in strategy::head()) {
+        round_trip(&message)?;
+    }
+
+    #[test]
+    fn requests_for_leases_round_trip(message in strategy::lease_request()) {
+        round_trip(&message)?;
+    }
+
+    #[test]
+    fn leases_round_trip(message in strategy::lease()) {
         round_trip(&message)?;
     }
 

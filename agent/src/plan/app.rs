@@ -14,6 +14,7 @@ use super::health::{Health, health};
 use super::history::reason;
 use super::secret;
 use super::service::{self, Target};
+use super::turn;
 use super::{
     AppHistory, Assignment, Draft, LastKnownGood, ObservedContainer, Poison, PolicyVerdict, Trial,
 };
@@ -233,7 +234,11 @@ fn stage_and_switch(
 ) {
     let release = desired.release;
     let gate = match gate(draft, app, release) {
-        Gate::Open => update_lock(draft, app, history, desired),
+        Gate::Open => match turn::waits(draft, app, history, desired) {
+            // Last, so that nothing is locked while others go first.
+            None => update_lock(draft, app, history, desired),
+            Some(why) => Gate::Closed(Phase::Waiting, Some(why)),
+        },
         closed @ Gate::Closed(..) => closed,
     };
     let (phase, reason) = match gate {
@@ -322,6 +327,8 @@ fn update_lock(
     if draft.observed.update_locks.held.contains(app) {
         Gate::Open
     } else if draft.observed.update_locks.refused.contains(app) {
+        // Others need not wait for that.
+        draft.turns.remove(app);
         let message = "the app holds its update lock; it is updated when it lets go of it";
         Gate::Closed(
             Phase::Blocked,

@@ -77,6 +77,8 @@ pub(super) struct World {
     pub(super) unsigned: BTreeMap<Digest, BTreeSet<Digest>>,
     /// The revisions of the secrets that the hub sent.
     pub(super) secrets: BTreeMap<SecretName, u64>,
+    /// The turns that the hub has granted.
+    pub(super) turns: BTreeMap<AppName, Turn>,
     /// How often a secret got another value.
     pub(super) rotations: u64,
     /// Every container whose secrets were renewed, with the signals it got.
@@ -119,6 +121,7 @@ impl World {
             verdicts: BTreeMap::new(),
             unsigned: BTreeMap::new(),
             secrets: BTreeMap::new(),
+            turns: BTreeMap::new(),
             rotations: 0,
             renewed: Vec::new(),
             unplugged: false,
@@ -162,6 +165,7 @@ impl World {
 
     /// The agent is killed and started again.
     pub(super) fn crash(&mut self) {
+        self.turns.clear();
         self.update_locks = UpdateLocks::default();
         self.watching_since = self.now.ms;
     }
@@ -178,6 +182,7 @@ impl World {
         self.now.boot.0[0] = self.now.boot.0[0].wrapping_add(1);
         self.now.ms = BootMs(1_000);
         self.watching_since = self.now.ms;
+        self.turns.clear();
         self.containers.clear();
     }
 
@@ -221,7 +226,55 @@ impl World {
             verdicts: self.verdicts.clone(),
             unsigned: self.unsigned.clone(),
             secrets: self.secrets.clone(),
+            turns: self.turns.clone(),
             busy: self.busy.clone(),
+        }
+    }
+
+    /// Whether the device is under a disruption budget.
+    pub(super) fn set_budget(&mut self, holds: bool) {
+        let budget = BudgetGroup {
+            budget: "sites".parse().unwrap(),
+            group: [("site".parse().unwrap(), "hull".parse().unwrap())].into(),
+        };
+        self.desired.budgets = holds.then_some(budget).into_iter().collect();
+    }
+
+    /// The hub lets an app switch to what is assigned, from now for so long.
+    pub(super) fn grant(&mut self, app: &AppName, ttl_ms: u64) {
+        if let Some(assigned) = self.desired.apps.get(app) {
+            let turn = Turn {
+                since: assigned.since,
+                release: assigned.release,
+                until: self.now.ms.plus(ttl_ms),
+            };
+            self.turns.insert(app.clone(), turn);
+        }
+    }
+
+    /// Under a budget nothing is switched to without a turn that still counts.
+    fn check_turns(&self, plan: &Plan) {
+        for (app, after) in &plan.history.apps {
+            let before = self.history.apps.get(app).and_then(|before| before.current);
+            let assigned = self
+                .desired
+                .apps
+                .get(app)
+                .map(|assigned| (assigned.since, assigned.release));
+            let trial = after
+                .trial
+                .as_ref()
+                .map(|trial| (trial.since, trial.release));
+            let switched = after.current != before && trial.is_some() && trial == assigned;
+            if switched && !self.desired.budgets.is_empty() {
+                let counts = |turn: &Turn| {
+                    Some((turn.since, turn.release)) == trial && self.now.ms < turn.until
+                };
+                assert!(
+                    self.turns.get(app).is_some_and(counts),
+                    "{app} switched without a turn"
+                );
+            }
         }
     }
 
@@ -243,6 +296,7 @@ impl World {
         let plan = plan(&self.desired, observed, &self.history, self.now);
         let violations = check::check(observed, &self.history, &plan);
         assert!(violations.is_empty(), "{violations:?}\n{plan:#?}");
+        self.check_turns(&plan);
         self.history = plan.history.clone();
         let (refused, held) =
             plan.update_locks.iter().cloned().partition(|app| {

@@ -46,6 +46,16 @@ impl<R: Runtime + 'static> Agent<R> {
                 self.uplink.acknowledged(reported);
             }
             Incoming::Command(Command::Resync) => self.uplink.resync(),
+            Incoming::Lease(lease) => {
+                if self.turns.take(&lease) {
+                    return Next::Plan;
+                }
+                tracing::debug!(
+                    app = lease.app.as_str(),
+                    nonce = lease.nonce,
+                    "a turn that nobody waits for"
+                );
+            }
             Incoming::Hub(info) => self.handle_hub(&info),
             Incoming::Release(digest, bytes) => return self.handle_release(digest, &bytes),
             Incoming::Unreadable { topic, why } => {
@@ -65,6 +75,7 @@ impl<R: Runtime + 'static> Agent<R> {
         self.offline = None;
         self.connected_at = Some(Instant::now());
         self.uplink.connected();
+        self.turns.connected(Instant::now());
         // What was asked for on the connection before is asked for again by the next plan.
         self.fetching.clear();
         self.wake_at = Some(Instant::now());

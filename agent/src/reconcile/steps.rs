@@ -18,6 +18,7 @@ use crate::execute::{Task, execute};
 use crate::link::Outgoing;
 use crate::plan::{
     self, BootMs, Desired, History, Notice, Observed, ObservedContainer, Outcome, Plan, Step,
+    TurnWish,
 };
 use crate::policy::{self, PolicyVerdict};
 use crate::runtime::{Container, ContainerId, Runtime};
@@ -93,6 +94,7 @@ impl<R: Runtime + 'static> Agent<R> {
             verdicts: self.verdicts(),
             unsigned: self.unsigned(),
             secrets: self.vault.revisions(),
+            turns: self.turns.granted(),
             busy: self.busy.clone(),
         }
     }
@@ -167,8 +169,11 @@ impl<R: Runtime + 'static> Agent<R> {
             May::All
         } else {
             self.wake_by(Instant::now() + RETRY);
+            self.undecide_turns(&plan.turns);
             May::Heal
         };
+        self.turns
+            .follow(&plan.turns, &self.history, Instant::now());
         if self.disk_trouble.is_some() {
             // Also when nobody has anything to write: that it is well again is noticed by trying.
             self.wake_by(Instant::now() + RETRY);
@@ -196,6 +201,22 @@ impl<R: Runtime + 'static> Agent<R> {
             if may == May::All || self.is_healing(&step) {
                 self.begin(step);
             }
+        }
+    }
+
+    /// What was decided and is not on disk has not begun, and a turn may be over before it is: so it is decided again.
+    fn undecide_turns(&mut self, turns: &BTreeMap<AppName, TurnWish>) {
+        for app in turns.keys() {
+            let Some(history) = self.history.apps.get_mut(app) else {
+                continue;
+            };
+            let stored = self.stored.apps.get(app).cloned().unwrap_or_default();
+            if history.current == stored.current {
+                continue;
+            }
+            history.current = stored.current;
+            history.trial = stored.trial;
+            history.assignment = stored.assignment;
         }
     }
 

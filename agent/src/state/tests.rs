@@ -10,6 +10,7 @@ fn head(version: Version) -> Head {
     Head {
         version,
         apps: Vec::new(),
+        budgets: Vec::new(),
     }
 }
 

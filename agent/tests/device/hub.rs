@@ -150,6 +150,7 @@ impl Hub {
         self.head(&Head {
             version,
             apps: vec![app],
+            budgets: Vec::new(),
         });
     }
 
@@ -157,6 +158,7 @@ impl Hub {
         self.head(&Head {
             version: Version::from_numbers(1, generation).unwrap(),
             apps: Vec::new(),
+            budgets: Vec::new(),
         });
     }
 

@@ -142,6 +142,7 @@ impl Device {
                 progress_deadline_ms: 80_000,
                 override_lock: false,
             }],
+            budgets: vec![],
         });
     }
 

@@ -1,8 +1,9 @@
-//! `apply`: creates or changes apps.
+//! `apply`: creates or changes apps and disruption budgets.
 
-use std::io::Write;
+use std::io::{self, Write};
 
-use foreshore_protocol::api::{ApplyAnswer, ApplyOutcome, List};
+use foreshore_protocol::api::{ApplyAnswer, ApplyOutcome, BudgetAnswer, List};
+use foreshore_protocol::manifest::Manifest as Kind;
 
 use super::{counted, manifest};
 use crate::arguments::{Files, Format};
@@ -11,25 +12,25 @@ use crate::failure::{Outcome, code};
 use crate::output;
 
 pub(super) fn run(hub: &Hub, files: &Files, format: Format, out: &mut dyn Write) -> Outcome {
-    let manifests = manifest::read_all(files)?;
+    let mut manifests = manifest::read_all(files)?;
+    // Budgets first: what is rolled out by the same command is under them.
+    manifests.sort_by_key(|manifest| matches!(manifest.kind, Kind::App(_)));
     let mut answers = Vec::new();
     for manifest in manifests {
-        let path = format!("/apps/{}", manifest.app.metadata.name);
-        let answer: ApplyAnswer = hub.call("PUT", &path, "application/yaml", &manifest.bytes)?;
-        match format {
-            Format::Table => writeln!(out, "{}", sentence(&answer))?,
-            Format::Name => writeln!(out, "app/{}", answer.app)?,
-            Format::Json => {}
-        }
-        if answer.devices == 0 {
-            eprintln!(
-                "  no device matches the selector of app {} yet; see `foreshore get devices`",
-                answer.app
-            );
-        } else if answer.rollout.is_some() && format == Format::Table {
-            eprintln!("  watch it: foreshore rollout status -w {}", answer.app);
-        }
-        answers.push(answer);
+        answers.push(match &manifest.kind {
+            Kind::App(app) => {
+                let path = format!("/apps/{}", app.metadata.name);
+                let answer = hub.call("PUT", &path, "application/yaml", &manifest.bytes)?;
+                tell_app(&answer, format, out)?;
+                serde_json::to_value(answer)?
+            }
+            Kind::DisruptionBudget(budget) => {
+                let path = format!("/disruption-budgets/{}", budget.metadata.name);
+                let answer = hub.call("PUT", &path, "application/yaml", &manifest.bytes)?;
+                tell_budget(&answer, format, out)?;
+                serde_json::to_value(answer)?
+            }
+        });
     }
     if format == Format::Json {
         match answers.as_slice() {
@@ -38,6 +39,38 @@ pub(super) fn run(hub: &Hub, files: &Files, format: Format, out: &mut dyn Write)
         }
     }
     Ok(code::OK)
+}
+
+fn tell_app(answer: &ApplyAnswer, format: Format, out: &mut dyn Write) -> io::Result<()> {
+    match format {
+        Format::Table => writeln!(out, "{}", sentence(answer))?,
+        Format::Name => writeln!(out, "app/{}", answer.app)?,
+        Format::Json => {}
+    }
+    if answer.devices == 0 {
+        eprintln!(
+            "  no device matches the selector of app {} yet; see `foreshore get devices`",
+            answer.app
+        );
+    } else if answer.rollout.is_some() && format == Format::Table {
+        eprintln!("  watch it: foreshore rollout status -w {}", answer.app);
+    }
+    Ok(())
+}
+
+fn tell_budget(answer: &BudgetAnswer, format: Format, out: &mut dyn Write) -> io::Result<()> {
+    let name = &answer.budget;
+    match format {
+        Format::Table => writeln!(
+            out,
+            "budget/{name} {}; holds for {} in {}",
+            output::word(&answer.outcome),
+            counted(answer.devices, "device"),
+            counted(answer.groups, "group")
+        ),
+        Format::Name => writeln!(out, "budget/{name}"),
+        Format::Json => Ok(()),
+    }
 }
 
 /// What apply, or undo, did.

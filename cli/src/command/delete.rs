@@ -1,7 +1,8 @@
-//! `delete`: removes an app from the fleet, or forgets a device.
+//! `delete`: removes an app from the fleet, deletes a disruption budget, or forgets a device.
 
 use std::io::{self, BufRead as _, IsTerminal as _, Write};
 
+use foreshore_protocol::id::BudgetName;
 use foreshore_protocol::{AppName, DeviceId};
 
 use crate::arguments::DeleteKind;
@@ -23,6 +24,13 @@ pub(super) fn run(
                 format!("Stop and remove app {app} on all its devices?"),
             )
         }
+        DeleteKind::Budget => {
+            let budget: BudgetName = name.parse().map_err(Failure::input)?;
+            (
+                format!("/disruption-budgets/{budget}"),
+                format!("Delete disruption budget {budget}?"),
+            )
+        }
         DeleteKind::Device => {
             let device: DeviceId = name.parse().map_err(Failure::input)?;
             (
@@ -38,6 +46,7 @@ pub(super) fn run(
     hub.order("DELETE", &path)?;
     match kind {
         DeleteKind::App => writeln!(out, "app/{name} is being removed from its devices")?,
+        DeleteKind::Budget => writeln!(out, "budget/{name} deleted")?,
         DeleteKind::Device => writeln!(out, "device/{name} forgotten")?,
     }
     Ok(code::OK)

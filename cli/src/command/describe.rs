@@ -1,4 +1,4 @@
-//! `describe`: everything about one app, device or rollout.
+//! `describe`: everything about one app, device, rollout or disruption budget.
 
 use std::io::{self, Write};
 
@@ -7,8 +7,8 @@ use foreshore_protocol::id::Labels;
 use foreshore_protocol::message::{AppStatus, ServiceState};
 use foreshore_protocol::{AppName, DeviceId, Digest};
 
-use super::get;
 use super::plan::target;
+use super::{budget, get};
 use crate::arguments::{DescribeKind, Format};
 use crate::client::Hub;
 use crate::failure::{Failure, Outcome, code};
@@ -34,6 +34,7 @@ pub(super) fn run(
             let view: DeviceView = hub.get(&format!("/devices/{name}"))?;
             show(&view, device, format, out)
         }
+        DescribeKind::Budget => show(&budget::find(hub, name)?, budget::describe, format, out),
         DescribeKind::Rollout => show(&get::rollout(hub, name)?, rollout, format, out),
     }
 }
@@ -61,7 +62,7 @@ pub(super) fn labels(labels: &Labels) -> String {
     pairs.join(" ")
 }
 
-fn line(out: &mut dyn Write, key: &str, value: &str) -> io::Result<()> {
+pub(super) fn line(out: &mut dyn Write, key: &str, value: &str) -> io::Result<()> {
     writeln!(
         out,
         "{:<16}{}",
@@ -78,7 +79,7 @@ fn digest(digest: Option<Digest>) -> String {
     digest.map_or_else(String::new, |digest| digest.short())
 }
 
-fn when(now_ms: u64, then_ms: u64) -> String {
+pub(super) fn when(now_ms: u64, then_ms: u64) -> String {
     match age(now_ms, then_ms).as_str() {
         "now" => format!("{} (just now)", timestamp(then_ms)),
         age => format!("{} ({age} ago)", timestamp(then_ms)),

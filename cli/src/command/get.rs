@@ -2,11 +2,13 @@
 
 use std::io::{self, Write};
 
-use foreshore_protocol::api::{AppView, DeviceView, EventView, ImageView, List, RolloutView};
+use foreshore_protocol::api::{
+    AppView, BudgetView, DeviceView, EventView, ImageView, List, RolloutView,
+};
 use foreshore_protocol::{AppName, DeviceId};
 use serde::Serialize;
 
-use super::{events, image};
+use super::{budget, events, image};
 use crate::arguments::{Events, Format, Get, GetKind};
 use crate::client::Hub;
 use crate::failure::{Failure, Outcome, code};
@@ -36,6 +38,11 @@ pub(super) fn run(hub: &Hub, get: &Get, format: Format, out: &mut dyn Write) -> 
             list(&hub.get::<List<RolloutView>>(&path)?, format, out)
         }
         (GetKind::Rollouts, Some(name)) => one(&rollout(hub, name)?, format, out),
+        (GetKind::Budgets, None) => {
+            let budgets = hub.get::<List<BudgetView>>("/disruption-budgets")?;
+            list(&budgets, format, out)
+        }
+        (GetKind::Budgets, Some(name)) => one(&budget::find(hub, name)?, format, out),
         (GetKind::Images, None) => list(&hub.get::<List<ImageView>>("/images")?, format, out),
         (GetKind::Images, Some(name)) => one(&image::find(hub, name)?, format, out),
         (GetKind::Events, None) => {

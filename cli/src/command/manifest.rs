@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use foreshore_protocol::manifest::{self, App, MAX_MANIFEST_BYTES, ManifestError};
+use foreshore_protocol::manifest::{self, MAX_MANIFEST_BYTES, ManifestError};
 use serde::Serialize;
 
 use crate::arguments::Files;
@@ -14,7 +14,7 @@ use crate::output::printable;
 /// A manifest that may be sent.
 #[derive(Debug)]
 pub(super) struct Manifest {
-    pub(super) app: App,
+    pub(super) kind: manifest::Manifest,
     pub(super) bytes: Vec<u8>,
 }
 
@@ -59,8 +59,8 @@ pub(super) fn read(file: &Path) -> Result<Manifest, Complaint> {
             "has more than {MAX_MANIFEST_BYTES} bytes; a manifest has fewer"
         )));
     }
-    match manifest::parse(&bytes) {
-        Ok(app) => Ok(Manifest { app, bytes }),
+    match manifest::parse_any(&bytes) {
+        Ok(kind) => Ok(Manifest { kind, bytes }),
         Err(ManifestError::Syntax {
             line,
             column,

@@ -2,13 +2,14 @@
 
 use std::io::{self, Write};
 
-use foreshore_protocol::api::{ApplyOutcome, Change, List, PlanAnswer, PlanWave};
-use foreshore_protocol::manifest::WaveTarget;
+use foreshore_protocol::api::{ApplyOutcome, BudgetView, Change, List, PlanAnswer, PlanWave};
+use foreshore_protocol::id::BudgetName;
+use foreshore_protocol::manifest::{DisruptionBudget, Manifest as Kind, WaveTarget};
 
 use super::{counted, manifest};
 use crate::arguments::{Files, Format};
 use crate::client::Hub;
-use crate::failure::{Outcome, code};
+use crate::failure::{Failure, Outcome, code};
 use crate::output::{self, printable};
 
 /// How many devices of a wave are named; `-o json` has them all.
@@ -23,19 +24,33 @@ pub(super) fn run(
 ) -> Outcome {
     let manifests = manifest::read_all(files)?;
     let mut answers = Vec::new();
+    let mut changes = false;
     for manifest in manifests {
-        let path = format!("/apps/{}/plan", manifest.app.metadata.name);
+        let app = match &manifest.kind {
+            Kind::App(app) => app,
+            Kind::DisruptionBudget(budget) => {
+                let outcome = budget_outcome(hub, budget)?;
+                changes |= outcome != ApplyOutcome::Unchanged;
+                let name = &budget.metadata.name;
+                match format {
+                    Format::Table => writeln!(out, "{}", budget_sentence(name, outcome))?,
+                    Format::Name => writeln!(out, "budget/{name}")?,
+                    Format::Json => {}
+                }
+                answers.push(serde_json::json!({ "budget": name, "outcome": outcome }));
+                continue;
+            }
+        };
+        let path = format!("/apps/{}/plan", app.metadata.name);
         let answer: PlanAnswer = hub.call("POST", &path, "application/yaml", &manifest.bytes)?;
         match format {
             Format::Table => print(&answer, out)?,
             Format::Name => writeln!(out, "app/{}", answer.app)?,
             Format::Json => {}
         }
-        answers.push(answer);
+        changes |= answer.outcome != ApplyOutcome::Unchanged;
+        answers.push(serde_json::to_value(answer)?);
     }
-    let changes = answers
-        .iter()
-        .any(|answer| answer.outcome != ApplyOutcome::Unchanged);
     if format == Format::Json {
         match answers.as_slice() {
             [answer] => output::json(out, answer)?,
@@ -47,6 +62,28 @@ pub(super) fn run(
     } else {
         code::OK
     })
+}
+
+/// What applying a budget would do; the hub is asked for the one that it has.
+fn budget_outcome(hub: &Hub, budget: &DisruptionBudget) -> Result<ApplyOutcome, Failure> {
+    let list: List<BudgetView> = hub.get("/disruption-budgets")?;
+    let name = &budget.metadata.name;
+    let existing = list.items.into_iter().find(|view| view.name == *name);
+    Ok(match existing {
+        None => ApplyOutcome::Created,
+        Some(view) if view.manifest == *budget => ApplyOutcome::Unchanged,
+        Some(_) => ApplyOutcome::Updated,
+    })
+}
+
+fn budget_sentence(name: &BudgetName, outcome: ApplyOutcome) -> String {
+    match outcome {
+        ApplyOutcome::Unchanged => format!("disruption budget {name} would not change"),
+        outcome => format!(
+            "disruption budget {name} would be {}",
+            output::word(&outcome)
+        ),
+    }
 }
 
 fn print(answer: &PlanAnswer, out: &mut dyn Write) -> io::Result<()> {

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use foreshore_protocol::manifest::Manifest as Kind;
 use serde_json::json;
 
 use super::manifest;
@@ -15,22 +16,17 @@ pub(super) fn run(files: &Files, format: Format, out: &mut dyn Write) -> Outcome
     for file in &files.files {
         match manifest::read(file) {
             Ok(manifest) => {
-                let (name, services) = (
-                    &manifest.app.metadata.name,
-                    manifest.app.spec.services.len(),
-                );
-                results.push(json!({"file": file, "valid": true, "app": name}));
+                let (mut result, name, what) = describe(&manifest.kind);
+                result["file"] = json!(file);
+                result["valid"] = true.into();
+                results.push(result);
                 match format {
-                    Format::Table => {
-                        let services =
-                            super::counted(u64::try_from(services).unwrap_or(u64::MAX), "service");
-                        writeln!(
-                            out,
-                            "{}: app {name}, {services}: valid",
-                            output::printable(&file.display().to_string())
-                        )?;
-                    }
-                    Format::Name => writeln!(out, "app/{name}")?,
+                    Format::Table => writeln!(
+                        out,
+                        "{}: {what}: valid",
+                        output::printable(&file.display().to_string())
+                    )?,
+                    Format::Name => writeln!(out, "{name}")?,
                     Format::Json => {}
                 }
             }
@@ -49,4 +45,28 @@ pub(super) fn run(files: &Files, format: Format, out: &mut dyn Write) -> Outcome
         output::json(out, &json!({ "items": results }))?;
     }
     Ok(outcome)
+}
+
+/// A manifest for programs, its name, and for people.
+fn describe(kind: &Kind) -> (serde_json::Value, String, String) {
+    match kind {
+        Kind::App(app) => {
+            let name = &app.metadata.name;
+            let services = u64::try_from(app.spec.services.len()).unwrap_or(u64::MAX);
+            let services = super::counted(services, "service");
+            (
+                json!({ "app": name }),
+                format!("app/{name}"),
+                format!("app {name}, {services}"),
+            )
+        }
+        Kind::DisruptionBudget(budget) => {
+            let name = &budget.metadata.name;
+            (
+                json!({ "budget": name }),
+                format!("budget/{name}"),
+                format!("disruption budget {name}"),
+            )
+        }
+    }
 }

@@ -14,7 +14,7 @@ use super::{Api, Failure, Hub, Segment};
 use crate::controller::{ControlError, apps, secrets};
 use crate::store::{self, StoreError};
 
-fn device_id(text: &str) -> Result<DeviceId, Failure> {
+pub(super) fn device_id(text: &str) -> Result<DeviceId, Failure> {
     text.parse()
         .map_err(|error| Failure::bad_request(format!("device {text:?}: {error}")))
 }

@@ -196,6 +196,20 @@ impl From<ControlError> for Failure {
                 detail,
             ),
             ControlError::SecretInUse { .. } => conflict("secret-in-use"),
+            ControlError::UnknownBudget(_) => Self::not_found("unknown-budget", detail),
+            ControlError::OtherBudget { .. } => Self::new(
+                StatusCode::BAD_REQUEST,
+                "other-budget",
+                "path and manifest disagree",
+                detail,
+            ),
+            ControlError::TooManyBudgets => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "too-many-budgets",
+                "a hub has only so much room",
+                detail,
+            ),
+            ControlError::NoLease(_) => Self::not_found("no-lease", detail),
             ControlError::NoKey(_) => conflict("no-device-key"),
             ControlError::Store(error) => error.into(),
         }

@@ -311,6 +311,8 @@ mod tests {
              topic write fs/v1/{shard}/gateway-1/pull\n\
              topic write fs/v1/{shard}/gateway-1/event\n\
              topic write fs/v1/{shard}/gateway-1/presence\n\
+             topic write fs/v1/{shard}/gateway-1/lease_req\n\
+             topic read fs/v1/{shard}/gateway-1/lease\n\
              topic read fs/v1/hub\n\
              topic read fs/v1/rel/+\n\nuser gateway-2\n"
         );

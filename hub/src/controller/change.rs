@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use foreshore_protocol::message::Lease;
 use foreshore_protocol::{AppName, DeviceId, ServiceName};
 use rusqlite::Connection;
 
@@ -32,6 +33,10 @@ pub struct Effects {
     pub publish: bool,
     /// An event was recorded.
     pub events: bool,
+    /// It may be somebody's turn to switch.
+    pub turns: bool,
+    /// What devices are to be sent.
+    pub leases: Vec<(DeviceId, Lease)>,
 }
 
 impl Change<'_> {

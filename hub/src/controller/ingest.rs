@@ -6,11 +6,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use foreshore_protocol::message::{Beacon, Event, Presence, Reported};
+use foreshore_protocol::message::{Beacon, Event, LeaseRequest, Presence, Reported};
 use foreshore_protocol::{DeviceId, Version};
 
 use super::membership::{self, Beyond};
-use super::{Change, ControlError, apps, secrets};
+use super::{Change, ControlError, apps, leases, secrets};
 use crate::broker::HUB_NAME;
 use crate::rollout::UnixMs;
 use crate::store::{self, device::LinkState};
@@ -37,6 +37,8 @@ pub enum Message {
     Beacon(Beacon),
     /// Something that happened.
     Event(Event),
+    /// It asks for its turn to switch.
+    LeaseRequest(LeaseRequest),
 }
 
 /// What a device is told once the batch is committed.
@@ -83,6 +85,11 @@ pub fn ingest(change: &mut Change<'_>, batch: &[Inbound]) -> Result<Receipts, Co
             Message::Reported(reported) => device.reported(change, reported, inbound.retained)?,
             Message::Beacon(beacon) => device.beacon(change, beacon)?,
             Message::Event(event) => device.event(change, event)?,
+            Message::LeaseRequest(request) if inbound.retained => {
+                // Nobody asks to be kept; whoever did that is not to be believed.
+                tracing::debug!(device = %inbound.device, app = %request.app, "a retained request was ignored");
+            }
+            Message::LeaseRequest(request) => device.lease_request(change, request)?,
         }
         if before.online != link.online {
             announce_presence(change, &inbound.device, link.online)?;
@@ -128,6 +135,7 @@ fn announce_presence(
 ) -> rusqlite::Result<()> {
     // Most of the fleet going dark concerns every live rollout, not only those with this device.
     change.touch_live()?;
+    leases::look_again(change)?;
     let (kind, message) = if online {
         ("device-online", "it is connected")
     } else {
@@ -217,6 +225,7 @@ impl Device<'_> {
         self.link.reported_seq = 0;
         self.link.event_seq = 0;
         self.link.event_gap = None;
+        store::lease::forget_turns(change.connection, self.id)?;
         change
             .event("device-reset")
             .device(self.id)
@@ -242,6 +251,7 @@ impl Device<'_> {
                 }
             }
             store::device::put_reports(change.connection, self.id, &reported.apps)?;
+            leases::hear(change, self.id, reported)?;
             // What it runs and can go back to decides which secrets it gets.
             secrets::refresh(change, self.id)?;
             change
@@ -361,6 +371,18 @@ impl Device<'_> {
         }
         self.acknowledge();
         Ok(())
+    }
+
+    fn lease_request(
+        &mut self,
+        change: &mut Change<'_>,
+        request: &LeaseRequest,
+    ) -> rusqlite::Result<()> {
+        if request.boot < self.link.boot {
+            return Ok(());
+        }
+        self.link.online = true;
+        leases::ask(change, self.id, request)
     }
 
     const fn acknowledge(&mut self) {

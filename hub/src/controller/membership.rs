@@ -11,7 +11,7 @@ use foreshore_protocol::id::Labels;
 use foreshore_protocol::message::MAX_APPS;
 use foreshore_protocol::{AppName, DeviceId};
 
-use super::{Change, ControlError, rollouts};
+use super::{Change, ControlError, disruption_budgets, rollouts};
 use crate::rollout::{Action, Revert, Rollout, joiner_release};
 use crate::store::{self, app::AppRow};
 
@@ -75,7 +75,7 @@ pub fn refresh_device(
     for app in go.iter().chain(&come) {
         set(change, app, device, &labels, beyond, &mut None)?;
     }
-    Ok(())
+    Ok(disruption_budgets::refresh_device(change, device, &labels)?)
 }
 
 fn selects(app: &AppRow, labels: &Labels) -> bool {

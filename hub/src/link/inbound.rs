@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::Version;
 use foreshore_protocol::frame::{self, FrameError};
-use foreshore_protocol::message::{Beacon, Event, Presence, PullProgress, Reported};
+use foreshore_protocol::message::{Beacon, Event, LeaseRequest, Presence, PullProgress, Reported};
 use foreshore_protocol::topic::{Leaf, Topic};
 use rumqttc::Publish;
 use tokio::sync::mpsc;
@@ -165,7 +165,12 @@ pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Hea
             // What a broker kept is over.
             return Ok((!retained).then_some(Heard::Pull(device, progress)));
         }
-        Leaf::Head | Leaf::Command | Leaf::Secrets => return Err(Unreadable::Topic),
+        Leaf::LeaseRequest => {
+            let request: LeaseRequest = frame::decode(payload).map_err(unreadable)?;
+            let counters = [request.boot, request.nonce, 0, 0];
+            (Message::LeaseRequest(request), counters)
+        }
+        Leaf::Head | Leaf::Command | Leaf::Secrets | Leaf::Lease => return Err(Unreadable::Topic),
     };
     if counters.iter().any(|counter| *counter >= COUNTER_MAX) {
         return Err(Unreadable::Counter(device));

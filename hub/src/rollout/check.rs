@@ -191,7 +191,7 @@ fn check_assignment(
         Rule::Coherent,
         shown,
     );
-    let timed = match state {
+    let open = match state {
         AssignmentState::Offered => true,
         AssignmentState::Device(phase) => !phase.is_final(),
         AssignmentState::Planned
@@ -199,10 +199,12 @@ fn check_assignment(
         | AssignmentState::Deferred
         | AssignmentState::Reverted => false,
     };
+    // Whoever waits for others has no deadline of its own.
+    let timed = open && *state != AssignmentState::Device(Phase::Waiting);
     findings.require(!timed || deadline.is_some(), Rule::Coherent, || {
         format!("{device} is {state:?} without a deadline: nothing would ever end it")
     });
-    let open = timed || *state == AssignmentState::Planned;
+    let open = open || *state == AssignmentState::Planned;
     let at_rest = match rollout.state {
         RolloutState::Completed => {
             !open && (*state != AssignmentState::Deferred || since.is_some())
@@ -418,8 +420,8 @@ fn check_assign(
     let Some(assignment) = rollout.assignments.get(device) else {
         return;
     };
-    let switching =
-        matches!(assignment.state, AssignmentState::Device(phase) if phase.is_switching());
+    let switching = matches!(assignment.state, AssignmentState::Device(phase) if phase.is_switching())
+        || assignment.has_lease();
     if state == AssignmentState::Silent {
         let late = assignment
             .deadline
@@ -433,7 +435,9 @@ fn check_assign(
         });
     }
     if state == AssignmentState::Deferred {
-        let begun = switching || assignment.has_ended();
+        let seen =
+            matches!(assignment.state, AssignmentState::Device(phase) if phase.is_switching());
+        let begun = seen || assignment.has_ended();
         findings.require(!begun, Rule::DeferredOnlyBeforeBegin, || {
             format!("{device}: {assignment:?}")
         });

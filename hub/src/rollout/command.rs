@@ -186,7 +186,8 @@ const fn is_updated(assignment: &Assignment) -> bool {
             | Phase::Blocked
             | Phase::RolledBack
             | Phase::Failed
-            | Phase::Removing => false,
+            | Phase::Removing
+            | Phase::Waiting => false,
         },
         AssignmentState::Silent => true,
         AssignmentState::Planned

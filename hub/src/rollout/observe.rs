@@ -140,8 +140,16 @@ impl Look<'_> {
         if let Some(report) = report.filter(|_| now_switching) {
             return Some(self.record(report.phase, Some(self.silent_at()), report.reason.clone()));
         }
+        if self.has_lease() {
+            return self.leased(report);
+        }
         if !self.facts.online && self.patience.runs {
             return Some(self.put_off(Deferral::Offline, "it went offline before it began"));
+        }
+        if let Some(report) = report.filter(|report| report.phase == Phase::Waiting) {
+            let news = self.assignment.state != AssignmentState::Device(Phase::Waiting)
+                || self.assignment.deadline.is_some();
+            return news.then(|| self.record(report.phase, None, report.reason.clone()));
         }
         if self.overdue() && self.patience.runs {
             let said = report.and_then(|report| report.reason.clone());
@@ -152,11 +160,29 @@ impl Look<'_> {
         let news = self.assignment.state != AssignmentState::Device(report.phase)
             || (report.phase == Phase::Blocked && self.assignment.message != report.reason);
         news.then(|| {
-            self.record(
-                report.phase,
-                self.assignment.deadline,
-                report.reason.clone(),
-            )
+            let waited = self.assignment.state == AssignmentState::Device(Phase::Waiting);
+            let again = || self.tick.plus(self.rollout.policy.begin_within_ms);
+            let deadline = self.assignment.deadline.filter(|_| !waited);
+            let deadline = deadline.or_else(|| waited.then(again));
+            self.record(report.phase, deadline, report.reason.clone())
+        })
+    }
+
+    /// Whether it was given its turn in this assignment and has not given it back.
+    fn has_lease(&self) -> bool {
+        self.facts.leased.is_some() && self.facts.leased == self.assignment.since
+    }
+
+    /// It may begin to switch at any moment, or has: if it goes dark now, that is as if it did while switching.
+    fn leased(&self, report: Option<&Report>) -> Option<Action> {
+        if !self.assignment.has_lease() {
+            let why = report.and_then(|report| report.reason.clone());
+            return Some(self.record(Phase::Waiting, Some(self.silent_at()), why));
+        }
+        let dark = !self.facts.online && self.patience.runs && self.patience.silence_counts;
+        (dark && self.overdue()).then(|| {
+            let why = "it was given its turn to switch, and went dark";
+            self.assign(AssignmentState::Silent, None, None, Some(why.to_owned()))
         })
     }
 
@@ -190,6 +216,16 @@ impl Look<'_> {
             && report.phase.is_switching()
         {
             return Some(self.record(report.phase, Some(self.silent_at()), report.reason.clone()));
+        }
+        if self.has_lease() {
+            return self.leased(self.report_on(&self.rollout.placement()));
+        }
+        if let Some(report) = self.report_on(&self.rollout.placement())
+            && report.phase == Phase::Waiting
+            && self.facts.online
+            && self.patience.runs
+        {
+            return Some(self.record(report.phase, None, report.reason.clone()));
         }
         let returns = self.assignment.deferral != Some(Deferral::NotBegun)
             && self.facts.online
@@ -247,6 +283,8 @@ impl Look<'_> {
                     })),
                 ))
             }
+            // Others go first; that is no fault of its own, however long it takes.
+            Some((Phase::Waiting, _)) => None,
             Some((
                 Phase::Accepted
                 | Phase::Staging
@@ -306,7 +344,7 @@ impl Look<'_> {
 /// Whether a device in this phase has not touched its containers.
 const fn is_preparing(phase: Phase) -> bool {
     match phase {
-        Phase::Accepted | Phase::Staging | Phase::Blocked => true,
+        Phase::Accepted | Phase::Staging | Phase::Blocked | Phase::Waiting => true,
         Phase::Rejected
         | Phase::Activating
         | Phase::Soaking

@@ -32,6 +32,7 @@ fn way(assignment: &Assignment, online: bool) -> Option<Way> {
         AssignmentState::Planned | AssignmentState::Reverted => None,
         AssignmentState::Offered | AssignmentState::Deferred => Some(Way::Free),
         AssignmentState::Silent => Some(Way::Away),
+        AssignmentState::Device(Phase::Waiting) if assignment.has_lease() => Some(Way::Underway),
         AssignmentState::Device(phase) => Some(match phase {
             Phase::Accepted
             | Phase::Staging
@@ -39,7 +40,8 @@ fn way(assignment: &Assignment, online: bool) -> Option<Way> {
             | Phase::Rejected
             | Phase::RolledBack
             | Phase::Failed
-            | Phase::Removing => Way::Free,
+            | Phase::Removing
+            | Phase::Waiting => Way::Free,
             Phase::Activating | Phase::Soaking => Way::Underway,
             Phase::Succeeded if online => Way::Switch,
             Phase::Succeeded => Way::Away,

@@ -253,7 +253,8 @@ pub struct Assignment {
     pub revert: Option<Revert>,
     /// When `state` (or `revert`) last changed.
     pub changed: Tick,
-    /// When patience ends: to begin, while `Offered` or staging; to end, while switching or going back.
+    /// When patience ends: to begin, while `Offered` or staging; to end, while switching or going back. None while it
+    /// waits for its turn under a disruption budget; to end, once it has its turn.
     pub deadline: Option<Tick>,
     /// Why, if not well; for people.
     pub message: Option<String>,
@@ -311,6 +312,8 @@ pub struct Facts {
     pub version: Option<Version>,
     /// What it says of the app; `None`: nothing, it does not have it.
     pub report: Option<Report>,
+    /// The assignment that it has a lease for ([`crate::lease`]).
+    pub leased: Option<Version>,
 }
 
 /// What a device says of one app: the part of an `AppStatus` that decides.
@@ -578,10 +581,19 @@ impl Assignment {
     pub const fn holds_slot(&self) -> bool {
         match self.state {
             AssignmentState::Offered => true,
+            // While others of its disruption budget are at it, more may be offered the release and stage it; its
+            // turn comes only when there is a slot.
+            AssignmentState::Device(Phase::Waiting) => self.has_lease(),
             AssignmentState::Device(phase) => !phase.is_final(),
             AssignmentState::Reverted => matches!(self.revert, Some(Revert::Switching)),
             AssignmentState::Planned | AssignmentState::Silent | AssignmentState::Deferred => false,
         }
+    }
+
+    /// Whether it has its turn under its disruption budgets and was not heard of since: it may have begun to switch.
+    #[must_use]
+    pub const fn has_lease(&self) -> bool {
+        matches!(self.state, AssignmentState::Device(Phase::Waiting)) && self.deadline.is_some()
     }
 
     /// Whether its attempt ended, well or badly.
@@ -621,7 +633,8 @@ pub const fn is_failure(state: AssignmentState) -> bool {
             | Phase::Activating
             | Phase::Soaking
             | Phase::Succeeded
-            | Phase::Removing => false,
+            | Phase::Removing
+            | Phase::Waiting => false,
         },
         AssignmentState::Planned
         | AssignmentState::Offered

@@ -68,6 +68,7 @@ struct Known {
     last_seen: UnixMs,
     desired: Option<(Version, Option<Placement>)>,
     report: Option<Report>,
+    leased: Option<Version>,
 }
 
 impl World {
@@ -130,6 +131,7 @@ impl World {
                         last_seen: Some(one.last_seen),
                         version: one.desired.map(|(version, _)| version),
                         report: one.report.clone(),
+                        leased: one.leased,
                     };
                     (device.clone(), facts)
                 })
@@ -226,6 +228,13 @@ impl World {
             phase,
             reason: None,
         });
+    }
+
+    /// A device that waits for its turn gets it.
+    fn lease(&mut self, device: &DeviceId) {
+        let one = self.devices.get_mut(device).unwrap();
+        let waits = |report: &&Report| report.phase == Phase::Waiting;
+        one.leased = one.report.as_ref().filter(waits).map(|report| report.since);
     }
 
     fn pass(&mut self, ms: u64) {

@@ -100,6 +100,15 @@ pub fn version(row: &Row<'_>, index: usize) -> rusqlite::Result<Version> {
     Version::from_numbers(row.get(index)?, row.get(index + 1)?).map_err(|error| wrong(index, error))
 }
 
+/// A value from JSON text that was read before.
+///
+/// # Errors
+///
+/// When it is not JSON of a `T`.
+pub fn from_json<T: DeserializeOwned>(text: &str) -> rusqlite::Result<T> {
+    serde_json::from_str(text).map_err(|error| wrong(0, error))
+}
+
 /// JSON text to be written.
 ///
 /// # Errors

@@ -9,7 +9,7 @@ use foreshore_protocol::message::{Head, HeadApp};
 use foreshore_protocol::{AppName, DeviceId, Digest, Epoch, Version, topic};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use super::{column, secret};
+use super::{column, disruption_budget, secret};
 use crate::rollout::{Placement, UnixMs};
 
 /// The hub's epoch.
@@ -213,7 +213,12 @@ pub fn head(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
             })
         })?
         .collect::<rusqlite::Result<_>>()?;
-    Ok(Some(Head { version, apps }))
+    let budgets = disruption_budget::of_device(connection, device)?;
+    Ok(Some(Head {
+        version,
+        apps,
+        budgets,
+    }))
 }
 
 /// Heads that wait to be published, in the order of their devices, but those that `rests` says yes to; at most

@@ -311,6 +311,7 @@ pub fn facts(
     connection: &Connection,
     rollout: &Rollout,
 ) -> rusqlite::Result<std::collections::BTreeMap<DeviceId, Facts>> {
+    let mut leased = super::lease::leased(connection, &rollout.app)?;
     connection
         .prepare_cached(
             "SELECT assignment.device, online, last_seen_ms, accepted_epoch, accepted_generation, report.body
@@ -321,7 +322,12 @@ pub fn facts(
              WHERE assignment.rollout = ?1",
         )?
         .query_map(params![rollout.id, rollout.app.as_str()], |row| {
-            Ok((column::parsed(row, 0)?, read_facts(row)?))
+            let device = column::parsed(row, 0)?;
+            let facts = Facts {
+                leased: leased.remove(&device),
+                ..read_facts(row)?
+            };
+            Ok((device, facts))
         })?
         .collect()
 }
@@ -337,6 +343,7 @@ fn read_facts(row: &Row<'_>) -> rusqlite::Result<Facts> {
             phase: status.phase,
             reason: status.reason.map(|reason| reason.message),
         }),
+        leased: None,
     })
 }
 

@@ -5,7 +5,60 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::StoreError;
 
 /// One step per version; never edited after a release, only added to.
-const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE, REGISTRY, CACHE, SECRETS];
+const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE, REGISTRY, CACHE, SECRETS, LEASES];
+
+/// Disruption budgets, whom they hold for, and whose turn it is.
+const LEASES: &str = "
+CREATE TABLE disruption_budget (
+    name TEXT PRIMARY KEY,
+    manifest TEXT NOT NULL,
+    created_ms INTEGER NOT NULL,
+    updated_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- Which devices a budget holds for, and their groups as JSON; in step with labels and selectors like member.
+CREATE TABLE budget_member (
+    budget TEXT NOT NULL REFERENCES disruption_budget (name) ON DELETE CASCADE,
+    device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
+    labels TEXT NOT NULL,
+    PRIMARY KEY (budget, device)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX budget_member_device ON budget_member (device);
+
+-- Devices that wait for their turn.
+CREATE TABLE lease_request (
+    device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
+    app TEXT NOT NULL,
+    since_epoch INTEGER NOT NULL,
+    since_generation INTEGER NOT NULL,
+    release TEXT NOT NULL,
+    boot INTEGER NOT NULL,
+    nonce INTEGER NOT NULL,
+    first_ms INTEGER NOT NULL,
+    asked_ms INTEGER NOT NULL,
+    PRIMARY KEY (device, app)
+) STRICT, WITHOUT ROWID;
+
+-- Devices that have their turn, or that were written off.
+CREATE TABLE lease (
+    device TEXT NOT NULL REFERENCES device (id) ON DELETE CASCADE,
+    app TEXT NOT NULL,
+    since_epoch INTEGER NOT NULL,
+    since_generation INTEGER NOT NULL,
+    release TEXT NOT NULL,
+    boot INTEGER NOT NULL,
+    nonce INTEGER NOT NULL,
+    first_ms INTEGER NOT NULL,
+    granted_ms INTEGER NOT NULL,
+    ttl_ms INTEGER NOT NULL,
+    expires_ms INTEGER NOT NULL,
+    written_off INTEGER NOT NULL,
+    told_overdue INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (device, app)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX report_switching ON report (device) WHERE phase IN ('activating', 'soaking');
+";
 
 /// What the hub fetched from other registries for its site.
 const CACHE: &str = "

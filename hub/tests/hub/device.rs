@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use foreshore_protocol::frame;
 use foreshore_protocol::id::{Labels, Version};
 use foreshore_protocol::message::{
-    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, Inventory, Phase, Presence,
-    Reason, ReasonCode, Reported,
+    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, Inventory, Lease, LeaseRequest,
+    Phase, Presence, Reason, ReasonCode, Reported,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::topic::{self, Leaf, Topic};
@@ -44,8 +44,29 @@ pub(crate) struct State {
     /// Releases that this device ever activated.
     pub(crate) activated: Vec<Digest>,
     pub(crate) connected: bool,
+    /// Whether switching needs a lease.
+    pub(crate) budgeted: bool,
+    nonce: u64,
+    /// What was asked last, and when.
+    asked: BTreeMap<AppName, (u64, Instant)>,
+    until: BTreeMap<AppName, Instant>,
+    /// Every switch, with its end.
+    pub(crate) switches: Vec<(AppName, Instant, Option<Instant>)>,
     kicks: Vec<Kick>,
 }
+
+impl State {
+    /// As an agent that is started again: what was granted and not used is void.
+    pub(crate) fn restart(&mut self) {
+        self.boot += 1;
+        (self.seq, self.nonce) = (0, 0);
+        self.asked.clear();
+        self.until.clear();
+    }
+}
+
+/// How often a turn is asked for; an agent is slower.
+const ASK_EVERY: Duration = Duration::from_millis(300);
 
 /// What a test makes a device do.
 #[derive(Debug)]
@@ -208,7 +229,7 @@ fn incoming(client: &AsyncClient, id: &DeviceId, state: &mut State, packet: Pack
     let retained = || PublishOptions::at_least_once().retained();
     match packet {
         Packet::ConnAck(_) => {
-            for leaf in [Leaf::Head, Leaf::Command] {
+            for leaf in [Leaf::Head, Leaf::Command, Leaf::Lease] {
                 client
                     .try_subscribe(topic::device(id, leaf), QoS::AtLeastOnce)
                     .unwrap();
@@ -252,6 +273,15 @@ fn incoming(client: &AsyncClient, id: &DeviceId, state: &mut State, packet: Pack
                         report(client, id, state);
                     }
                 },
+                Topic::Device(_, Leaf::Lease) => {
+                    let lease: Lease = frame::decode(&publish.payload).unwrap();
+                    if let Some((nonce, at)) = state.asked.get(&lease.app)
+                        && (lease.boot, lease.nonce) == (state.boot, *nonce)
+                    {
+                        let until = *at + Duration::from_millis(lease.ttl_ms);
+                        state.until.insert(lease.app, until);
+                    }
+                }
                 other => panic!("{other:?} is not for devices"),
             }
         }
@@ -279,13 +309,48 @@ fn work(client: &AsyncClient, id: &DeviceId, state: &mut State) {
     for name in names {
         changed |= step(state, &name);
     }
+    ask(client, id, state);
     if changed {
         report(client, id, state);
     }
 }
 
+fn ask(client: &AsyncClient, id: &DeviceId, state: &mut State) {
+    let now = Instant::now();
+    let lately = |at: &Instant| now.duration_since(*at) < ASK_EVERY;
+    let waiting: Vec<_> = state
+        .apps
+        .values()
+        .filter(|status| status.phase == Phase::Waiting)
+        .filter(|status| {
+            !state
+                .asked
+                .get(&status.app)
+                .is_some_and(|(_, at)| lately(at))
+        })
+        .map(|status| (status.app.clone(), status.since, status.release))
+        .collect();
+    for (app, since, release) in waiting {
+        state.nonce += 1;
+        state.asked.insert(app.clone(), (state.nonce, now));
+        state.until.remove(&app);
+        let request = LeaseRequest {
+            boot: state.boot,
+            nonce: state.nonce,
+            app,
+            since,
+            release,
+            wanted: true,
+        };
+        let topic = topic::device(id, Leaf::LeaseRequest);
+        let options = PublishOptions::at_least_once();
+        _ = client.try_publish(topic, frame::encode(&request), options);
+    }
+}
+
 fn accept(state: &mut State, head: &Head) {
     state.accepted = Some(head.version);
+    state.budgeted = !head.budgets.is_empty();
     let wanted: BTreeMap<_, _> = head.apps.iter().map(|app| (app.app.clone(), app)).collect();
     state.apps.retain(|name, _| wanted.contains_key(name));
     for (name, app) in wanted {
@@ -304,6 +369,8 @@ fn accept(state: &mut State, head: &Head) {
             status.since = since;
             status.release = release;
             status.reason = None;
+            state.asked.remove(&status.app);
+            state.until.remove(&status.app);
             // What already runs and is good needs nothing.
             let good = status.running == Some(release) && status.last_known_good == Some(release);
             status.phase = if good {
@@ -316,7 +383,9 @@ fn accept(state: &mut State, head: &Head) {
 }
 
 fn step(state: &mut State, name: &AppName) -> bool {
-    let hold = state.hold;
+    let (hold, budgeted) = (state.hold, state.budgeted);
+    let now = Instant::now();
+    let may = state.until.get(name).is_some_and(|until| now < *until);
     let Some(status) = state.apps.get_mut(name) else {
         return false;
     };
@@ -328,7 +397,9 @@ fn step(state: &mut State, name: &AppName) -> bool {
     });
     let next = match status.phase {
         Phase::Accepted => Phase::Staging,
-        Phase::Staging => Phase::Activating,
+        Phase::Staging if budgeted => Phase::Waiting,
+        Phase::Waiting if budgeted && !may => return false,
+        Phase::Staging | Phase::Waiting => Phase::Activating,
         Phase::Activating if hold => return false,
         Phase::Activating if broken && status.last_known_good.is_some() => Phase::RolledBack,
         Phase::Activating if broken => Phase::Failed,
@@ -341,10 +412,17 @@ fn step(state: &mut State, name: &AppName) -> bool {
         Phase::Activating => {
             status.running = Some(status.release);
             state.activated.push(status.release);
+            state.switches.push((name.clone(), now, None));
         }
         Phase::Succeeded => status.last_known_good = Some(status.release),
         Phase::RolledBack => status.running = status.last_known_good,
         _ => {}
+    }
+    if next.is_final() {
+        let mut open = state.switches.iter_mut().rev();
+        if let Some((_, _, end)) = open.find(|(app, _, _)| app == name) {
+            *end = Some(now);
+        }
     }
     if matches!(next, Phase::RolledBack | Phase::Failed) {
         status.reason = Some(Reason {

@@ -6,6 +6,7 @@ mod api;
 mod bed;
 mod device;
 mod images;
+mod leases;
 mod peers;
 mod push;
 mod remove;

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 use super::{
-    App, Condition, Logging, Probe, ProbeAction, RestartPolicy, RolloutPolicy, SECRETS_DIR,
+    App, Condition, Kind, Logging, Probe, ProbeAction, RestartPolicy, RolloutPolicy, SECRETS_DIR,
     Service, VolumeSource, WaveTarget,
 };
 use crate::Digest;
@@ -23,7 +23,7 @@ pub const MAX_SERVICES: usize = 32;
 /// Waves of one rollout.
 pub const MAX_WAVES: usize = 32;
 /// Labels that one selector asks for.
-const MAX_MATCH_LABELS: usize = 32;
+pub(super) const MAX_MATCH_LABELS: usize = 32;
 /// Volumes and tmpfs of one service.
 const MAX_MOUNTS: usize = 64;
 /// Configs of one app, and of one service.
@@ -73,7 +73,7 @@ pub struct Violation {
     pub message: String,
 }
 
-type Checked = Result<(), Violation>;
+pub(super) type Checked = Result<(), Violation>;
 
 fn refuse(path: impl Display, message: impl Into<String>) -> Checked {
     Err(Violation {
@@ -82,7 +82,7 @@ fn refuse(path: impl Display, message: impl Into<String>) -> Checked {
     })
 }
 
-fn ensure(holds: bool, path: impl Display, message: impl FnOnce() -> String) -> Checked {
+pub(super) fn ensure(holds: bool, path: impl Display, message: impl FnOnce() -> String) -> Checked {
     if holds {
         Ok(())
     } else {
@@ -93,6 +93,7 @@ fn ensure(holds: bool, path: impl Display, message: impl FnOnce() -> String) -> 
 /// Every rule of the manifest.
 pub(super) fn app(app: &App) -> Checked {
     let spec = &app.spec;
+    is_kind(app.kind, Kind::App)?;
     ensure(
         spec.selector.match_labels.len() <= MAX_MATCH_LABELS,
         "spec.selector.matchLabels",
@@ -110,6 +111,13 @@ pub(super) fn app(app: &App) -> Checked {
     secrets(app)?;
     rollout(&spec.rollout)?;
     size(app)
+}
+
+/// A manifest that was sent where another kind belongs.
+pub(super) fn is_kind(found: Kind, expected: Kind) -> Checked {
+    ensure(found == expected, "kind", || {
+        format!("{found:?} is not what belongs here; write {expected:?}")
+    })
 }
 
 /// What the services of one app say about each other: whoever is depended on exists, can come to hold what is

@@ -193,16 +193,18 @@ enum Scope {
     SecretSource,
     Blkio,
     BlkioEntry,
+    Budget,
 }
 
 impl Scope {
     fn of(expected: &[&str]) -> Option<Self> {
-        const MARKS: [(&str, Scope); 19] = [
+        const MARKS: [(&str, Scope); 20] = [
             ("apiVersion", Scope::App),
             ("image", Scope::Service),
             ("services", Scope::Spec),
             ("name", Scope::Metadata),
             ("matchLabels", Scope::Selector),
+            ("groupBy", Scope::Budget),
             ("condition", Scope::Dependency),
             ("update_config", Scope::Deploy),
             ("order", Scope::UpdateConfig),
@@ -245,6 +247,7 @@ impl Scope {
             Self::SecretSource => secret_source_key(key),
             Self::Blkio => blkio_key(key),
             Self::BlkioEntry => blkio_entry_key(key),
+            Self::Budget => budget_key(key),
         }
     }
 }
@@ -415,7 +418,19 @@ fn rollout_key(key: &str) -> Option<&'static str> {
         "approval" => "is not built yet; `foreshore rollout pause` holds a rollout",
         "window" => "is not built yet; apply the manifest when the change may happen",
         "maxSurge" => "does not exist; a device runs one release of an app at a time",
-        "seed" | "groupBy" | "priority" => NOT_BUILT,
+        "groupBy" => "belongs to `kind: DisruptionBudget`, which holds for all apps at once",
+        "seed" | "priority" => NOT_BUILT,
+        _ => return None,
+    })
+}
+
+fn budget_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "minAvailable" => "does not exist; use `maxUnavailable`",
+        "matchLabels" | "matchExpressions" => "belongs under `selector`",
+        "services" | "rollout" => "belongs to `kind: App`",
+        "apps" => "does not exist; a budget holds for all apps of the devices that it selects",
+        "unhealthyPodEvictionPolicy" | "window" | "ttl" => NOT_BUILT,
         _ => return None,
     })
 }

@@ -12,7 +12,10 @@ use super::check::{self, Violation};
 use super::config::{self, ConfigMount};
 use super::explain::syntax;
 use super::secret::{self, SecretMount};
-use super::{Amount, App, Condition, Dependencies, Dependency, Tmpfs, VolumeMount, VolumeSource};
+use super::{
+    Amount, App, Condition, Dependencies, Dependency, DisruptionBudget, Tmpfs, VolumeMount,
+    VolumeSource,
+};
 use crate::id::{ConfigName, SecretName, ServiceName};
 use crate::quantity::Bytes;
 
@@ -109,16 +112,77 @@ pub enum FieldError {
 /// See [`ManifestError`]. No input panics, and none is read beyond [`MAX_MANIFEST_BYTES`] and
 /// [`MAX_DEPTH`].
 pub fn parse(bytes: &[u8]) -> Result<App, ManifestError> {
+    let app: App = read(text(bytes)?)?;
+    check::app(&app)?;
+    Ok(app)
+}
+
+/// Reads one DisruptionBudget manifest from YAML or JSON.
+///
+/// # Errors
+///
+/// As for [`parse`].
+pub fn parse_budget(bytes: &[u8]) -> Result<DisruptionBudget, ManifestError> {
+    let budget: DisruptionBudget = read(text(bytes)?)?;
+    budget.check()?;
+    Ok(budget)
+}
+
+/// A manifest of any kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Manifest {
+    /// An app.
+    App(Box<App>),
+    /// A disruption budget.
+    DisruptionBudget(DisruptionBudget),
+}
+
+/// Reads one manifest of the kind that it says it is. One that says none is read as an App, whose errors then tell.
+///
+/// # Errors
+///
+/// As for [`parse`].
+pub fn parse_any(bytes: &[u8]) -> Result<Manifest, ManifestError> {
+    if says_budget(text(bytes)?) {
+        parse_budget(bytes).map(Manifest::DisruptionBudget)
+    } else {
+        parse(bytes).map(|app| Manifest::App(Box::new(app)))
+    }
+}
+
+/// Whether the top level of a manifest has the kind of a disruption budget. Of one that cannot be read, a line that looks
+/// like it tells, so that its errors are about the keys that were meant.
+fn says_budget(text: &str) -> bool {
+    #[derive(Deserialize)]
+    struct Envelope {
+        kind: Option<String>,
+    }
+    const KIND: &str = "DisruptionBudget";
+    let envelope: Result<Envelope, _> = serde_saphyr::from_str_with_options(text, options());
+    match envelope {
+        Ok(envelope) => envelope.kind.as_deref() == Some(KIND),
+        Err(_) => text.lines().any(|line| {
+            let Some((key, value)) = line.split_once(':') else {
+                return false;
+            };
+            let key = key.trim_start_matches('{').trim_matches(['"', '\'']);
+            let value = value.split('#').next().unwrap_or_default();
+            key == "kind" && value.trim_matches([' ', '"', '\'', ',', '\r', '}']) == KIND
+        }),
+    }
+}
+
+fn text(bytes: &[u8]) -> Result<&str, ManifestError> {
     if bytes.len() > MAX_MANIFEST_BYTES {
         return Err(ManifestError::TooLarge { size: bytes.len() });
     }
-    let text = std::str::from_utf8(bytes).map_err(|error| ManifestError::Encoding {
+    std::str::from_utf8(bytes).map_err(|error| ManifestError::Encoding {
         offset: error.valid_up_to(),
-    })?;
-    let app: App =
-        serde_saphyr::from_str_with_options(text, options()).map_err(|error| syntax(&error))?;
-    check::app(&app)?;
-    Ok(app)
+    })
+}
+
+fn read<T: de::DeserializeOwned>(text: &str) -> Result<T, ManifestError> {
+    serde_saphyr::from_str_with_options(text, options()).map_err(|error| syntax(&error))
 }
 
 fn options() -> serde_saphyr::Options {

@@ -3,13 +3,20 @@
 //! A frame is small, but numbers of things and lengths of texts end up in tables, logs and pages.
 
 use super::{
-    AppStatus, Beacon, Command, Event, Head, HubInfo, Inventory, Presence, PullProgress, Reported,
+    AppStatus, Beacon, Command, Event, Head, HubInfo, Inventory, Lease, LeaseRequest, Presence,
+    PullProgress, Reported,
 };
 use crate::id::AppName;
 use crate::manifest::MAX_SERVICES;
 
 /// Apps in a [`Head`] or [`Reported`].
 pub const MAX_APPS: usize = 256;
+
+/// Disruption budgets in a [`Head`].
+pub const MAX_BUDGETS: usize = 16;
+
+/// Labels that the devices of a disruption budget's group have in common.
+pub const MAX_GROUP_LABELS: usize = 8;
 
 /// Bytes of a text for people: [`super::Reason::message`] and [`Event::message`].
 pub const MAX_TEXT_BYTES: usize = 512;
@@ -54,7 +61,17 @@ fn apps<'a>(count: usize, names: impl Iterator<Item = &'a AppName>) -> Bounds {
 
 impl Head {
     pub(crate) fn bounds(&self) -> Bounds {
-        apps(self.apps.len(), self.apps.iter().map(|app| &app.app))
+        apps(self.apps.len(), self.apps.iter().map(|app| &app.app))?;
+        ensure(
+            self.budgets.len() <= MAX_BUDGETS,
+            "more than 16 disruption budgets",
+        )?;
+        ensure(
+            self.budgets
+                .iter()
+                .all(|budget| budget.group.len() <= MAX_GROUP_LABELS),
+            "a group of more than 8 labels",
+        )
     }
 }
 
@@ -165,7 +182,14 @@ macro_rules! unbounded {
         })*
     };
 }
-unbounded!(Beacon, Command, HubInfo, crate::secret::SealedSecrets);
+unbounded!(
+    Beacon,
+    Command,
+    HubInfo,
+    LeaseRequest,
+    Lease,
+    crate::secret::SealedSecrets
+);
 
 #[cfg(test)]
 mod tests {

@@ -5,13 +5,13 @@ use std::str::FromStr;
 
 use foreshore_protocol::digest::Digest;
 use foreshore_protocol::id::{
-    AppName, Epoch, Generation, LabelKey, LabelValue, ServiceName, Version,
+    AppName, BudgetName, Epoch, Generation, LabelKey, LabelValue, Labels, ServiceName, Version,
 };
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
-    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull, Inventory,
-    Phase, Presence, PullProgress, PullState, Reason, ReasonCode, Reported, ServiceState,
-    ServiceStatus,
+    AppStatus, Beacon, BudgetGroup, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull,
+    Inventory, Lease, LeaseRequest, Phase, Presence, PullProgress, PullState, Reason, ReasonCode,
+    Reported, ServiceState, ServiceStatus,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::secret::{PublicKey, SealedSecrets};
@@ -140,9 +140,14 @@ pub(crate) fn head() -> impl Strategy<Value = Head> {
     (
         version(),
         prop::collection::btree_map(name::<AppName>(), app, 0..8),
+        prop::collection::vec((name::<BudgetName>(), labels()), 0..4),
     )
-        .prop_map(|(version, apps)| Head {
+        .prop_map(|(version, apps, budgets)| Head {
             version,
+            budgets: budgets
+                .into_iter()
+                .map(|(budget, group)| BudgetGroup { budget, group })
+                .collect(),
             apps: apps
                 .into_iter()
                 .map(
@@ -159,6 +164,31 @@ pub(crate) fn head() -> impl Strategy<Value = Head> {
         })
 }
 
+pub(crate) fn lease_request() -> impl Strategy<Value = LeaseRequest> {
+    let numbers = any::<(u64, u64, bool)>();
+    (numbers, name(), version(), digest()).prop_map(
+        |((boot, nonce, wanted), app, since, release)| LeaseRequest {
+            boot,
+            nonce,
+            app,
+            since,
+            release,
+            wanted,
+        },
+    )
+}
+
+pub(crate) fn lease() -> impl Strategy<Value = Lease> {
+    (lease_request(), any::<u64>()).prop_map(|(request, ttl_ms)| Lease {
+        boot: request.boot,
+        nonce: request.nonce,
+        app: request.app,
+        since: request.since,
+        release: request.release,
+        ttl_ms,
+    })
+}
+
 pub(crate) fn command() -> impl Strategy<Value = Command> {
     prop_oneof![
         (any::<u64>(), any::<u64>()).prop_map(|(event, reported)| Command::Ack { event, reported }),
@@ -166,7 +196,7 @@ pub(crate) fn command() -> impl Strategy<Value = Command> {
     ]
 }
 
-fn inventory() -> impl Strategy<Value = Inventory> {
+fn labels() -> impl Strategy<Value = Labels> {
     let key = "[a-zA-Z0-9]([a-zA-Z0-9._-]{0,20}[a-zA-Z0-9])?".prop_map(|text| {
         text.parse::<LabelKey>()
             .expect("the pattern is that of keys")
@@ -175,12 +205,16 @@ fn inventory() -> impl Strategy<Value = Inventory> {
         text.parse::<LabelValue>()
             .expect("the pattern is that of values")
     });
+    prop::collection::btree_map(key, value, 0..5)
+}
+
+fn inventory() -> impl Strategy<Value = Inventory> {
     (
         "\\PC{0,60}",
         select(vec!["amd64", "arm64", "arm/v7"]),
         "\\PC{0,60}",
         any::<[u64; 3]>(),
-        prop::collection::btree_map(key, value, 0..5),
+        labels(),
     )
         .prop_map(
             |(agent_version, arch, kernel, [memory_bytes, disk_bytes, disk_free_bytes], labels)| {
@@ -209,6 +243,7 @@ fn phase() -> impl Strategy<Value = Phase> {
         Phase::RolledBack,
         Phase::Failed,
         Phase::Removing,
+        Phase::Waiting,
     ])
 }
 
@@ -230,6 +265,7 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::SecretMissing,
         ReasonCode::IoLimit,
         ReasonCode::ImageUnsigned,
+        ReasonCode::WaitsForTurn,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))

@@ -126,6 +126,7 @@ impl Hub {
         Some(Head {
             version: version(row.generation),
             apps: apps.collect(),
+            budgets: Vec::new(),
         })
     }
 
@@ -238,6 +239,7 @@ impl Hub {
                 last_seen: row.last_seen,
                 version: row.reported.as_ref().and_then(|reported| reported.version),
                 report: status.map(report),
+                leased: None,
             };
             Some((device.clone(), facts))
         });

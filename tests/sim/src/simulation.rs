@@ -973,7 +973,8 @@ impl Simulation {
                 | Phase::Blocked
                 | Phase::Activating
                 | Phase::Soaking
-                | Phase::Removing => false,
+                | Phase::Removing
+                | Phase::Waiting => false,
             };
             (!about || !well).then(|| format!("{}: {wanted:?} but {status:?}", one.id))
         })

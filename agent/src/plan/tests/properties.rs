@@ -20,6 +20,10 @@ enum Op {
     LoseHistory,
     Rotate(usize),
     LoseSecret(usize),
+    /// Whether the device is under a disruption budget.
+    Budget(bool),
+    /// The hub grants what is waited for, for so long.
+    Turn(u64),
 }
 
 const APPS: [&str; 2] = ["shop", "till"];
@@ -54,6 +58,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::LoseHistory),
         2 => (0..2_usize).prop_map(Op::Rotate),
         1 => (0..2_usize).prop_map(Op::LoseSecret),
+        2 => any::<bool>().prop_map(Op::Budget),
+        4 => (0..60_000_u64).prop_map(Op::Turn),
     ]
 }
 
@@ -140,6 +146,13 @@ fn apply(world: &mut World, op: &Op) {
         }
         Op::LoseHistory => world.lose_history(),
         Op::Rotate(which) => rotate(world, SECRETS[*which]),
+        Op::Budget(holds) => world.set_budget(*holds),
+        Op::Turn(ttl_ms) => {
+            let apps: Vec<AppName> = world.turn(0).turns.into_keys().collect();
+            for app in apps {
+                world.grant(&app, *ttl_ms);
+            }
+        }
         Op::LoseSecret(which) => _ = world.secrets.remove(SECRETS[*which]),
     }
 }
@@ -148,6 +161,7 @@ fn apply(world: &mut World, op: &Op) {
 fn heal(world: &mut World) {
     world.registry = None;
     world.hub_reachable = true;
+    world.set_budget(false);
     for name in SECRETS {
         rotate(world, name);
     }

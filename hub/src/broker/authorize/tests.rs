@@ -115,13 +115,15 @@ fn devices_may_do_exactly_this() {
         let topic = own("dev1", leaf);
         for action in ACTIONS {
             let expected = match (action, leaf) {
-                (Action::Subscribe, Leaf::Head | Leaf::Command | Leaf::Secrets) => Ok(()),
+                (Action::Subscribe, Leaf::Head | Leaf::Command | Leaf::Secrets | Leaf::Lease) => {
+                    Ok(())
+                }
                 (Action::Subscribe, _) => Err(Denied::Topic),
-                (_, Leaf::Head | Leaf::Command | Leaf::Secrets) => Err(Denied::Topic),
+                (_, Leaf::Head | Leaf::Command | Leaf::Secrets | Leaf::Lease) => Err(Denied::Topic),
                 (_, Leaf::Reported | Leaf::Presence) => Ok(()),
                 (
                     Action::Publish { retain } | Action::PublishWill { retain },
-                    Leaf::Beacon | Leaf::Pull | Leaf::Event,
+                    Leaf::Beacon | Leaf::Pull | Leaf::Event | Leaf::LeaseRequest,
                 ) => {
                     if retain {
                         Err(Denied::Retain)

@@ -16,6 +16,8 @@ pub(super) fn targets() -> impl Strategy<Value = Vec<WaveTarget>> {
 #[derive(Debug, Clone)]
 enum Happening {
     Says(usize, Phase),
+    Leased(usize),
+    Unleased(usize),
     Offline(usize),
     Online(usize),
     Leaves(usize),
@@ -41,6 +43,7 @@ fn phase() -> impl Strategy<Value = Phase> {
         2 => Just(Phase::RolledBack),
         1 => Just(Phase::Failed),
         1 => Just(Phase::Removing),
+        4 => Just(Phase::Waiting),
     ]
 }
 
@@ -48,6 +51,8 @@ fn happening() -> impl Strategy<Value = Happening> {
     use Happening::*;
     prop_oneof![
         20 => (0_usize..12, phase()).prop_map(|(device, phase)| Says(device, phase)),
+        3 => (0_usize..12).prop_map(Leased),
+        1 => (0_usize..12).prop_map(Unleased),
         4 => (0_usize..12).prop_map(Offline),
         5 => (0_usize..12).prop_map(Online),
         1 => (0_usize..12).prop_map(Leaves),
@@ -95,6 +100,10 @@ impl World {
         let pick = |number: usize| device(number % count);
         match happening {
             Happening::Says(number, phase) => self.say(&pick(*number), *phase),
+            Happening::Leased(number) => self.lease(&pick(*number)),
+            Happening::Unleased(number) => {
+                self.devices.get_mut(&pick(*number)).unwrap().leased = None
+            }
             Happening::Offline(number) => {
                 self.devices.get_mut(&pick(*number)).unwrap().offline = true
             }
@@ -179,8 +188,12 @@ proptest! {
         happenings in proptest::collection::vec(happening(), 0..80),
     ) {
         let harmless = |happening: &&Happening| {
+            // Once it has its turn it may have begun.
+            if let Happening::Leased(_) = happening {
+                return false;
+            }
             let Happening::Says(_, phase) = happening else { return true };
-            matches!(phase, Phase::Accepted | Phase::Staging | Phase::Blocked | Phase::Succeeded)
+            matches!(phase, Phase::Accepted | Phase::Staging | Phase::Blocked | Phase::Waiting | Phase::Succeeded)
         };
         let mut world = World::new(devices, seed, policy);
         for happening in happenings.iter().filter(harmless) {

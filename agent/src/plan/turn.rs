@@ -1,0 +1,62 @@
+//! Whose turn it is: under a disruption budget a device switches to another release only with a lease of the hub's.
+//!
+//! Staging goes on without one, what runs is healed without one, and the way back to the last-known-good never needs one.
+
+use foreshore_protocol::message::{BudgetGroup, HeadApp, Reason, ReasonCode};
+use foreshore_protocol::{AppName, Digest, Version};
+
+use super::history::reason;
+use super::{AppHistory, BootMs, Draft};
+
+/// The right to begin to switch: of the hub, for one assignment, in the memory of one agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Turn {
+    /// In which assignment.
+    pub since: Version,
+    /// To which release.
+    pub release: Digest,
+    /// It must have begun before this.
+    pub until: BootMs,
+}
+
+/// What a device wants a turn for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TurnWish {
+    /// In which assignment.
+    pub since: Version,
+    /// To which release.
+    pub release: Digest,
+}
+
+/// Why an app must wait for its turn; `None`: it may switch now. What it wants is noted in both cases, so that a turn is not
+/// given back before it is used.
+pub(super) fn waits(
+    draft: &mut Draft<'_>,
+    app: &AppName,
+    history: &AppHistory,
+    desired: &HeadApp,
+) -> Option<Reason> {
+    // Assigned again what runs already, nothing is disrupted.
+    if draft.budgets.is_empty() || history.current == Some(desired.release) {
+        return None;
+    }
+    let wish = TurnWish {
+        since: desired.since,
+        release: desired.release,
+    };
+    draft.turns.insert(app.clone(), wish);
+    let turn = draft
+        .observed
+        .turns
+        .get(app)
+        .filter(|turn| (turn.since, turn.release) == (wish.since, wish.release));
+    match turn {
+        Some(turn) if draft.is_later(turn.until) => None,
+        Some(_) | None => Some(reason(ReasonCode::WaitsForTurn, None, &why(draft.budgets))),
+    }
+}
+
+fn why(budgets: &[BudgetGroup]) -> String {
+    let budgets: Vec<String> = budgets.iter().map(ToString::to_string).collect();
+    format!("waits for its turn ({})", budgets.join("; "))
+}
