@@ -3,8 +3,10 @@
 //! Only what Foreshore acts on is read; unknown fields are ignored, as the OCI image specification asks
 //! ("Considerations, Extensibility").
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{Digest, Platform};
@@ -203,11 +205,11 @@ impl Document {
             #[serde(default)]
             media_type: Option<String>,
             #[serde(default)]
-            manifests: Option<serde::de::IgnoredAny>,
+            manifests: Option<IgnoredAny>,
             #[serde(default)]
-            config: Option<serde::de::IgnoredAny>,
+            config: Option<IgnoredAny>,
             #[serde(default)]
-            layers: Option<serde::de::IgnoredAny>,
+            layers: Option<IgnoredAny>,
         }
         let probe: Probe = serde_json::from_slice(bytes).map_err(DocumentError::Json)?;
         if probe.schema_version.is_some_and(|version| version != 2) {
@@ -308,17 +310,38 @@ fn null_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
     Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
-/// A Go set: a map whose values say nothing.
+/// A Go set: a map whose values say nothing. A list of the keys is read, too.
 fn keys<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Set {
-        Map(BTreeMap<String, serde::de::IgnoredAny>),
-        List(Vec<String>),
+    /// Serde's untagged enums would keep whatever comes in memory first, at some twenty times its length.
+    struct Set;
+
+    impl<'de> Visitor<'de> for Set {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map, a list of strings or null")
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(Vec::new())
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut keys = BTreeSet::new();
+            while let Some((key, IgnoredAny)) = map.next_entry()? {
+                keys.insert(key);
+            }
+            Ok(keys.into_iter().collect())
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+            let mut keys = Vec::new();
+            while let Some(key) = seq.next_element()? {
+                keys.push(key);
+            }
+            Ok(keys)
+        }
     }
-    Ok(match Option::<Set>::deserialize(deserializer)? {
-        None => Vec::new(),
-        Some(Set::Map(map)) => map.into_keys().collect(),
-        Some(Set::List(list)) => list,
-    })
+
+    deserializer.deserialize_any(Set)
 }

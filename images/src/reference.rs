@@ -72,6 +72,10 @@ impl Reference {
         if text.len() > NAME_BYTES_MAX + TAG_BYTES_MAX + 80 {
             return Err(ParseReferenceError::TooLong);
         }
+        // With a tag it cannot be meant as one any more.
+        if text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+            return Err(ParseReferenceError::LooksLikeDigest);
+        }
         let (name, digest) = match text.split_once('@') {
             Some((name, digest)) => (
                 name,
@@ -86,9 +90,6 @@ impl Reference {
         };
         if name.is_empty() {
             return Err(ParseReferenceError::Empty);
-        }
-        if name.len() == 64 && name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-            return Err(ParseReferenceError::LooksLikeDigest);
         }
         let (host, path) = split_host(name);
         if !is_host(host) {
@@ -212,7 +213,10 @@ fn is_host(host: &str) -> bool {
             return false;
         };
         let port_is_good = rest.is_empty() || rest.strip_prefix(':').is_some_and(is_port);
-        return port_is_good && address.parse::<std::net::Ipv6Addr>().is_ok();
+        // An IPv4 address at its end is part of RFC 4291's grammar, but not of Docker's.
+        return port_is_good
+            && !address.contains('.')
+            && address.parse::<std::net::Ipv6Addr>().is_ok();
     }
     let (name, port) = match host.split_once(':') {
         Some((name, port)) => (name, Some(port)),
@@ -297,6 +301,10 @@ mod tests {
                 "docker.io/a__b/c-d.e---f:T_1.-".to_owned(),
             ),
             (
+                &format!("{HEX}:tag"),
+                format!("docker.io/library/{HEX}:tag"),
+            ),
+            (
                 &format!("ghcr.io/x@{digest}"),
                 format!("ghcr.io/x@{digest}"),
             ),
@@ -341,6 +349,7 @@ mod tests {
             "host:+80/x",
             "[::1/x",
             "[nonsense]/x",
+            "[::ffff:1.2.3.4]/x",
             "::1/x",
             "../etc/passwd",
             "ghcr.io/../x",

@@ -11,8 +11,8 @@ use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 const BLOCK: usize = 512;
 /// Where a header has the entry's type.
 const TYPE_AT: usize = 156;
-/// The longest extended header (PAX records, long name) that is read, in bytes: extended attributes are
-/// at most 64 KiB each on Linux, and a file rarely has more than two.
+/// What the extended headers (PAX records, long names) in front of one entry may have together, in bytes: extended
+/// attributes are at most 64 KiB each on Linux, and a file rarely has more than two.
 const EXTENDED_BYTES_MAX: u64 = 1 << 20;
 /// The most pieces a sparse file may have.
 const EXTENTS_MAX: usize = 1 << 16;
@@ -84,7 +84,7 @@ pub(crate) enum TarError {
     Truncated,
     #[error("it is not a tar archive, or a damaged one: {0}")]
     Malformed(&'static str),
-    #[error("an extended header is longer than {EXTENDED_BYTES_MAX} bytes")]
+    #[error("the extended headers of an entry are longer than {EXTENDED_BYTES_MAX} bytes")]
     ExtendedTooLong,
 }
 
@@ -124,6 +124,7 @@ impl<R: Read> TarStream<R> {
     /// Skips what is left of the current entry and reads the next one's headers; `None` at the end.
     pub(crate) fn next(&mut self) -> Result<Option<Entry>, TarError> {
         let mut extended = Extended::default();
+        let mut extended_bytes = 0_u64;
         loop {
             self.skip_rest()?;
             let Some(block) = self.block_or_end()? else {
@@ -137,6 +138,13 @@ impl<R: Read> TarStream<R> {
             let size = header
                 .entry_size()
                 .map_err(|_| TarError::Malformed("a size is not a number"))?;
+            if is_extended(header.entry_type()) {
+                // One after the other they could otherwise take any amount of memory.
+                extended_bytes = extended_bytes.saturating_add(size);
+                if extended_bytes > EXTENDED_BYTES_MAX {
+                    return Err(TarError::ExtendedTooLong);
+                }
+            }
             match header.entry_type() {
                 EntryType::XHeader => parse_pax(&self.extended_body(size)?, &mut extended)?,
                 // Records that hold for all entries after it: Git writes its commit there. Nobody in the
@@ -265,10 +273,8 @@ impl<R: Read> TarStream<R> {
         Ok(Some(block))
     }
 
+    /// The content of an extended header, at most [`EXTENDED_BYTES_MAX`].
     fn extended_body(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
-        if size > EXTENDED_BYTES_MAX {
-            return Err(TarError::ExtendedTooLong);
-        }
         self.set_body(size)?;
         let mut body = Vec::new();
         self.read_to_end(&mut body).map_err(TarError::Read)?;
@@ -357,6 +363,17 @@ fn kind(entry_type: EntryType) -> Kind {
         EntryType::Fifo => Kind::Fifo,
         other => Kind::Other(other.as_byte()),
     }
+}
+
+/// Whether a header says something about the entry that follows, or about all that do.
+fn is_extended(entry_type: EntryType) -> bool {
+    matches!(
+        entry_type,
+        EntryType::XHeader
+            | EntryType::XGlobalHeader
+            | EntryType::GNULongName
+            | EntryType::GNULongLink
+    )
 }
 
 /// POSIX sums unsigned bytes; some old programs summed signed ones.

@@ -127,8 +127,24 @@ pub fn read<'p>(plan: &'p [u8], at: &mut usize) -> Result<Option<Operation<'p>>,
         }
         _ => return Err(DeltaError::Malformed("an unknown operation")),
     };
+    // A plan of nothing but these would be work that no output pays for.
+    if operation.makes() == 0 {
+        return Err(DeltaError::Malformed("an operation that makes nothing"));
+    }
     *at = plan.len() - rest.len();
     Ok(Some(operation))
+}
+
+impl Operation<'_> {
+    /// How many bytes come of it.
+    const fn makes(&self) -> u64 {
+        match self {
+            Self::Literal(bytes) => bytes.len() as u64,
+            Self::Zeros(length) => *length,
+            Self::Copy(old) => old.length,
+            Self::Patch { length, .. } | Self::Packed { length, .. } => *length as u64,
+        }
+    }
 }
 
 /// Appends an operation to a plan.
@@ -234,9 +250,6 @@ fn patch(rest: &mut &[u8], old: u64) -> Result<(usize, usize), DeltaError> {
         .ok_or(DeltaError::Malformed("a length over its limit"))?;
     let length = small(rest, left)?;
     let packed = small(rest, length + PACKED_EXTRA)?;
-    if length == 0 {
-        return Err(DeltaError::Malformed("a patch that makes nothing"));
-    }
     Ok((length, packed))
 }
 
@@ -251,15 +264,15 @@ mod tests {
             0..=127_usize,
             prop::collection::vec(any::<u8>(), 0..40),
             any::<u64>(),
-            0..2_u64 << 20,
+            1..2_u64 << 20,
         )
     }
 
     proptest! {
         #[test]
         fn operations_come_back(
-            literal in prop::collection::vec(any::<u8>(), 0..200),
-            zeros in any::<u64>(),
+            literal in prop::collection::vec(any::<u8>(), 1..200),
+            zeros in 1..=u64::MAX,
             (tree, path, offset, length) in any_old(),
             new in 1..(2_usize << 20),
         ) {
@@ -287,6 +300,30 @@ mod tests {
             let mut at = 0;
             while let Ok(Some(_)) = read(&plan, &mut at) {}
             prop_assert!(at <= plan.len());
+        }
+    }
+
+    #[test]
+    fn what_makes_nothing_is_refused() {
+        let old = Old {
+            tree: 0,
+            path: b"a",
+            offset: 0,
+            length: 0,
+        };
+        for operation in [
+            Operation::Literal(b""),
+            Operation::Zeros(0),
+            Operation::Copy(old),
+            Operation::Packed {
+                length: 0,
+                packed: 3,
+            },
+        ] {
+            let mut plan = Vec::new();
+            write(&mut plan, &operation);
+            let refused = read(&plan, &mut 0).unwrap_err().to_string();
+            assert!(refused.contains("makes nothing"), "{operation:?}");
         }
     }
 

@@ -47,6 +47,21 @@ fn entries(archive: &[u8]) -> Result<Vec<(Entry, Vec<u8>)>, TarError> {
 }
 
 #[test]
+fn extended_headers_one_after_the_other_take_no_more_memory_than_one() {
+    let value = vec![b'v'; 400_000];
+    let records = pax(&[("SCHILY.xattr.user.k", &value[..])]);
+    let header = block(EntryType::XHeader, "x", &records);
+    let file = block(EntryType::Regular, "f", b"hello");
+    let two = [&header[..], &header, &file].concat();
+    assert_eq!(entries(&two).unwrap()[0].0.xattrs.len(), 2);
+    let three = [&header[..], &header, &header, &file].concat();
+    assert!(matches!(entries(&three), Err(TarError::ExtendedTooLong)));
+    // Each entry has its own.
+    let apart = [&header[..], &header, &file, &header, &header, &file].concat();
+    assert_eq!(entries(&apart).unwrap().len(), 2);
+}
+
+#[test]
 fn pax_records_win_over_the_header() {
     let records = pax(&[
         ("path", b"long/\xff name\nwith newline"),
