@@ -41,6 +41,8 @@ pub mod blobs;
 pub mod compression;
 pub mod delta;
 pub mod fault;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod layout;
 pub mod ledger;
 pub mod manifest;

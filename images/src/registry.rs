@@ -11,6 +11,8 @@ mod config;
 mod docker;
 mod entry;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod referrers;
 mod source;
 mod transfer;

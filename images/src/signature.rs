@@ -221,6 +221,11 @@ impl Signature {
         keys.iter().any(|key| key.verifies(&message, &signature)) && self.names(digest)
     }
 
+    /// What is signed, for who wants to know what vouched.
+    pub(crate) fn into_payload(self) -> String {
+        self.payload
+    }
+
     /// The bytes that are signed.
     fn message(&self) -> Vec<u8> {
         let payload = &self.payload;
@@ -269,7 +274,7 @@ impl Signature {
     }
 
     /// Those in a bundle.
-    fn in_bundle(bytes: &[u8]) -> Vec<Self> {
+    pub(crate) fn in_bundle(bytes: &[u8]) -> Vec<Self> {
         let Ok(bundle) = serde_json::from_slice::<Bundle>(bytes) else {
             return Vec::new();
         };

@@ -10,6 +10,7 @@ mod bench;
 mod cross;
 mod cuts;
 mod demo;
+mod fuzz;
 mod guest;
 mod packages;
 mod sim;
@@ -37,6 +38,8 @@ enum Task {
     Test(test::Options),
     /// Run the device's tests in a virtual machine with nothing but cgroup v2
     Guest(guest::Options),
+    /// Fuzz everything that reads what comes from outside, with coverage guidance (needs root)
+    Fuzz(fuzz::Options),
     /// Run the seeded simulator: hub and devices on virtual time
     Sim(sim::Options),
     /// Let fork, memory, log, disk and inode bombs go off beside a well-behaved app (needs root)
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Guest(options) => guest::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Sim(options) => sim::run(&options),
         Task::Soak(options) => soak::run(&options),
         Task::Bench(options) => bench::run(&options),

@@ -96,6 +96,11 @@ pub(crate) const FOR_TESTS: &[Package] = &[
         file: "/usr/bin/gcc",
         why: "the bundled SQLite",
     },
+    Package {
+        name: "g++",
+        file: "/usr/bin/g++",
+        why: "libFuzzer",
+    },
 ];
 
 /// What `cargo xtask guest` needs beyond what the tests need.
@@ -129,6 +134,20 @@ pub(crate) const FOR_GUEST: &[Package] = &[
         name: "binutils",
         file: "/usr/bin/strip",
         why: "small programs for the guest",
+    },
+];
+
+/// What `cargo xtask fuzz` needs.
+pub(crate) const FOR_FUZZ: &[Package] = &[
+    Package {
+        name: "g++",
+        file: "/usr/bin/g++",
+        why: "libFuzzer",
+    },
+    Package {
+        name: "gcc",
+        file: "/usr/bin/gcc",
+        why: "linking",
     },
 ];
 

@@ -63,6 +63,18 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         "unit, property, contract and simulator tests",
         &mut step::cargo(&quick),
     );
+    // Their corpora were replayed above; this finds what is not in them yet.
+    let fuzz = [
+        "run",
+        "--quiet",
+        "--package",
+        "xtask",
+        "--",
+        "fuzz",
+        "--seconds",
+        "3",
+    ];
+    step("every fuzz target for 3 s", &mut step::cargo(&fuzz));
     // Each starts a hub, brokers and several agents: two at a time keep a small machine honest about time.
     let real = [
         "test",

@@ -1,0 +1,5 @@
+//! libFuzzer's program for `foreshore_fuzz::oci_manifest`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| foreshore_fuzz::oci_manifest::run(bytes));
