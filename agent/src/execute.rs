@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 
 use foreshore_images::store::Store;
 use foreshore_killpoint as killpoint;
+use foreshore_protocol::id::SecretName;
 use foreshore_protocol::manifest::Service;
 use foreshore_protocol::message::{Reason, ReasonCode};
 use foreshore_protocol::release::service_digest;
+use foreshore_protocol::secret::Secret;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use crate::causes::chain;
@@ -62,6 +64,8 @@ pub enum Task {
         release: Digest,
         /// As in the step.
         images: Vec<String>,
+        /// Secrets with logins for their registries; the first that has one counts.
+        logins: Vec<(SecretName, Secret)>,
     },
     /// [`crate::plan::Step::Stop`].
     Stop {
@@ -139,9 +143,17 @@ async fn perform<R: Runtime>(tools: &Tools<R>, task: Task) -> Outcome {
             app,
             release,
             images,
-        } => match stage(tools, &app, release, &images).await {
+            logins,
+        } => match stage(tools, &app, release, &images, &logins).await {
             Ok(()) => Outcome::Staged { release },
-            Err(reason) => Outcome::StagingFailed { release, reason },
+            Err(reason) => Outcome::StagingFailed {
+                release,
+                reason,
+                logins: logins
+                    .into_iter()
+                    .map(|(name, secret)| (name, secret.revision))
+                    .collect(),
+            },
         },
         Task::Stop {
             id,
@@ -245,12 +257,15 @@ async fn stage<R>(
     app: &AppName,
     release: Digest,
     images: &[String],
+    logins: &[(SecretName, Secret)],
 ) -> Result<(), Reason> {
     let staging =
-        Staging::start(&tools.program, &tools.config, app, images).map_err(|error| Reason {
-            code: ReasonCode::Internal,
-            service: None,
-            message: format!("failed to start {}: {error}", tools.program.display()),
+        Staging::start(&tools.program, &tools.config, app, images, logins).map_err(|error| {
+            Reason {
+                code: ReasonCode::Internal,
+                service: None,
+                message: format!("failed to start {}: {error}", tools.program.display()),
+            }
         })?;
     let now = Instant::now();
     let mut shown = tools.pulling.show(Tally::new(release, images, now));

@@ -107,6 +107,9 @@ enum Command {
         /// Whose images they are, for the policy's `[apps.NAME]`.
         #[arg(long)]
         app: Option<AppName>,
+        /// Secrets with logins come on standard input.
+        #[arg(long)]
+        logins: bool,
         images: Vec<String>,
     },
 }
@@ -220,10 +223,16 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Stage { at, app, images } => Ok(stage::run(
+        Command::Stage {
+            at,
+            app,
+            logins,
+            images,
+        } => Ok(stage::run(
             &Config::load(&at.config)?,
             app.as_ref(),
             &images,
+            logins,
         )),
         Command::CheckConfig(at) => Ok(check_config(&at.config)),
         Command::Doctor { at, output } => examine(&at.config, output),

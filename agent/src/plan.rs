@@ -437,7 +437,8 @@ impl<'a> Draft<'a> {
         Some((staging.reason.clone(), staging.permanent))
     }
 
-    /// Whether a release that failed to come is to be left alone for now.
+    /// Whether a release that failed to come is to be left alone for now. Not once a secret that its images are pulled with
+    /// has another value than it had then.
     fn is_held_off(&mut self, release: &Digest) -> bool {
         if self.forget_staging.contains(release) {
             return false;
@@ -445,6 +446,7 @@ impl<'a> Draft<'a> {
         match self.staging.get(release) {
             None => false,
             Some(staging) if staging.permanent => true,
+            Some(staging) if secret::has_other_logins(self.observed, release, staging) => false,
             Some(staging) => {
                 let after = staging.after;
                 self.is_later(after)
@@ -459,13 +461,14 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// Asks for images of a release; with none missing, for nothing.
+    /// Asks for images of a release; with none missing, for nothing. It waits for the secrets that they are pulled with.
     fn stage(&mut self, app: &AppName, release: Digest, images: Vec<String>) {
         let known = self
             .candidates
             .iter()
             .any(|(_, other, _)| *other == release);
-        if !images.is_empty() && !known {
+        let waits = secret::missing_login(self.observed, &release).is_some();
+        if !images.is_empty() && !known && !waits {
             self.candidates.push((app.clone(), release, images));
         }
     }

@@ -86,13 +86,7 @@ impl PullConfig {
             client.gate = Some(Gate::new(move || metered.now()));
         }
         if let Some(path) = &self.docker_config {
-            let docker = DockerConfig::read(path)?;
-            for host in docker.hosts() {
-                let registry = client.registries.entry(host.to_owned()).or_default();
-                if registry.credentials.is_none() {
-                    registry.credentials = docker.credentials(host).cloned();
-                }
-            }
+            DockerConfig::read(path)?.fill(client);
         }
         Ok(())
     }

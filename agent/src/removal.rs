@@ -169,6 +169,7 @@ mod tests {
                 schema: 1,
                 app: "shop".parse().unwrap(),
                 services: [("web".parse().unwrap(), spec.service.clone())].into(),
+                image_pull_secrets: Vec::new(),
             };
             let releases = [(spec.release, release)].into();
             assert_eq!(stop_all(&runtime, &releases).await.unwrap(), 1);

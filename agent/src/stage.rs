@@ -3,23 +3,26 @@
 //!
 //! The parent ([`Staging`]) starts `foreshore-agent stage --config FILE IMAGE…` and reads what it prints:
 //! one JSON object a line, [`Line`]. The child ([`run`]) has one thread and blocks; it dies with the agent
-//! (prctl(2), `PR_SET_PDEATHSIG`), and the store sweeps what it leaves.
+//! (prctl(2), `PR_SET_PDEATHSIG`), and the store sweeps what it leaves. Secrets with logins come to it on its standard
+//! input ([`LOGINS`]): arguments and environment can be looked at.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use foreshore_images::registry::Client;
+use foreshore_images::registry::{Client, ClientConfig, DockerConfig, LoginsError};
 use foreshore_images::store::{Progress, Store};
 use foreshore_images::{Fault, Platform, Reference};
 use foreshore_protocol::AppName;
+use foreshore_protocol::id::SecretName;
 use foreshore_protocol::message::{Reason, ReasonCode};
+use foreshore_protocol::secret::{Secret, SecretValue};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use crate::causes::chain;
 use crate::config::Config;
@@ -31,6 +34,12 @@ const TELL_EVERY: Duration = Duration::from_millis(500);
 
 /// A child that prints more than this in one line is not ours.
 const LINE_BYTES_MAX: u64 = 16 * 1024;
+
+/// The option that says that logins come on standard input.
+pub const LOGINS: &str = "--logins";
+
+/// More than the largest bundle of secrets becomes as JSON.
+const LOGINS_BYTES_MAX: u64 = 1 << 20;
 
 /// Between the agent's own and that of containers: what it does can be done again.
 const STAGE_OOM_SCORE_ADJ: &str = "200";
@@ -106,10 +115,11 @@ pub fn survey(store: &Store, run: &Path, boot: BootId) -> Vec<String> {
 pub struct Staging {
     child: Child,
     output: BufReader<ChildStdout>,
+    input: Option<(ChildStdin, SecretValue)>,
 }
 
 impl Staging {
-    /// Starts the child.
+    /// Starts the child. `logins` are secrets that hold docker's `config.json`; the first that has a login counts.
     ///
     /// # Errors
     ///
@@ -119,22 +129,33 @@ impl Staging {
         config: &Path,
         app: &AppName,
         images: &[String],
+        logins: &[(SecretName, Secret)],
     ) -> std::io::Result<Self> {
+        let (option, stdin) = match logins {
+            [] => (None, Stdio::null()),
+            _ => (Some(LOGINS), Stdio::piped()),
+        };
         let mut child = Command::new(program)
             .arg("stage")
             .arg("--config")
             .arg(config)
             .arg("--app")
             .arg(app.as_str())
+            .args(option)
             .arg("--")
             .args(images)
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .kill_on_drop(true)
             .spawn()?;
         let output = BufReader::new(child.stdout.take().expect("stdout is piped"));
-        Ok(Self { child, output })
+        let input = child.stdin.take().map(|stdin| (stdin, written(logins)));
+        Ok(Self {
+            child,
+            output,
+            input,
+        })
     }
 
     /// Waits for the end; `progress` is told what the child says before it.
@@ -145,6 +166,10 @@ impl Staging {
     ///
     /// With the reason when an image could not be staged.
     pub async fn finish(mut self, mut progress: impl FnMut(Line)) -> Result<(), Reason> {
+        if let Some((mut stdin, logins)) = self.input.take() {
+            // The child reads them before it says anything; one that ended says so below.
+            let _ended = stdin.write_all(logins.expose()).await;
+        }
         let mut end = None;
         loop {
             let mut line = Vec::new();
@@ -179,10 +204,44 @@ impl Staging {
     }
 }
 
+/// How the child is told them.
+fn written(logins: &[(SecretName, Secret)]) -> SecretValue {
+    let texts: Vec<(&SecretName, &[u8])> = logins
+        .iter()
+        .map(|(name, secret)| (name, secret.value.expose()))
+        .collect();
+    SecretValue::new(serde_json::to_vec(&texts).expect("names and bytes serialize"))
+}
+
+/// Reads what [`written`] made from standard input.
+fn read_logins() -> Result<Vec<(SecretName, SecretValue)>, (Fault, String)> {
+    let mut bytes = Vec::new();
+    let mut input = std::io::stdin().lock().take(LOGINS_BYTES_MAX);
+    let read = input.read_to_end(&mut bytes);
+    let text = SecretValue::new(bytes);
+    let lost = || (Fault::Internal, "the logins did not come whole".to_owned());
+    read.map_err(|_| lost())?;
+    // Its error would quote what it found.
+    serde_json::from_slice(text.expose()).map_err(|_| lost())
+}
+
+/// Gives a client the logins of secrets; what the device is configured with stays.
+fn log_in(
+    client: &mut ClientConfig,
+    logins: &[(SecretName, SecretValue)],
+) -> Result<(), (SecretName, LoginsError)> {
+    for (name, text) in logins {
+        DockerConfig::logins(text.expose())
+            .map_err(|error| (name.clone(), error))?
+            .fill(client);
+    }
+    Ok(())
+}
+
 /// The child: stages `images` one after the other and prints [`Line`]s. First it sees to the signatures that the policy
-/// wants of images of `app`. Call it before any thread exists.
+/// wants of images of `app`. With `logins`, secrets come on standard input. Call it before any thread exists.
 #[must_use]
-pub fn run(config: &Config, app: Option<&AppName>, images: &[String]) -> ExitCode {
+pub fn run(config: &Config, app: Option<&AppName>, images: &[String], logins: bool) -> ExitCode {
     // A pull nobody waits for any more would only hold the store's lock.
     let _harmless_if_refused = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
     // Of all that belongs to the agent this is missed least when the device runs out of memory.
@@ -191,7 +250,12 @@ pub fn run(config: &Config, app: Option<&AppName>, images: &[String]) -> ExitCod
         // The agent was gone before it could take this process along.
         return ExitCode::FAILURE;
     }
-    match stage(config, app, images) {
+    let logins = if logins {
+        read_logins()
+    } else {
+        Ok(Vec::new())
+    };
+    match logins.and_then(|logins| stage(config, app, images, &logins)) {
         Ok(()) => {
             print(&Line::Done);
             ExitCode::SUCCESS
@@ -222,10 +286,15 @@ fn stage(
     config: &Config,
     app: Option<&AppName>,
     references: &[String],
+    logins: &[(SecretName, SecretValue)],
 ) -> Result<(), (Fault, String)> {
-    let client = config
+    let mut client = config
         .registry_client()
         .map_err(|error| (Fault::Config, chain(&error)))?;
+    log_in(&mut client, logins).map_err(|(name, error)| {
+        let message = format!("secret {name} cannot be used to pull images: {error}");
+        (Fault::Config, message)
+    })?;
     let client = Client::new(client).map_err(|error| (Fault::Config, chain(&error)))?;
     let store = images::open(config).map_err(|error| (error.fault(), chain(&error)))?;
     let policy = config.policy_source().load();
@@ -313,6 +382,13 @@ mod tests {
     }
 
     fn finish(script: &str) -> (Result<(), Reason>, Vec<Line>) {
+        finish_with(script, &[])
+    }
+
+    fn finish_with(
+        script: &str,
+        logins: &[(SecretName, Secret)],
+    ) -> (Result<(), Reason>, Vec<Line>) {
         let dir = tempfile::tempdir().unwrap();
         let program = child(dir.path(), script);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -323,7 +399,8 @@ mod tests {
             let mut seen = Vec::new();
             let app = "web".parse().unwrap();
             let images = ["a".to_owned()];
-            let staging = Staging::start(&program, Path::new("/none"), &app, &images).unwrap();
+            let staging =
+                Staging::start(&program, Path::new("/none"), &app, &images, logins).unwrap();
             let end = tokio::time::timeout(
                 Duration::from_secs(20),
                 staging.finish(|line| seen.push(line)),
@@ -347,6 +424,64 @@ mod tests {
         let (end, _) =
             finish(r#"echo '{"line":"failed","code":"disk-full","message":"no room"}'; exit 1"#);
         assert_eq!(end, Err(reason(ReasonCode::DiskFull, "no room")));
+    }
+
+    fn secret(text: &[u8]) -> Secret {
+        Secret {
+            revision: 1,
+            value: SecretValue::new(text.to_vec()),
+        }
+    }
+
+    #[test]
+    fn logins_come_on_standard_input_and_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let [input, seen] = ["input", "seen"].map(|name| dir.path().join(name));
+        let script = format!(
+            "cat > {}; {{ tr '\\0' ' ' < /proc/$$/cmdline; env; }} > {}; echo '{{\"line\":\"done\"}}'",
+            input.display(),
+            seen.display()
+        );
+        // As many and as large as they may be, and of bytes that take most room in JSON.
+        let largest = [0xff; foreshore_protocol::secret::MAX_SECRET_BYTES];
+        let logins: Vec<(SecretName, Secret)> = (0..foreshore_protocol::manifest::MAX_PULL_SECRETS)
+            .map(|number| (format!("s{number}").parse().unwrap(), secret(&largest)))
+            .chain([("last".parse().unwrap(), secret(b"hunter2"))])
+            .collect();
+        let (end, _) = finish_with(&script, &logins);
+        assert_eq!(end, Ok(()));
+        let text = std::fs::read(&input).unwrap();
+        assert!((text.len() as u64) < LOGINS_BYTES_MAX);
+        let read: Vec<(SecretName, SecretValue)> = serde_json::from_slice(&text).unwrap();
+        assert_eq!(read.len(), logins.len());
+        assert_eq!(read.last().unwrap().1.expose(), b"hunter2");
+        let seen = std::fs::read_to_string(&seen).unwrap();
+        assert!(seen.contains(LOGINS) && !seen.contains("hunter2"), "{seen}");
+        // A child that reads none of it is no trouble.
+        assert_eq!(
+            finish_with("exit 1", &logins).0.unwrap_err().code,
+            ReasonCode::Internal
+        );
+    }
+
+    #[test]
+    fn what_the_device_is_configured_with_counts_and_a_bad_secret_is_named() {
+        let mut client = ClientConfig::default();
+        let own = foreshore_images::registry::Credentials::new("own", "x");
+        let registry = client.registries.entry("a.b".to_owned()).or_default();
+        registry.credentials = Some(own.clone());
+        let text = br#"{"auths": {"a.b": {"auth": "YTpi"}, "c.d": {"auth": "YTpi"}}}"#;
+        let mut logins = vec![("login".parse().unwrap(), SecretValue::new(text.to_vec()))];
+        log_in(&mut client, &logins).unwrap();
+        assert_eq!(client.registries["a.b"].credentials, Some(own));
+        assert!(client.registries["c.d"].credentials.is_some());
+        logins.push((
+            "bad".parse().unwrap(),
+            SecretValue::new(b"hunter2".to_vec()),
+        ));
+        let (name, error) = log_in(&mut client, &logins).unwrap_err();
+        assert_eq!(name.as_str(), "bad");
+        assert!(!error.to_string().contains("hunter2"));
     }
 
     #[test]

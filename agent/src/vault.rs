@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 
 use foreshore_protocol::id::SecretName;
 use foreshore_protocol::manifest::Service;
-use foreshore_protocol::secret::{Bundle, DeviceKey, OpenError, PublicKey, SealedSecrets};
+use foreshore_protocol::release::Release;
+use foreshore_protocol::secret::{Bundle, DeviceKey, OpenError, PublicKey, SealedSecrets, Secret};
 use foreshore_protocol::{DeviceId, Version};
 
 use crate::runtime::secrets::Values;
@@ -107,6 +108,16 @@ impl Vault {
         let mounts = service.secrets.iter();
         mounts
             .filter_map(|mount| self.secrets.get_key_value(&mount.source))
+            .map(|(name, secret)| (name.clone(), secret.clone()))
+            .collect()
+    }
+
+    /// Those that hold the logins of a release, as far as they are there, in its order.
+    #[must_use]
+    pub fn logins(&self, release: &Release) -> Vec<(SecretName, Secret)> {
+        let names = release.image_pull_secrets.iter();
+        names
+            .filter_map(|name| self.secrets.get_key_value(name))
             .map(|(name, secret)| (name.clone(), secret.clone()))
             .collect()
     }

@@ -22,6 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use foreshore_images::registry::LoginsError;
 use foreshore_protocol::id::{BudgetName, SecretName};
 use foreshore_protocol::message::{Lease, MAX_APPS, MAX_LABELS};
 use foreshore_protocol::secret::MAX_BUNDLE_BYTES;
@@ -144,6 +145,29 @@ pub enum ControlError {
         app: AppName,
         /// Of which service.
         service: ServiceName,
+    },
+    /// An app's images are pulled with a secret that the hub does not have.
+    #[error(
+        "the images of app {app} are pulled with secret {secret}, which is not set; run `foreshore secret set {secret} \
+         --from-file config.json` first"
+    )]
+    PullSecretNotSet {
+        /// Which.
+        secret: SecretName,
+        /// Of which app.
+        app: AppName,
+    },
+    /// A secret that images are pulled with holds logins.
+    #[error(
+        "the images of app {app} are pulled with secret {secret}, so it must be a docker config.json: {problem}"
+    )]
+    PullSecretNotLogins {
+        /// Which.
+        secret: SecretName,
+        /// Of which app.
+        app: AppName,
+        /// What is wrong with it; nothing of its content.
+        problem: LoginsError,
     },
     /// A device is sent only so much.
     #[error(

@@ -4,7 +4,7 @@
 //! needed any more; [`survey`](mod@survey) says what an image is made of.
 //! [`through`] is what the site has of other registries.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use foreshore_images::blobs::BlobDir;
 use foreshore_images::layout::{self, ImportError, ImportLimits, ImportedImage};
 use foreshore_images::manifest::MANIFEST_BYTES_MAX;
 use foreshore_images::reference::ParseReferenceError;
-use foreshore_images::registry::{Client, ClientConfig, FetchError};
+use foreshore_images::registry::{Client, ClientConfig, DockerConfig, FetchError};
 use foreshore_images::{Digest, Fault, Reference};
 use foreshore_protocol::api::ImageView;
 use foreshore_protocol::manifest::App;
@@ -104,9 +104,19 @@ pub enum ResolveError {
         #[source]
         source: ReleaseError,
     },
+    /// The certificates that the hub is configured with are not to be had any more.
+    #[error("the registry configuration is not usable")]
+    Client(#[from] foreshore_images::registry::ConfigError),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+/// Who asks registries for one app, with its logins.
+struct Guest {
+    client: Arc<Client>,
+    /// Where these logins count.
+    hosts: BTreeSet<String>,
 }
 
 impl ResolveError {
@@ -114,7 +124,7 @@ impl ResolveError {
     #[must_use]
     pub fn fault(&self) -> Fault {
         match self {
-            Self::Reference { .. } | Self::Release { .. } => Fault::Config,
+            Self::Reference { .. } | Self::Release { .. } | Self::Client(_) => Fault::Config,
             Self::NotImported { .. } => Fault::NotFound,
             Self::Fetch { source, .. } => source.fault(),
             Self::Through { source, .. } => source.fault(),
@@ -164,6 +174,8 @@ pub struct Images {
 
 struct Inner {
     client: Arc<Client>,
+    /// What `client` is made of.
+    registries: ClientConfig,
     blobs: BlobDir,
     uploads: PathBuf,
     store: Store,
@@ -231,7 +243,8 @@ impl Images {
         Ok(Self {
             inner: Arc::new(Inner {
                 through,
-                client: Arc::new(Client::new(registries)?),
+                client: Arc::new(Client::new(registries.clone())?),
+                registries,
                 blobs,
                 uploads,
                 store,
@@ -261,13 +274,20 @@ impl Images {
         &self.inner.uploads
     }
 
-    /// The release of a manifest: each image pinned by digest.
+    /// The release of a manifest: each image pinned by digest. `logins` are for registries that the hub is configured with
+    /// none for; of two the first counts.
     ///
     /// # Errors
     ///
     /// See [`ResolveError`]. Bounded in time.
-    pub async fn resolve(&self, app: App, now: UnixMs) -> Result<Resolved, ResolveError> {
+    pub async fn resolve(
+        &self,
+        app: App,
+        logins: Vec<DockerConfig>,
+        now: UnixMs,
+    ) -> Result<Resolved, ResolveError> {
         let mut pinned: BTreeMap<String, String> = BTreeMap::new();
+        let guest = self.guest(logins).await?;
         let deadline = tokio::time::Instant::now() + RESOLVE_WITHIN;
         for (name, service) in &app.spec.services {
             if pinned.contains_key(&service.image) {
@@ -279,12 +299,13 @@ impl Images {
                     image: service.image.clone(),
                     source,
                 })?;
-            let digest = tokio::time::timeout_at(deadline, self.digest(&reference, now))
-                .await
-                .map_err(|_| ResolveError::Timeout {
-                    image: service.image.clone(),
-                    host: reference.host().to_owned(),
-                })??;
+            let digest =
+                tokio::time::timeout_at(deadline, self.digest(&reference, guest.as_ref(), now))
+                    .await
+                    .map_err(|_| ResolveError::Timeout {
+                        image: service.image.clone(),
+                        host: reference.host().to_owned(),
+                    })??;
             pinned.insert(
                 service.image.clone(),
                 reference.with_digest(digest).to_string(),
@@ -309,11 +330,45 @@ impl Images {
         })
     }
 
-    async fn digest(&self, reference: &Reference, now: UnixMs) -> Result<Digest, ResolveError> {
+    /// A client with logins that are an app's.
+    async fn guest(&self, logins: Vec<DockerConfig>) -> Result<Option<Guest>, ResolveError> {
+        if logins.is_empty() {
+            return Ok(None);
+        }
+        let own = &self.inner.registries.registries;
+        let has_none = |host: &&str| {
+            let own = own.get(*host);
+            own.is_none_or(|registry| registry.credentials.is_none())
+        };
+        let hosts = logins.iter().flat_map(DockerConfig::hosts);
+        let hosts = hosts.filter(has_none).map(str::to_owned).collect();
+        let mut config = self.inner.registries.clone();
+        // It reads certificates.
+        let client = tokio::task::spawn_blocking(move || {
+            for login in &logins {
+                login.fill(&mut config);
+            }
+            Client::new(config)
+        });
+        let client = client.await.map_err(|_| StoreError::Stopped)??;
+        Ok(Some(Guest {
+            client: Arc::new(client),
+            hosts,
+        }))
+    }
+
+    async fn digest(
+        &self,
+        reference: &Reference,
+        guest: Option<&Guest>,
+        now: UnixMs,
+    ) -> Result<Digest, ResolveError> {
         if reference.host() == HUB_HOST {
             return self.imported(reference).await;
         }
-        if self.is_upstream(reference.host()) {
+        let guest = guest.filter(|guest| guest.hosts.contains(reference.host()));
+        // What one app may see is not kept for all others.
+        if guest.is_none() && self.is_upstream(reference.host()) {
             // Whoever applies means the tag as it is now, where that can be known.
             let passed = self.through_manifest(reference, now, Some(0)).await;
             return passed
@@ -327,7 +382,8 @@ impl Images {
             .acquire_owned()
             .await
             .map_err(|_| StoreError::Stopped)?;
-        let (client, asked) = (Arc::clone(&self.inner.client), reference.clone());
+        let client = guest.map_or(&self.inner.client, |guest| &guest.client);
+        let (client, asked) = (Arc::clone(client), reference.clone());
         let answer = tokio::task::spawn_blocking(move || {
             // Held by the thread: a caller that gives up frees no thread that still waits for a registry.
             let _held = permit;
@@ -507,8 +563,7 @@ fn choose(
     wanted: Option<Reference>,
     found: Vec<ImportedImage>,
 ) -> Result<(Reference, ImportedImage), TakeError> {
-    let digests: std::collections::BTreeSet<Digest> =
-        found.iter().map(|image| image.digest).collect();
+    let digests: BTreeSet<Digest> = found.iter().map(|image| image.digest).collect();
     let several = TakeError::Several(digests.len());
     let named = |image: &ImportedImage| image.name.as_deref().and_then(archive_reference);
     match wanted {
@@ -547,7 +602,7 @@ mod tests {
             media_type: String::new(),
             platforms: Vec::new(),
             size_bytes: 0,
-            blobs: std::collections::BTreeSet::new(),
+            blobs: BTreeSet::new(),
             signatures: Vec::new(),
         }
     }

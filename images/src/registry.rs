@@ -30,7 +30,7 @@ use ureq::{Agent, Body};
 use self::ask::{Ask, Question, content_length, header_text, is_vague, is_web_page, media_type};
 use self::auth::{Challenge, TOKEN_BYTES_MAX};
 pub use self::config::{ClientConfig, ConfigError, Credentials, RegistryConfig, Timeouts};
-pub use self::docker::{DockerConfig, DockerConfigError};
+pub use self::docker::{DockerConfig, DockerConfigError, LoginProblem, LoginsError};
 pub use self::entry::RegistryEntry;
 pub use self::error::FetchError;
 pub(crate) use self::error::is_disk_full;

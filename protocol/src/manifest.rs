@@ -24,6 +24,7 @@ mod disruption_budget;
 mod explain;
 mod lifecycle;
 mod parse;
+pub(crate) mod pull_secret;
 mod secret;
 
 pub use blkio::{BlkioConfig, BytesRate, DeviceWeight, DiskPath, OperationsRate};
@@ -35,6 +36,7 @@ pub use lifecycle::{Condition, Dependencies, Dependency, Deploy, Hook, UpdateCon
 pub use parse::{
     MAX_DEPTH, MAX_MANIFEST_BYTES, Manifest, ManifestError, parse, parse_any, parse_budget,
 };
+pub use pull_secret::MAX_PULL_SECRETS;
 pub use secret::{OnRotate, SECRETS_DIR, SecretMount, SecretSource};
 
 /// An App: *which devices* (selector), *what runs there* (services), *how changes arrive* (rollout).
@@ -91,6 +93,14 @@ pub struct AppSpec {
     /// Values that the hub keeps, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub secrets: BTreeMap<SecretName, SecretSource>,
+    /// Secrets that hold logins for the registries of the images, as docker's `config.json`; at most 8. Of two that have
+    /// one for the same registry the first counts. A list of names, or of `{name: NAME}` as in Kubernetes.
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "parse::pull_secrets"
+    )]
+    pub image_pull_secrets: Vec<SecretName>,
     /// How changes arrive.
     #[serde(default)]
     pub rollout: RolloutPolicy,

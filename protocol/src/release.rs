@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::Digest;
-use crate::id::{AppName, ServiceName};
-use crate::manifest::{App, Service, Violation, check};
+use crate::id::{AppName, SecretName, ServiceName};
+use crate::manifest::{App, Service, Violation, check, pull_secret};
 
 /// The largest release manifest that travels over MQTT and is kept on disk: 16 KiB.
 pub const MAX_RELEASE_BYTES: usize = 16 * 1024;
@@ -25,6 +25,10 @@ pub struct Release {
     pub app: AppName,
     /// Its services, images pinned.
     pub services: BTreeMap<ServiceName, Service>,
+    /// Secrets with which its images are pulled: the first that has a login for a registry counts. Another list is another
+    /// release, in which no service differs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_pull_secrets: Vec<SecretName>,
 }
 
 /// Why bytes are not a release.
@@ -84,6 +88,7 @@ impl Release {
             schema: 1,
             app: app.metadata.name.clone(),
             services,
+            image_pull_secrets: app.spec.image_pull_secrets.clone(),
         };
         release.check()?;
         let size = release.to_canonical_json().len();
@@ -119,6 +124,8 @@ impl Release {
                 }));
             }
         }
+        pull_secret::check("image_pull_secrets", &self.image_pull_secrets)
+            .map_err(ReleaseError::Meaning)?;
         check::dependencies("services", &self.services).map_err(ReleaseError::Meaning)
     }
 

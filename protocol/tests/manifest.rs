@@ -939,3 +939,43 @@ fn io_limits_are_written_as_compose_has_them() {
     ]);
     insta::assert_snapshot!(refused);
 }
+
+#[test]
+fn pull_secrets_are_named_in_the_release_and_change_no_service() {
+    let release = |spec: &str| {
+        let app = parse(&with_spec(spec));
+        let images = [("web".parse().unwrap(), pinned_image())].into();
+        Release::from_app(&app, &images).unwrap()
+    };
+    let without = release("rollout: {}");
+    let named = release("imagePullSecrets: [b, {name: a}]");
+    let names: Vec<&str> = (named.image_pull_secrets.iter())
+        .map(|name| name.as_str())
+        .collect();
+    assert_eq!(names, ["b", "a"]);
+    assert_eq!(named.services, without.services);
+    assert_ne!(named.digest(), without.digest());
+    // A release that names none is the one it was before there were any.
+    let text = String::from_utf8(without.to_canonical_json()).unwrap();
+    assert!(!text.contains("image_pull_secrets"), "{text}");
+    let bytes = named.to_canonical_json();
+    assert_eq!(Release::from_bytes(&bytes, &named.digest()).unwrap(), named);
+    let app = parse(&with_spec("imagePullSecrets: [b, {name: a}]"));
+    let again = serde_json::to_vec(&app).unwrap();
+    assert_eq!(manifest::parse(&again).unwrap(), app);
+
+    let nine: Vec<String> = (0..9).map(|number| format!("s{number}")).collect();
+    insta::assert_snapshot!(refusals(&[
+        ("twice", with_spec("imagePullSecrets: [a, {name: a}]")),
+        (
+            "nine",
+            with_spec(&format!("imagePullSecrets: [{}]", nine.join(", ")))
+        ),
+        ("no name", with_spec("imagePullSecrets: [A]")),
+        ("text", with_spec("imagePullSecrets: a")),
+        ("source", with_spec("imagePullSecrets: [{source: a}]")),
+        ("in a service", with("      imagePullSecrets: [a]\n")),
+        ("at the top", format!("{}imagePullSecrets: [a]\n", base())),
+        ("misspelt", with_spec("imagePullSecret: [a]")),
+    ]));
+}

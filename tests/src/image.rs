@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::Bed;
+use crate::registry::Login;
 
 /// Builds images in one OCI layout.
 #[derive(Debug)]
@@ -119,6 +120,17 @@ impl Builder {
     /// Copies `tag` to a plain-HTTP registry; the reference there.
     #[must_use]
     pub fn push(&self, tag: &str, host: &str, name: &str) -> String {
+        self.push_with(tag, host, name, &[])
+    }
+
+    /// [`Self::push`] as somebody; the reference there.
+    #[must_use]
+    pub fn push_as(&self, login: Login, tag: &str, host: &str, name: &str) -> String {
+        let login = format!("{}:{}", login.user, login.password);
+        self.push_with(tag, host, name, &["--dest-creds", &login])
+    }
+
+    fn push_with(&self, tag: &str, host: &str, name: &str, options: &[&str]) -> String {
         let (source, target) = (
             format!("oci:{}:{tag}", self.layout.display()),
             format!("{host}/{name}"),
@@ -131,6 +143,7 @@ impl Builder {
             "--dest-tls-verify=false",
             &source,
         ]);
+        command.args(options);
         run(command.arg(format!("docker://{target}")), "skopeo");
         target
     }

@@ -18,6 +18,7 @@ pub mod mosquitto;
 pub mod noise;
 pub mod process;
 pub mod registry;
+pub mod traces;
 
 pub use bed::Bed;
 pub use device::Device;

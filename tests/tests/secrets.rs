@@ -1,7 +1,6 @@
 //! Secrets: from the command line through hub and broker into containers, and nowhere else.
 
 use std::io::Write as _;
-use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use e2e::fleet::{
 };
 use e2e::image::Builder;
 use e2e::process::{programs, signal};
+use e2e::traces::holding;
 use e2e::{Bed, Device, Hub, wait_for, wait_until};
 use foreshore_protocol::secret::{DeviceKey, SealedSecrets};
 use foreshore_protocol::topic::{self, Leaf};
@@ -95,23 +95,6 @@ fn await_env(bed: &Bed, text: &str) -> Identity {
             other => Err(other),
         }
     })
-}
-
-/// Every file below `dir` that holds one of `needles`.
-fn holding(dir: &Path, needles: &[&str], found: &mut Vec<String>) {
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let (path, kind) = (entry.path(), entry.file_type().expect("has a type"));
-        if kind.is_dir() {
-            holding(&path, needles, found);
-        } else if kind.is_file() {
-            let bytes = std::fs::read(&path).unwrap_or_default();
-            for needle in needles {
-                if bytes.windows(needle.len()).any(|w| w == needle.as_bytes()) {
-                    found.push(format!("{needle} in {}", path.display()));
-                }
-            }
-        }
-    }
 }
 
 /// Connects to the hub's broker as `device` and reads a retained message; what the broker says when it refuses.

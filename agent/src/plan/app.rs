@@ -303,6 +303,9 @@ fn gate(draft: &mut Draft<'_>, app: &AppName, release: Digest) -> Gate {
             services.find_map(|(name, service)| secret::missing(draft.observed, name, service));
         return lacking.map_or(Gate::Open, |why| Gate::Closed(Phase::Blocked, Some(why)));
     }
+    if let Some(why) = secret::missing_login(draft.observed, &release) {
+        return Gate::Closed(Phase::Blocked, Some(why));
+    }
     draft.stage(app, release, missing);
     waiting(Phase::Staging)
 }

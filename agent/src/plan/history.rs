@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use foreshore_protocol::id::SecretName;
 use foreshore_protocol::message::{Phase, Reason, ReasonCode};
 use foreshore_protocol::{AppName, Digest, ServiceName, Version};
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,8 @@ pub struct StagingHistory {
     pub reason: Reason,
     /// Whether trying again is of no use.
     pub permanent: bool,
+    /// The revisions of the secrets that its images were pulled with, the last time.
+    pub logins: BTreeMap<SecretName, u64>,
 }
 
 /// A release under judgement: it was switched to and is not the last-known-good yet.
@@ -209,13 +212,18 @@ impl History {
             Outcome::Staged { release } => {
                 self.staging.remove(release);
             }
-            Outcome::StagingFailed { release, reason } => {
+            Outcome::StagingFailed {
+                release,
+                reason,
+                logins,
+            } => {
                 self.disk_full |= reason.code == ReasonCode::DiskFull;
                 let permanent = matches!(
                     reason.code,
                     ReasonCode::NoMatchingPlatform | ReasonCode::BadImage | ReasonCode::BadRelease
                 );
-                self.record_staging_failure(*release, reason.clone(), permanent, now);
+                let logins = logins.clone();
+                self.record_staging_failure(*release, reason.clone(), permanent, logins, now);
             }
             Outcome::BadRelease {
                 release,
@@ -223,7 +231,8 @@ impl History {
                 schema_unknown,
             } => {
                 let reason = reason(ReasonCode::BadRelease, None, message);
-                self.record_staging_failure(*release, reason, *schema_unknown, now);
+                let logins = BTreeMap::new();
+                self.record_staging_failure(*release, reason, *schema_unknown, logins, now);
             }
             Outcome::Started { id } => {
                 let service = self.service_of(id);
@@ -298,6 +307,7 @@ impl History {
         release: Digest,
         reason: Reason,
         permanent: bool,
+        logins: BTreeMap<SecretName, u64>,
         now: Now,
     ) {
         let failures = self
@@ -313,6 +323,7 @@ impl History {
                 after: now.ms.plus(delay),
                 reason,
                 permanent,
+                logins,
             },
         );
     }

@@ -1,13 +1,14 @@
-//! Secrets: which service lacks one, and what a changed one means for a container.
+//! Secrets: which service lacks one, and what a changed one means for a container; and those that images are pulled with.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use foreshore_protocol::ServiceName;
+use foreshore_protocol::id::SecretName;
 use foreshore_protocol::manifest::{OnRotate, RestartPolicy, SecretMount, Service};
 use foreshore_protocol::message::{Reason, ReasonCode};
+use foreshore_protocol::{Digest, ServiceName};
 
 use super::history::reason;
-use super::{Cause, Condemned, Observed, ObservedContainer};
+use super::{Cause, Condemned, Observed, ObservedContainer, StagingHistory};
 
 /// Why a service cannot be started: a secret of it is not there.
 pub(super) fn missing(
@@ -26,6 +27,30 @@ pub(super) fn missing(
         Some(name.clone()),
         &message,
     ))
+}
+
+/// Why the images of a release cannot be pulled yet: a secret that holds their logins is not there.
+pub(super) fn missing_login(observed: &Observed, release: &Digest) -> Option<Reason> {
+    let mut names = observed.releases.get(release)?.image_pull_secrets.iter();
+    let name = names.find(|name| !observed.secrets.contains_key(*name))?;
+    let message = format!(
+        "waits for secret {name}, which its images are pulled with and the hub has not sent to this device"
+    );
+    Some(reason(ReasonCode::SecretMissing, None, &message))
+}
+
+/// Whether a secret that the images of a release are pulled with has another value than when that failed.
+pub(super) fn has_other_logins(
+    observed: &Observed,
+    release: &Digest,
+    failed: &StagingHistory,
+) -> bool {
+    let names = observed.releases.get(release).into_iter();
+    let newest: BTreeMap<&SecretName, &u64> = names
+        .flat_map(|release| &release.image_pull_secrets)
+        .filter_map(|name| observed.secrets.get_key_value(name))
+        .collect();
+    newest != failed.logins.iter().collect()
 }
 
 /// Why a running container has to be started again: a secret of it has a new value that it can get in no other way. A job

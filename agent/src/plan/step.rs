@@ -1,7 +1,8 @@
 //! [`Step`], what a plan asks for, and [`Outcome`], what came of it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use foreshore_protocol::id::SecretName;
 use foreshore_protocol::message::{Reason, ReasonCode};
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
@@ -83,6 +84,8 @@ pub enum Outcome {
         release: Digest,
         /// Why; its code decides whether it is tried again.
         reason: Reason,
+        /// The revisions of the secrets that it was tried with: with others it is tried again at once.
+        logins: BTreeMap<SecretName, u64>,
     },
     /// The manifest that came from the hub is not the one that was asked for; it is asked for again.
     /// `schema_unknown` means that it is, but this agent is too old to read it.

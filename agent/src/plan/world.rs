@@ -48,6 +48,7 @@ pub(super) fn release(app: &str, services: &[(&str, Service)]) -> Release {
             .iter()
             .map(|(name, service)| (name.parse().unwrap(), service.clone()))
             .collect(),
+        image_pull_secrets: Vec::new(),
     }
 }
 
@@ -392,6 +393,14 @@ impl World {
         }
     }
 
+    /// What the images of a release are pulled with.
+    fn logins(&self, release: &Digest) -> BTreeMap<SecretName, u64> {
+        let names = self.releases[release].image_pull_secrets.iter();
+        names
+            .map(|name| (name.clone(), self.secrets[name]))
+            .collect()
+    }
+
     fn execute(&mut self, step: &Step) -> Option<Outcome> {
         Some(match step {
             Step::Stage {
@@ -400,6 +409,7 @@ impl World {
                 Some(code) => Outcome::StagingFailed {
                     release: *release,
                     reason: reason(code, None, "the registry says no"),
+                    logins: self.logins(release),
                 },
                 None => {
                     let digest = |image: &String| {

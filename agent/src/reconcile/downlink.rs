@@ -1,5 +1,6 @@
 //! What comes from the hub, and what the agent takes from it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use foreshore_killpoint as killpoint;
@@ -258,6 +259,7 @@ impl<R: Runtime + 'static> Agent<R> {
                         self.record(&Outcome::StagingFailed {
                             release: digest,
                             reason,
+                            logins: BTreeMap::new(),
                         });
                     }
                 }

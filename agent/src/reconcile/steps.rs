@@ -251,10 +251,12 @@ impl<R: Runtime + 'static> Agent<R> {
                 release,
                 images,
             } => {
+                let manifest = self.releases.get(&release);
                 let task = Task::Stage {
                     app,
                     release,
                     images,
+                    logins: manifest.map_or_else(Vec::new, |manifest| self.vault.logins(manifest)),
                 };
                 (Work::Staging(release), task)
             }
@@ -439,7 +441,9 @@ impl<R: Runtime + 'static> Agent<R> {
                 let message = format!("all images of release {} are here", release.short());
                 self.event(EventKind::ImageStaged, None, None, message);
             }
-            Outcome::StagingFailed { release, reason } => {
+            Outcome::StagingFailed {
+                release, reason, ..
+            } => {
                 let message = format!("release {}: {}", release.short(), reason.message);
                 self.event(EventKind::StagingFailed, None, None, message);
             }

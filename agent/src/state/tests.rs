@@ -335,6 +335,7 @@ fn no_damage_to_a_release_manifest_makes_another_one() {
                 .unwrap(),
         )]
         .into(),
+        image_pull_secrets: Vec::new(),
     };
     let (old, new) = (
         release(&"1".repeat(64)).to_canonical_json(),

@@ -90,6 +90,7 @@ impl Bed {
             schema: 1,
             app: "shop".parse().unwrap(),
             services: [("web".parse().unwrap(), service)].into(),
+            image_pull_secrets: Vec::new(),
         }
     }
 }

@@ -117,6 +117,7 @@ impl Device {
                 serde_json::from_value(service).unwrap(),
             )]
             .into(),
+            image_pull_secrets: Vec::new(),
         };
         let (digest, version) = (release.digest(), self.version());
         self.hub

@@ -12,7 +12,7 @@ use rusqlite::Connection;
 
 use super::{Failure, Hub, Segment};
 use crate::controller::apps::{self, Resolved};
-use crate::controller::{Change, ControlError, Effects};
+use crate::controller::{Change, ControlError, Effects, secrets};
 use crate::store::{self, app::AppRow};
 
 pub(super) fn app_name(text: &str) -> Result<AppName, Failure> {
@@ -95,7 +95,13 @@ async fn resolve(
         }
         .into());
     }
-    Ok(api.images.resolve(app, api.controller.now()).await?)
+    let (name, secrets) = (path, app.spec.image_pull_secrets.clone());
+    let read = move |connection: &Connection| secrets::logins(connection, &name, &secrets);
+    let logins = api.controller.store().read(read).await?;
+    Ok(api
+        .images
+        .resolve(app, logins, api.controller.now())
+        .await?)
 }
 
 fn draw_seed() -> Result<u64, Failure> {

@@ -177,7 +177,7 @@ impl From<ControlError> for Failure {
                 detail,
             ),
             ControlError::UnknownSecret(_) => Self::not_found("unknown-secret", detail),
-            ControlError::SecretNotSet { .. } => Self::new(
+            ControlError::SecretNotSet { .. } | ControlError::PullSecretNotSet { .. } => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "secret-not-set",
                 "a secret is not set",
@@ -187,6 +187,12 @@ impl From<ControlError> for Failure {
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "secret-not-text",
                 "a secret is no text",
+                detail,
+            ),
+            ControlError::PullSecretNotLogins { .. } => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "secret-not-docker-config",
+                "a secret holds no logins",
                 detail,
             ),
             ControlError::SecretsTooLarge(_) => Self::new(
@@ -260,6 +266,7 @@ impl From<ResolveError> for Failure {
             ResolveError::NotImported { .. }
             | ResolveError::Fetch { .. }
             | ResolveError::Through { .. }
+            | ResolveError::Client(_)
             | ResolveError::Timeout { .. } => {}
         }
         let (status, code, title) = image_fault(fault);

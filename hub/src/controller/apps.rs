@@ -191,8 +191,8 @@ pub fn plan(
         None => None,
     };
     let before = match current {
-        Some(digest) => release_services(change.connection, &digest)?,
-        None => BTreeMap::new(),
+        Some(digest) => release(change.connection, &digest)?,
+        None => None,
     };
     let selected: Vec<DeviceId> = store::device::all_labels(change.connection)?
         .into_iter()
@@ -202,7 +202,15 @@ pub fn plan(
     for device in &selected {
         membership::check_room(change.connection, name, device)?;
     }
-    let warnings = warnings(change.connection, name, &selected, existing.is_some())?;
+    let mut warnings = warnings(change.connection, name, &selected, existing.is_some())?;
+    let pulled_with = |release: &Release| release.image_pull_secrets.clone();
+    if before
+        .as_ref()
+        .is_some_and(|before| pulled_with(before) != pulled_with(&resolved.release))
+    {
+        warnings.push("imagePullSecrets changes; that alone restarts no container".to_owned());
+    }
+    let before = before.map_or_else(BTreeMap::new, |release| release.services);
     let waves = if matches!(outcome, ApplyOutcome::Created | ApplyOutcome::Updated) {
         plan_waves(resolved, seed, selected)
     } else {
@@ -281,13 +289,12 @@ fn warnings(
     Ok(warnings)
 }
 
-fn release_services(
+fn release(
     connection: &rusqlite::Connection,
     digest: &Digest,
-) -> rusqlite::Result<BTreeMap<foreshore_protocol::ServiceName, Service>> {
+) -> rusqlite::Result<Option<Release>> {
     let bytes = store::app::release_bytes(connection, digest)?;
-    let release = bytes.and_then(|bytes| Release::from_bytes(&bytes, digest).ok());
-    Ok(release.map_or_else(BTreeMap::new, |release| release.services))
+    Ok(bytes.and_then(|bytes| Release::from_bytes(&bytes, digest).ok()))
 }
 
 fn service_changes(

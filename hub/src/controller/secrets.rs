@@ -1,7 +1,8 @@
-//! What operators do to secrets, and what devices show of their keys.
+//! What operators do to secrets, which of them hold logins, and what devices show of their keys.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use foreshore_images::registry::DockerConfig;
 use foreshore_protocol::api::SecretView;
 use foreshore_protocol::id::{SecretName, Version};
 use foreshore_protocol::release::Release;
@@ -16,7 +17,8 @@ use crate::store::{self, secret::Shown};
 ///
 /// # Errors
 ///
-/// When it is no text and a service has it in its environment, or the store fails.
+/// When it is no text and a service has it in its environment, it holds no logins and images are pulled with it, or the
+/// store fails.
 pub fn set(
     change: &mut Change<'_>,
     name: &SecretName,
@@ -29,6 +31,15 @@ pub fn set(
             secret: name.clone(),
             app,
             service,
+        });
+    }
+    if let Err(problem) = DockerConfig::logins(value.expose())
+        && let Some(app) = pulled_with(change.connection, name)?
+    {
+        return Err(ControlError::PullSecretNotLogins {
+            secret: name.clone(),
+            app,
+            problem,
         });
     }
     if store::secret::put(change.connection, name, value, change.now)? {
@@ -106,7 +117,8 @@ fn users(connection: &Connection) -> rusqlite::Result<BTreeMap<SecretName, BTree
     let mut users: BTreeMap<SecretName, BTreeSet<AppName>> = BTreeMap::new();
     for app in store::app::list(connection)? {
         if !app.deleting {
-            for name in app.manifest.spec.secrets.keys() {
+            let spec = &app.manifest.spec;
+            for name in spec.secrets.keys().chain(&spec.image_pull_secrets) {
                 users
                     .entry(name.clone())
                     .or_default()
@@ -115,8 +127,8 @@ fn users(connection: &Connection) -> rusqlite::Result<BTreeMap<SecretName, BTree
         }
     }
     for release in store::release::needed(connection)? {
-        for mount in release.secrets() {
-            let apps = users.entry(mount.source.clone()).or_default();
+        for name in release.secrets() {
+            let apps = users.entry(name.clone()).or_default();
             apps.insert(release.app.clone());
         }
     }
@@ -139,11 +151,52 @@ fn in_environment(
     Ok(found.next())
 }
 
+/// An app whose images are pulled with the secret: its manifest says so, or a release that is needed.
+fn pulled_with(connection: &Connection, name: &SecretName) -> rusqlite::Result<Option<AppName>> {
+    let mut apps = store::app::list(connection)?.into_iter();
+    let said = apps
+        .find(|app| !app.deleting && app.manifest.spec.image_pull_secrets.contains(name))
+        .map(|app| app.name().clone());
+    if said.is_some() {
+        return Ok(said);
+    }
+    let mut needed = store::release::needed(connection)?.into_iter();
+    let found = needed.find(|release| release.image_pull_secrets.contains(name));
+    Ok(found.map(|release| release.app))
+}
+
+/// The logins in the secrets that an app's images are pulled with, in their order.
+///
+/// # Errors
+///
+/// [`ControlError::PullSecretNotSet`] or [`ControlError::PullSecretNotLogins`]; or when the store fails.
+pub fn logins(
+    connection: &Connection,
+    app: &AppName,
+    names: &[SecretName],
+) -> Result<Vec<DockerConfig>, ControlError> {
+    let read = |name: &SecretName| {
+        let Some(value) = store::secret::value(connection, name)? else {
+            return Err(ControlError::PullSecretNotSet {
+                secret: name.clone(),
+                app: app.clone(),
+            });
+        };
+        DockerConfig::logins(value.expose()).map_err(|problem| ControlError::PullSecretNotLogins {
+            secret: name.clone(),
+            app: app.clone(),
+            problem,
+        })
+    };
+    names.iter().map(read).collect()
+}
+
 /// Whether every secret that a release names is there and can be what it is asked to be.
 ///
 /// # Errors
 ///
-/// [`ControlError::SecretNotSet`], [`ControlError::SecretNotText`] or [`ControlError::SecretsTooLarge`] if not; or when the store fails.
+/// [`ControlError::SecretNotSet`], [`ControlError::SecretNotText`], [`ControlError::SecretsTooLarge`] or those of [`logins`] if
+/// not; or when the store fails.
 pub fn check(connection: &Connection, release: &Release) -> Result<(), ControlError> {
     let mut bytes = BTreeMap::new();
     for (service, spec) in &release.services {
@@ -167,6 +220,12 @@ pub fn check(connection: &Connection, release: &Release) -> Result<(), ControlEr
                 });
             }
         }
+    }
+    logins(connection, &release.app, &release.image_pull_secrets)?;
+    for name in &release.image_pull_secrets {
+        let row = store::secret::get(connection, name)?;
+        let size = row.map_or(0, |row| usize::try_from(row.size).unwrap_or(usize::MAX));
+        bytes.insert(name, Bundle::cost(name, size));
     }
     if bytes.values().sum::<usize>() > MAX_BUNDLE_BYTES {
         return Err(ControlError::SecretsTooLarge(release.app.clone()));

@@ -45,6 +45,7 @@ fn resolved(tag: &str, policy: &str) -> Resolved {
         schema: 1,
         app: shop(),
         services,
+        image_pull_secrets: app.spec.image_pull_secrets.clone(),
     };
     let bytes = release.to_canonical_json();
     Resolved {

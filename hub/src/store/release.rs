@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use foreshore_protocol::manifest::{SecretMount, Service};
+use foreshore_protocol::id::SecretName;
+use foreshore_protocol::manifest::Service;
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 use rusqlite::{Connection, params};
@@ -35,6 +36,8 @@ pub struct Kept {
     pub app: AppName,
     /// Its services, images pinned by digest.
     pub services: BTreeMap<ServiceName, Service>,
+    /// The secrets that its images are pulled with.
+    pub image_pull_secrets: Vec<SecretName>,
 }
 
 impl Kept {
@@ -43,9 +46,11 @@ impl Kept {
         self.services.values().map(|service| &service.image)
     }
 
-    /// The secrets of its services.
-    pub fn secrets(&self) -> impl Iterator<Item = &SecretMount> {
-        self.services.values().flat_map(|service| &service.secrets)
+    /// The secrets of its services, and those that its images are pulled with.
+    pub fn secrets(&self) -> impl Iterator<Item = &SecretName> {
+        let mounts = self.services.values().flat_map(|service| &service.secrets);
+        let names = mounts.map(|mount| &mount.source);
+        names.chain(&self.image_pull_secrets)
     }
 }
 
@@ -62,10 +67,18 @@ pub fn needed(connection: &Connection) -> rusqlite::Result<Vec<Kept>> {
         ))?
         .query_map([1], |row| {
             let (digest, bytes): (Digest, Vec<u8>) = (column::parsed(row, 0)?, row.get(2)?);
-            let release = Release::from_bytes(&bytes, &digest).ok();
+            let app = column::parsed(row, 1)?;
+            let Ok(release) = Release::from_bytes(&bytes, &digest) else {
+                return Ok(Kept {
+                    app,
+                    services: BTreeMap::new(),
+                    image_pull_secrets: Vec::new(),
+                });
+            };
             Ok(Kept {
-                app: column::parsed(row, 1)?,
-                services: release.map(|release| release.services).unwrap_or_default(),
+                app,
+                services: release.services,
+                image_pull_secrets: release.image_pull_secrets,
             })
         })?
         .collect()

@@ -136,12 +136,13 @@ pub fn put_names(
         .services
         .values()
         .flat_map(|service| &service.secrets);
-    for mount in mounts {
+    let names = mounts.map(|mount| &mount.source);
+    for name in names.chain(&release.image_pull_secrets) {
         connection
             .prepare_cached(
                 "INSERT OR IGNORE INTO release_secret (release, secret) VALUES (?1, ?2)",
             )?
-            .execute([digest.to_string().as_str(), mount.source.as_str()])?;
+            .execute([digest.to_string().as_str(), name.as_str()])?;
     }
     Ok(())
 }

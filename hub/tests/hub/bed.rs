@@ -149,6 +149,11 @@ impl Bed {
         bed
     }
 
+    /// Appends to `hub.toml`, for the next [`Self::start_hub`].
+    pub(crate) fn configure_more(&mut self, more: &str) {
+        self.extra.push_str(more);
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }

@@ -7,6 +7,7 @@ mod bed;
 mod device;
 mod images;
 mod leases;
+mod logins;
 mod peers;
 mod push;
 mod remove;

@@ -14,8 +14,8 @@ use crate::images::blobs;
 const OCI: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// A registry of the test's own, which counts what it is asked and stops where it is told.
-struct Upstream {
-    host: String,
+pub(crate) struct Upstream {
+    pub(crate) host: String,
     state: Arc<State>,
 }
 
@@ -26,7 +26,7 @@ struct State {
 }
 
 #[derive(Default)]
-struct Inner {
+pub(crate) struct Inner {
     /// By path.
     content: BTreeMap<String, (String, Vec<u8>)>,
     asked: Vec<String>,
@@ -38,10 +38,12 @@ struct Inner {
     status: Option<u16>,
     /// Bytes of blobs that were sent.
     sent: usize,
+    /// Who may ask: the values of `Authorization`; anybody when there are none.
+    pub(crate) admitted: Vec<String>,
 }
 
 impl Upstream {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let state = Arc::new(State::default());
@@ -55,7 +57,7 @@ impl Upstream {
         Self { host, state }
     }
 
-    fn change(&self, change: impl FnOnce(&mut Inner)) {
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Inner)) {
         change(&mut self.state.inner.lock().unwrap());
         self.state.news.notify_all();
     }
@@ -75,7 +77,7 @@ impl Upstream {
     }
 
     /// An image of one layer under `app:tag`: manifest and layer.
-    fn image(&self, tag: &str, layer: &[u8]) -> (String, Digest) {
+    pub(crate) fn image(&self, tag: &str, layer: &[u8]) -> (String, Digest) {
         let config = json!({"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": [Digest::of(layer)]}}).to_string();
         let of = |kind: &str, bytes: &[u8]| json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": Digest::of(bytes), "size": bytes.len()});
         let document = json!({
@@ -101,7 +103,7 @@ impl Upstream {
         (document, Digest::of(layer))
     }
 
-    fn configuration(&self, more: &str) -> String {
+    pub(crate) fn configuration(&self, more: &str) -> String {
         format!(
             "[registry]\n{more}\n[registry.upstreams.up]\nhost = \"{0}\"\n[registry.upstreams.\"{0}\"]\n[registries.\"{0}\"]\nplain_http = true\n",
             self.host
@@ -117,6 +119,7 @@ impl State {
         };
         let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
         let mut from = 0;
+        let mut authorization = String::new();
         for line in lines
             .map_while(Result::ok)
             .take_while(|line| !line.is_empty())
@@ -124,6 +127,18 @@ impl State {
             if let Some(range) = line.to_ascii_lowercase().strip_prefix("range: bytes=") {
                 from = range.trim_end_matches('-').parse().unwrap();
             }
+            if let Some((name, value)) = line.split_once(": ")
+                && name.eq_ignore_ascii_case("authorization")
+            {
+                value.clone_into(&mut authorization);
+            }
+        }
+        let admitted = self.inner.lock().unwrap().admitted.clone();
+        if !admitted.is_empty() && !admitted.contains(&authorization) {
+            let head = "HTTP/1.1 401 X\r\nConnection: close\r\nWWW-Authenticate: Basic realm=x\r\nContent-Length: 0\r\n\r\n";
+            let mut stream = stream;
+            _ = stream.write_all(head.as_bytes());
+            return;
         }
         // The hub may have gone away: then nobody is interested in this answer.
         _ = self.answer(stream, &path, from);

@@ -314,7 +314,7 @@ impl Client {
 }
 
 /// Where the registry that references call `host` is.
-fn default_url(host: &str, plain_http: bool) -> String {
+pub(super) fn default_url(host: &str, plain_http: bool) -> String {
     match (host, plain_http) {
         (DEFAULT_HOST, _) => "https://registry-1.docker.io".to_owned(),
         (host, true) => format!("http://{host}"),

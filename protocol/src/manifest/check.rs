@@ -9,7 +9,7 @@ use std::fmt::Display;
 
 use super::{
     App, Condition, Kind, Logging, Probe, ProbeAction, RestartPolicy, RolloutPolicy, SECRETS_DIR,
-    Service, VolumeSource, WaveTarget,
+    Service, VolumeSource, WaveTarget, pull_secret,
 };
 use crate::Digest;
 use crate::id::ServiceName;
@@ -73,7 +73,7 @@ pub struct Violation {
     pub message: String,
 }
 
-pub(super) type Checked = Result<(), Violation>;
+pub(crate) type Checked = Result<(), Violation>;
 
 fn refuse(path: impl Display, message: impl Into<String>) -> Checked {
     Err(Violation {
@@ -82,7 +82,7 @@ fn refuse(path: impl Display, message: impl Into<String>) -> Checked {
     })
 }
 
-pub(super) fn ensure(holds: bool, path: impl Display, message: impl FnOnce() -> String) -> Checked {
+pub(crate) fn ensure(holds: bool, path: impl Display, message: impl FnOnce() -> String) -> Checked {
     if holds {
         Ok(())
     } else {
@@ -109,6 +109,7 @@ pub(super) fn app(app: &App) -> Checked {
     dependencies("spec.services", &spec.services)?;
     configs(app)?;
     secrets(app)?;
+    pull_secret::check("spec.imagePullSecrets", &spec.image_pull_secrets)?;
     rollout(&spec.rollout)?;
     size(app)
 }
@@ -911,6 +912,7 @@ fn size(app: &App) -> Checked {
         schema: 1,
         app: app.metadata.name.clone(),
         services: app.spec.resolved(),
+        image_pull_secrets: app.spec.image_pull_secrets.clone(),
     };
     let size = release.to_canonical_json().len() + GROWTH * app.spec.services.len();
     ensure(size <= MAX_RELEASE_BYTES, "spec.services", || {

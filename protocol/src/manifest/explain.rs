@@ -260,7 +260,7 @@ fn app_key(key: &str) -> Option<&'static str> {
         "name" => "belongs under `metadata`",
         "version" => "is Compose's; write `apiVersion: foreshore/v1` and `kind: App`",
         "volumes" => "is not needed; a named volume exists once a service mounts it",
-        "configs" | "secrets" => "belongs under `spec`",
+        "configs" | "secrets" | "imagePullSecrets" => "belongs under `spec`",
         "networks" | "include" => NOT_BUILT,
         "status" => "is not for users to write; remove it",
         _ => return None,
@@ -325,6 +325,7 @@ fn service_key(key: &str) -> Option<&'static str> {
         "imagePullPolicy" | "pull_policy" => {
             "is not needed; images are pinned by digest when the manifest is applied"
         }
+        "imagePullSecrets" => "belongs under `spec`, for all services of the app",
         "container_name" | "name" => "is not needed; containers are named after app and service",
         "scale" | "replicas" => "does not exist; every selected device runs each service once",
         "network" => "does not exist; use `network_mode`",

@@ -11,6 +11,7 @@ use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use super::check::{self, Violation};
 use super::config::{self, ConfigMount};
 use super::explain::syntax;
+use super::pull_secret;
 use super::secret::{self, SecretMount};
 use super::{
     Amount, App, Condition, Dependencies, Dependency, DisruptionBudget, Tmpfs, VolumeMount,
@@ -298,6 +299,14 @@ pub(super) fn secrets<'de, D: Deserializer<'de>>(
 ) -> Result<Vec<SecretMount>, D::Error> {
     let expected = "the name of a secret, or a map such as {source: NAME, target: FILE}";
     names_or_maps::<D, SecretName, secret::Long, _>(deserializer, expected)
+}
+
+/// `imagePullSecrets:` of an app: a list of names, or of maps.
+pub(super) fn pull_secrets<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<SecretName>, D::Error> {
+    let expected = "the name of a secret, or a map {name: NAME}";
+    names_or_maps::<D, SecretName, pull_secret::Long, _>(deserializer, expected)
 }
 
 fn names_or_maps<'de, D, Short, Long, T>(

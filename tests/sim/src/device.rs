@@ -507,6 +507,7 @@ impl Device {
                 service: None,
                 message: message.to_owned(),
             },
+            logins: BTreeMap::new(),
         };
         if !registry {
             return failed(

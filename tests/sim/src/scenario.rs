@@ -309,6 +309,7 @@ fn compose(app: &AppName, images: &BTreeMap<&str, u64>, shape: Shape) -> Release
         schema: 1,
         app: app.clone(),
         services: app_manifest.spec.services,
+        image_pull_secrets: Vec::new(),
     }
 }
 

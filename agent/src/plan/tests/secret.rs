@@ -189,3 +189,99 @@ fn services_that_depend_on_each_other_are_restarted_in_order() {
         assert_eq!(revision_of(&world, service, "pin"), Some(2));
     }
 }
+
+/// A release of `web` whose images are pulled with `login`.
+fn private(seed: u32) -> Release {
+    let mut release = web(seed, &[]);
+    release.image_pull_secrets = vec!["login".parse().unwrap()];
+    release
+}
+
+fn is_staging(plan: &Plan) -> bool {
+    matches!(plan.steps[..], [Step::Stage { .. }])
+}
+
+#[test]
+fn a_refused_pull_goes_on_at_once_when_its_secret_changes() {
+    let mut world = settled(&web(1, &[]));
+    world.registry = Some(ReasonCode::ImageNotFound);
+    set(&mut world, "login", 1);
+    set(&mut world, "other", 1);
+    let digest = world.assign(&private(2));
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Blocked);
+    let failures = |world: &World| world.history.staging[&digest].failures;
+    let before = failures(&world);
+    assert!(before > 2);
+    // Another secret is none of its business.
+    world.now.ms = world.now.ms.plus(1);
+    set(&mut world, "other", 2);
+    assert!(!is_staging(&world.turn(0)));
+    set(&mut world, "login", 2);
+    assert!(is_staging(&world.turn(1)));
+    // Once: the new value was of no use either.
+    assert_eq!(failures(&world), before + 1);
+    assert!(!is_staging(&world.turn(0)));
+    world.registry = None;
+    set(&mut world, "login", 3);
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    assert_eq!(world.status("shop").running, Some(digest));
+    // From now on it is nothing to what runs.
+    let (started, stopped) = (world.started.len(), world.stopped.len());
+    set(&mut world, "login", 4);
+    let plan = world.run(HOUR);
+    assert_eq!((plan.steps, plan.wake_at), (vec![], None));
+    assert_eq!(
+        (world.started.len(), world.stopped.len()),
+        (started, stopped)
+    );
+    assert_eq!(world.renewed, vec![]);
+}
+
+#[test]
+fn a_pull_under_way_with_an_old_secret_is_tried_again_with_the_new_one() {
+    let mut world = settled(&web(1, &[]));
+    set(&mut world, "login", 1);
+    let release = world.assign(&private(2));
+    world.turn(usize::MAX);
+    assert!(is_staging(&world.turn(0)));
+    // It began with 1, and ends when 2 is there already.
+    set(&mut world, "login", 2);
+    let failed = Outcome::StagingFailed {
+        release,
+        reason: Reason::new(ReasonCode::ImageNotFound, None, "no"),
+        logins: [("login".parse().unwrap(), 1)].into(),
+    };
+    world.history.record(&failed, world.now);
+    assert!(is_staging(&world.turn(0)));
+}
+
+#[test]
+fn images_wait_for_the_secret_they_are_pulled_with_and_those_that_are_here_do_not() {
+    let mut world = settled(&web(1, &[]));
+    let digest = world.assign(&private(2));
+    world.run(HOUR);
+    let status = world.status("shop");
+    assert_eq!(status.phase, Phase::Blocked);
+    let why = status.reason.unwrap();
+    assert_eq!(why.code, ReasonCode::SecretMissing);
+    assert!(why.message.contains("secret login"), "{why:?}");
+    set(&mut world, "login", 1);
+    world.run(HOUR);
+    assert_eq!(world.status("shop").running, Some(digest));
+
+    let mut world = settled(&web(1, &[]));
+    // Of the same images.
+    let mut release = web(1, &[]);
+    release.image_pull_secrets = vec!["login".parse().unwrap()];
+    let digest = world.assign(&release);
+    let (started, stopped) = (world.started.len(), world.stopped.len());
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
+    assert_eq!(world.status("shop").running, Some(digest));
+    assert_eq!(
+        (world.started.len(), world.stopped.len()),
+        (started, stopped)
+    );
+}
