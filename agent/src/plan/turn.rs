@@ -36,8 +36,7 @@ pub(super) fn waits(
     history: &AppHistory,
     desired: &HeadApp,
 ) -> Option<Reason> {
-    // Assigned again what runs already, nothing is disrupted.
-    if draft.budgets.is_empty() || history.current == Some(desired.release) {
+    if draft.budgets.is_empty() || goes_on(history, desired) {
         return None;
     }
     let wish = TurnWish {
@@ -54,6 +53,14 @@ pub(super) fn waits(
         Some(turn) if draft.is_later(turn.until) => None,
         Some(_) | None => Some(reason(ReasonCode::WaitsForTurn, None, &why(draft.budgets))),
     }
+}
+
+/// Whether nothing is disrupted: what is assigned runs already and is good, or is being switched to. One that failed is tried
+/// anew like any other.
+fn goes_on(history: &AppHistory, desired: &HeadApp) -> bool {
+    let good = history.last_known_good.as_ref();
+    history.current == Some(desired.release)
+        && (history.trial.is_some() || good.is_some_and(|good| good.release == desired.release))
 }
 
 fn why(budgets: &[BudgetGroup]) -> String {

@@ -143,6 +143,20 @@ fn a_first_installation_takes_a_turn_too_and_a_removal_does_not() {
 }
 
 #[test]
+fn a_release_that_failed_takes_a_turn_to_be_tried_again() {
+    let bad = web("never-ready", 1);
+    let mut world = World::new();
+    world.set_budget(true);
+    world.assign(&bad);
+    world.grant(&shop(), HOUR);
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Failed);
+    world.assign(&bad);
+    world.run(1_000);
+    assert_eq!(world.phase("shop"), Phase::Waiting);
+}
+
+#[test]
 fn an_app_that_holds_its_update_lock_lets_others_have_its_turn() {
     let mut locking = always("good", 1);
     locking.update_lock = true;
