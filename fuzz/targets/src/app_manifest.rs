@@ -1,8 +1,8 @@
-//! App manifests, YAML and JSON, and the releases that are made of them.
+//! Manifests of apps and disruption budgets, YAML and JSON, and the releases that are made of apps.
 
 use std::collections::BTreeMap;
 
-use foreshore_protocol::manifest::{self, App, ManifestError};
+use foreshore_protocol::manifest::{self, App, Manifest, ManifestError};
 use foreshore_protocol::release::{MAX_RELEASE_BYTES, Release, ReleaseError};
 
 use crate::{accepted, memory};
@@ -16,12 +16,34 @@ const PIN: &str =
 /// # Panics
 /// When it does not come back as written, no release can be made of it, an error names no place, or it takes too much memory.
 pub fn run(bytes: &[u8]) {
-    match memory::within((1 << 20) + 256 * bytes.len(), || manifest::parse(bytes)) {
-        Ok(app) => {
+    // Which kind it is may be looked for first, in a document that is then thrown away.
+    let any = memory::within((1 << 20) + 256 * bytes.len(), || manifest::parse_any(bytes));
+    let app = manifest::parse(bytes);
+    let budget = manifest::parse_budget(bytes);
+    match &any {
+        Ok(Manifest::App(found)) => {
             accepted();
-            taken(&app);
+            assert_eq!(app.as_ref().ok(), Some(&**found));
+            assert!(budget.is_err(), "it is of two kinds");
+            taken(found);
         }
-        Err(error) => refused(bytes, &error),
+        Ok(Manifest::DisruptionBudget(found)) => {
+            accepted();
+            assert_eq!(budget.as_ref().ok(), Some(found));
+            assert!(app.is_err(), "it is of two kinds");
+            let written = serde_json::to_vec(found).expect("a budget can be written");
+            assert_eq!(manifest::parse_budget(&written).ok().as_ref(), Some(found));
+        }
+        Err(error) => {
+            assert!(
+                app.is_err() && budget.is_err(),
+                "it is of a kind and refused"
+            );
+            refused(bytes, error);
+        }
+    }
+    for error in [app.err(), budget.err()].iter().flatten() {
+        refused(bytes, error);
     }
 }
 

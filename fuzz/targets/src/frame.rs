@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use foreshore_protocol::api::PullView;
 use foreshore_protocol::frame::{self, HEADER_LEN, MAX_FRAME_BYTES, Message};
 use foreshore_protocol::message::{
-    Beacon, Command, Event, Head, HubInfo, Presence, PullProgress, Reported,
+    Beacon, Command, Event, Head, HubInfo, Lease, LeaseRequest, Presence, PullProgress, Reported,
 };
 use foreshore_protocol::secret::{DeviceKey, SealedSecrets};
 
@@ -19,18 +19,25 @@ const MEMORY_MAX: usize = 4 << 20;
 /// # Panics
 /// When two messages are in it, one does not come back as written, or it takes too much memory.
 pub fn run(bytes: &[u8]) {
-    let found = [
+    let found = found(bytes);
+    assert!(found.iter().filter(|found| **found).count() <= 1);
+}
+
+/// Which of the messages it is.
+fn found(bytes: &[u8]) -> [bool; 11] {
+    [
         message::<Head>(bytes).is_some(),
         message::<Command>(bytes).is_some(),
         message::<Beacon>(bytes).is_some(),
         message::<Presence>(bytes).is_some(),
         message::<Event>(bytes).is_some(),
         message::<HubInfo>(bytes).is_some(),
+        message::<LeaseRequest>(bytes).is_some(),
+        message::<Lease>(bytes).is_some(),
         reported(bytes),
         pull(bytes),
         sealed(bytes),
-    ];
-    assert!(found.iter().filter(|found| **found).count() <= 1);
+    ]
 }
 
 fn message<M: Message + PartialEq + Debug>(bytes: &[u8]) -> Option<M> {
@@ -92,5 +99,19 @@ pub fn repair(bytes: &mut [u8]) {
     if bytes.len() >= HEADER_LEN {
         let (header, body) = bytes.split_at_mut(HEADER_LEN);
         header[5..].copy_from_slice(&crc32fast::hash(body).to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_message_is_among_them() {
+        assert_eq!(
+            found(b"").len(),
+            usize::from(frame::MAX_SCHEMA),
+            "a message is missing above"
+        );
     }
 }
