@@ -21,6 +21,12 @@ pub fn run(bytes: &[u8]) {
     if whole.0.len() > 1 && whole.1.is_none() {
         accepted();
     }
+    let twice = 2 * whole.0.len() as u64;
+    if whole.1.is_none() && bytes.len() >= 4 && twice < READ_MAX {
+        // Members and frames follow each other, as some tools write them.
+        let again = read(&[bytes, bytes].concat()[..], READ_MAX);
+        assert_eq!(again, (whole.0.repeat(2), None), "what follows is not read");
+    }
     if whole.0.len() <= 16 << 10 {
         let pieces = read(FourAtOnce(bytes), READ_MAX);
         // How much comes out before a fault is found is left open.

@@ -44,6 +44,9 @@ fn message<M: Message + PartialEq + Debug>(bytes: &[u8]) -> Option<M> {
     let message = memory::within(MEMORY_MAX, || frame::decode::<M>(bytes)).ok()?;
     accepted();
     assert!(bytes.len() <= MAX_FRAME_BYTES);
+    let mut right = bytes.to_vec();
+    repair(&mut right);
+    assert_eq!(right, bytes, "its checksum is wrong");
     let written = frame::encode(&message);
     assert!(
         written.len() <= bytes.len(),

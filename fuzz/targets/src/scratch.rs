@@ -5,8 +5,16 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-/// Stands in the canary and nowhere else.
-pub const MARK: &str = "the canary sings of 7c1fe2a9d04b";
+/// Stands in the canary's files again and again, and nowhere else.
+pub const MARK: &str = "the canary sings";
+
+/// Whether there is something of the canary in it.
+#[must_use]
+pub fn sings(bytes: &[u8]) -> bool {
+    bytes
+        .windows(MARK.len())
+        .any(|part| part == MARK.as_bytes())
+}
 
 /// The environment variable that names the directory to make it in.
 pub const DIRECTORY: &str = "FORESHORE_FUZZ_SCRATCH";
@@ -42,7 +50,7 @@ impl Scratch {
             fs::create_dir_all(path).expect("a directory can be made");
         }
         for name in ["file", "inner/file"] {
-            fs::write(canary.join(name), MARK).expect("a file can be written");
+            fs::write(canary.join(name), MARK.repeat(8)).expect("a file can be written");
             let mode = fs::Permissions::from_mode(0o640);
             fs::set_permissions(canary.join(name), mode).expect("a mode can be set");
         }

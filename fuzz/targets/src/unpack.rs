@@ -2,6 +2,7 @@
 
 use std::cell::OnceCell;
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, symlink};
 use std::path::Path;
 
@@ -11,7 +12,7 @@ use foreshore_images::unpack::job::{Job, LowerLayer, Paths, perform};
 use foreshore_images::unpack::{Budget, Unpacked};
 
 use crate::accepted;
-use crate::scratch::{self, MARK, Scratch};
+use crate::scratch::{self, Scratch};
 
 /// What a layer may take here.
 const BUDGET: Budget = Budget {
@@ -84,11 +85,18 @@ fn within(scratch: &Scratch, bytes: &[u8]) {
         "{} bytes came of it",
         tree.bytes
     );
+    let mut stream = Vec::new();
+    let inflated = decompress(bytes).and_then(|inflated| {
+        let mut inflated = inflated.take(STREAM_MAX);
+        inflated.read_to_end(&mut stream)
+    });
+    assert!(
+        !tree.sings || scratch::sings(&stream),
+        "it holds a file of the canary"
+    );
     if let Ok((unpacked, diff_id)) = outcome {
         accepted();
-        let mut stream = Vec::new();
-        let mut inflated = decompress(bytes).expect("it was inflated before");
-        std::io::Read::read_to_end(&mut inflated, &mut stream).expect("it was inflated before");
+        inflated.expect("it was inflated before");
         assert_eq!(diff_id, Digest::of(&stream), "it was called what it is not");
         check(&unpacked, &lower);
     }
@@ -112,7 +120,10 @@ fn check(unpacked: &Unpacked, lower: &Path) {
 /// What a tree has.
 #[derive(Default)]
 struct Tree {
+    /// Of files, those with several names once.
     bytes: u64,
+    /// A file holds something of the canary.
+    sings: bool,
 }
 
 impl Tree {
@@ -137,10 +148,7 @@ impl Tree {
             if kind.is_file() && inodes.insert(meta.ino()) {
                 tree.bytes += meta.size();
                 let content = fs::read(&path).expect("it can be read");
-                let known = content
-                    .windows(MARK.len())
-                    .any(|part| part == MARK.as_bytes());
-                assert!(!known, "{} is the canary's", path.display());
+                tree.sings |= scratch::sings(&content);
             }
             if kind.is_dir() {
                 let below = fs::read_dir(&path).expect("it can be listed");
