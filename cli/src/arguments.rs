@@ -160,6 +160,20 @@ Examples:
         name: String,
     },
 
+    /// Show why a device runs what it runs, and what it waits for
+    #[command(after_help = "\
+Each line is one link from what was applied to what the device does; `waits for` says what must happen next.
+
+Example:
+  foreshore explain device gw-3")]
+    Explain {
+        /// What kind of thing; only devices are explained
+        #[arg(value_enum)]
+        kind: LabelKind,
+        /// The device
+        name: DeviceId,
+    },
+
     /// Delete an app from the fleet or a disruption budget, or forget a device that is gone
     #[command(after_help = "\
 Deleting an app stops and removes its containers on every device; named volumes stay on the devices.
@@ -220,7 +234,7 @@ Examples:
     #[command(subcommand)]
     Secret(Secret),
 
-    /// Trust a device's new key
+    /// Hold a device, release it, or trust its new key
     #[command(subcommand)]
     Device(Device),
 
@@ -335,7 +349,7 @@ pub(crate) enum Rollout {
     /// Show an app's newest rollout, or follow it to its end
     #[command(after_help = "\
 Ends with 0 when it completed (or still runs, without -w), 3 when it was aborted, rolled back or
-superseded, 4 when it is paused, 6 when --timeout passed first. With -w it goes on through hub
+superseded, 4 when it is paused or a wave waits for an approval, 6 when --timeout passed first. With -w it goes on through hub
 restarts; progress bars on a terminal, one line per change elsewhere, one JSON object per change
 with -o json.
 
@@ -360,10 +374,34 @@ Examples:
         /// The app
         app: AppName,
     },
-    /// Go on after a pause
+    /// Go on after a pause; a scheduled rollout begins now
     Resume {
         /// The app
         app: AppName,
+    },
+    /// Let the wave go by that waits for an approval
+    #[command(after_help = "\
+A wave waits when its manifest says `approval: true` and its gates are passed; `rollout status` shows it.
+
+Example:
+  foreshore rollout approve gateway")]
+    Approve {
+        /// The app
+        app: AppName,
+    },
+    /// Try failed devices again
+    #[command(after_help = "\
+They count as failed again only when they fail again. Resuming a rollout that failures stopped does the same.
+
+Examples:
+  foreshore rollout retry gateway
+  foreshore rollout retry gateway --device gw-3")]
+    Retry {
+        /// The app
+        app: AppName,
+        /// Only this device
+        #[arg(long)]
+        device: Option<DeviceId>,
     },
     /// End it where it is: devices that have the release keep it
     Abort {
@@ -530,6 +568,26 @@ another device under the same name, gets no secrets until this is run. `foreshor
 Example:
   foreshore device trust-key gw-3")]
     TrustKey {
+        /// The device
+        name: DeviceId,
+    },
+    /// Let no rollout change a device until it is released
+    #[command(after_help = "\
+What runs there goes on, and what began already ends. Rollouts count it as deferred and go on without it.
+A rollback of a change that the device has had still reaches it.
+
+Examples:
+  foreshore device hold gw-3 --reason 'recording until Friday'
+  foreshore device release gw-3")]
+    Hold {
+        /// The device
+        name: DeviceId,
+        /// Why, for other people
+        #[arg(long, default_value = "")]
+        reason: String,
+    },
+    /// Let rollouts change a device again
+    Release {
         /// The device
         name: DeviceId,
     },

@@ -8,6 +8,7 @@ mod delta;
 mod describe;
 mod device;
 mod events;
+mod explain;
 mod get;
 mod image;
 mod label;
@@ -38,6 +39,7 @@ pub(crate) fn run(arguments: &Arguments) -> Outcome {
         Command::Apply(files) => apply::run(&hub()?, files, format, out),
         Command::Get(get) => get::run(&hub()?, get, format, out),
         Command::Describe { kind, name } => describe::run(&hub()?, *kind, name, format, out),
+        Command::Explain { kind: _, name } => explain::run(&hub()?, name, format, out),
         Command::Delete { kind, name, yes } => delete::run(&hub()?, *kind, name, *yes, out),
         Command::Label {
             kind: _,

@@ -7,7 +7,7 @@ use foreshore_protocol::api::{
 use foreshore_protocol::message::Phase;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::output::{elapsed, printable, word};
+use crate::output::{elapsed, printable, timestamp, word};
 use crate::pulling;
 
 /// How many devices of a wave are named while it is open.
@@ -20,6 +20,14 @@ pub(crate) fn current_wave(rollout: &RolloutView) -> Option<&WaveView> {
         .iter()
         .rev()
         .find(|wave| wave.state != WaveState::Pending)
+}
+
+/// Whether a wave of it waits for an operator.
+pub(crate) fn awaits_approval(rollout: &RolloutView) -> bool {
+    rollout
+        .waves
+        .iter()
+        .any(|wave| wave.state == WaveState::AwaitingApproval)
 }
 
 /// The state of one device's part, in one word.
@@ -46,6 +54,7 @@ pub(crate) fn headline(rollout: &RolloutView, now_ms: u64) -> String {
             .saturating_sub(rollout.created_ms),
     );
     let verb = match rollout.state {
+        RolloutState::Scheduled => "scheduled for",
         RolloutState::Running => "running for",
         RolloutState::Paused => "paused after",
         RolloutState::Completed => "completed in",
@@ -54,6 +63,10 @@ pub(crate) fn headline(rollout: &RolloutView, now_ms: u64) -> String {
         RolloutState::RolledBack => "rolled back after",
         RolloutState::RollbackPaused => "rollback paused after",
         RolloutState::Superseded => "superseded after",
+    };
+    let took = match (rollout.state, rollout.start_at_ms) {
+        (RolloutState::Scheduled, Some(at)) => timestamp(at),
+        _ => took,
     };
     let message = rollout
         .message
@@ -82,11 +95,43 @@ pub(crate) fn wave_line(rollout: &RolloutView, wave: &WaveView, now_ms: u64) -> 
     {
         text.push_str(&format!(" for {}", elapsed(until.saturating_sub(now_ms))));
     }
-    let busy: Vec<&AssignmentView> = rollout
-        .assignments
-        .iter()
-        .filter(|part| part.wave == wave.ordinal && is_notable(part.state))
-        .collect();
+    if wave.state == WaveState::AwaitingApproval {
+        text.push_str(&format!(
+            "; `foreshore rollout approve {}` lets it go by",
+            rollout.app
+        ));
+    } else if wave.needs_approval && wave.state != WaveState::Failed {
+        text.push_str(", then approval");
+    }
+    let here = |part: &&AssignmentView| part.wave == wave.ordinal && !part.tail;
+    text.push_str(&named(rollout.assignments.iter().filter(here)));
+    text
+}
+
+/// Those that come after the last wave, if there are any.
+pub(crate) fn tail_line(rollout: &RolloutView) -> Option<String> {
+    let tail = rollout.tail.as_ref()?;
+    let mut text = format!("{}/{} after the last wave", tail.succeeded, tail.devices);
+    if tail.failed > 0 {
+        text.push_str(&format!(", {} failed", tail.failed));
+    }
+    if tail.deferred > 0 {
+        text.push_str(&format!(", {} deferred", tail.deferred));
+    }
+    if tail.stopped {
+        text.push_str(&format!(
+            ", stopped; `foreshore rollout resume {}` goes on",
+            rollout.app
+        ));
+    }
+    text.push_str(&named(rollout.assignments.iter().filter(|part| part.tail)));
+    Some(text)
+}
+
+/// The devices among these that are in the middle of something.
+fn named<'a>(parts: impl Iterator<Item = &'a AssignmentView>) -> String {
+    let mut text = String::new();
+    let busy: Vec<&AssignmentView> = parts.filter(|part| is_notable(part.state)).collect();
     let named: Vec<String> = busy
         .iter()
         .take(NAMED)
@@ -140,9 +185,13 @@ pub(crate) fn changes(old: Option<&RolloutView>, new: &RolloutView) -> Vec<Strin
                 .message
                 .as_ref()
                 .map_or_else(String::new, |message| format!(": {message}"));
+            let place = if part.tail {
+                "tail".to_owned()
+            } else {
+                format!("wave {}", part.wave)
+            };
             lines.push(format!(
-                "  wave {} {}: {}{message}",
-                part.wave,
+                "  {place} {}: {}{message}",
                 part.device,
                 state_word(part.state)
             ));
@@ -215,7 +264,7 @@ impl Bars {
             let colour = match wave.state {
                 WaveState::Pending | WaveState::Skipped => "dim",
                 WaveState::Open => "cyan",
-                WaveState::Baking => "yellow",
+                WaveState::Baking | WaveState::AwaitingApproval => "yellow",
                 WaveState::Passed => "green",
                 WaveState::Failed => "red",
             };
@@ -238,7 +287,7 @@ impl Bars {
         self.show(rollout, now_ms);
         let mark = match rollout.state {
             RolloutState::Completed => "✔",
-            RolloutState::Running | RolloutState::RollingBack => "…",
+            RolloutState::Scheduled | RolloutState::Running | RolloutState::RollingBack => "…",
             RolloutState::Paused | RolloutState::RollbackPaused => "‖",
             RolloutState::Aborted | RolloutState::RolledBack | RolloutState::Superseded => "✘",
         };
@@ -259,6 +308,8 @@ pub(crate) mod samples;
 
 #[cfg(test)]
 mod tests {
+    use foreshore_protocol::api::TailView;
+
     use super::*;
 
     #[test]
@@ -279,6 +330,45 @@ mod tests {
         rollout.waves[1].state = WaveState::Baking;
         rollout.waves[1].bake_until_ms = Some(samples::NOW_MS + 2500);
         insta::assert_snapshot!(wave_line(&rollout, &rollout.waves[1], samples::NOW_MS));
+    }
+
+    #[test]
+    fn a_wave_that_waits_for_approval_says_how_to_give_it() {
+        let mut rollout = samples::rollout();
+        rollout.waves[1].needs_approval = true;
+        let line = |rollout: &RolloutView| wave_line(rollout, &rollout.waves[1], samples::NOW_MS);
+        assert!(
+            line(&rollout).contains(", then approval"),
+            "{}",
+            line(&rollout)
+        );
+        assert!(!awaits_approval(&rollout));
+        rollout.waves[1].state = WaveState::AwaitingApproval;
+        let said = line(&rollout);
+        assert!(
+            said.contains("`foreshore rollout approve gateway`"),
+            "{said}"
+        );
+        assert!(awaits_approval(&rollout));
+    }
+
+    #[test]
+    fn those_after_the_last_wave_are_told_apart() {
+        let mut rollout = samples::rollout();
+        assert_eq!(tail_line(&rollout), None);
+        rollout.assignments[4].tail = true;
+        rollout.assignments[4].state = AssignmentState::Offered;
+        rollout.tail = Some(TailView {
+            devices: 3,
+            succeeded: 1,
+            failed: 1,
+            deferred: 0,
+            stopped: true,
+        });
+        assert_eq!(
+            tail_line(&rollout).unwrap(),
+            "1/3 after the last wave, 1 failed, stopped; `foreshore rollout resume gateway` goes on  gw-4 offered"
+        );
     }
 
     #[test]
@@ -311,6 +401,7 @@ mod tests {
             rollout.assignments.push(AssignmentView {
                 device: format!("gw-{number}").parse().unwrap(),
                 wave: 2,
+                tail: false,
                 state: AssignmentState::Offered,
                 message: None,
                 pull: None,

@@ -103,6 +103,9 @@ pub fn router(api: Api) -> Router {
         )
         .route("/devices/{device}/labels", patch(devices::label))
         .route("/devices/{device}/trust-key", post(devices::trust_key))
+        .route("/devices/{device}/explain", get(devices::explain))
+        .route("/devices/{device}/hold", post(devices::hold))
+        .route("/devices/{device}/release", post(devices::release))
         .route("/secrets", get(secrets::list))
         .route(
             "/secrets/{secret}",
@@ -122,6 +125,8 @@ pub fn router(api: Api) -> Router {
         .route("/rollouts/{id}/pause", post(rollouts::pause))
         .route("/rollouts/{id}/resume", post(rollouts::resume))
         .route("/rollouts/{id}/abort", post(rollouts::abort))
+        .route("/rollouts/{id}/approve", post(rollouts::approve))
+        .route("/rollouts/{id}/retry", post(rollouts::retry))
         .route(
             "/rollouts/{id}/override-locks",
             post(rollouts::override_locks),

@@ -37,6 +37,7 @@ use crate::store::{self, Store, StoreError};
 pub mod apps;
 pub mod change;
 pub mod disruption_budgets;
+pub mod explain;
 pub mod images;
 pub mod ingest;
 pub mod leases;
@@ -446,11 +447,14 @@ impl Controller {
     pub async fn round(&self) -> Result<Option<UnixMs>, ControlError> {
         let dirty = std::mem::take(&mut *lock(&self.inner.dirty));
         let again = dirty.clone();
-        let due = self.change(|change| Ok(store::rollout::due(change.connection, change.now)?.0));
-        let due = due
+        let apps = self.change(move |change| {
+            let (due, _) = store::rollout::due(change.connection, change.now)?;
+            let apps: BTreeSet<AppName> = dirty.into_iter().chain(due).collect();
+            Ok(store::rollout::by_precedence(change.connection, apps)?)
+        });
+        let apps = apps
             .await
             .inspect_err(|_| lock(&self.inner.dirty).extend(again))?;
-        let apps: BTreeSet<AppName> = dirty.into_iter().chain(due).collect();
         let mut failed = false;
         for app in apps {
             // Each in its own transaction: one that cannot be advanced stops no other app.

@@ -10,10 +10,10 @@
 //! ```text
 //! Rollout::open(Opening) -> Rollout                                  state Running; waves cut; nothing offered yet
 //! advance(&Rollout, &Fleet, now) -> Step { actions, wake_at }        on news of its devices, and at wake_at
-//! command::pause | resume | abort | supersede (&Rollout) -> Result<Vec<Action>, Refused>
+//! command::pause | resume | approve | retry | abort | supersede (&Rollout) -> Result<Vec<Action>, Refused>
 //! command::undo_target(&Rollout) -> Result<Digest, Refused>          the release a new rollout goes back to
 //! Rollout::apply(&mut self, &Action, written: Option<Version>, now) -> Touched
-//!     for each action in order; `written` is the version under which an Offer, OfferLater or Restore was
+//!     for each action in order; `written` is the version under which an Offer or Restore was
 //!     written to the device's desired state (None for the other actions)
 //! budget::Tally::of(&Rollout) / of_wave(&Rollout, ordinal)           counters, recounted
 //! joiner_release(rollouts newest first) -> Option<Placement>         for a device that the app selects later
@@ -28,6 +28,7 @@
 //! | [`budget`] | what failed so far, and when that is too much |
 //! | `rollback` | who goes back, in which order |
 //! | [`command`] | what an operator may ask |
+//! | [`explain`] | why a device is where it is, for people |
 //! | `apply` | what the records look like after an action |
 //! | [`check`] | what must always hold, for tests and the simulator |
 //!
@@ -37,6 +38,7 @@ mod apply;
 pub mod budget;
 pub mod check;
 pub mod command;
+pub mod explain;
 pub mod gates;
 mod observe;
 mod rollback;
@@ -45,14 +47,19 @@ pub mod state;
 mod tests;
 pub mod waves;
 
-use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
-use foreshore_protocol::manifest::OnFailure;
+use std::collections::BTreeSet;
+use std::iter;
 
+use foreshore_protocol::DeviceId;
+use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
+use foreshore_protocol::manifest::{OnFailure, Pace, WaveTarget};
+
+use budget::Part;
 use gates::Gate;
 use observe::Patience;
 pub use state::{
-    Action, Assignment, Cause, Clock, Deferral, Facts, Fleet, Member, Opening, Placement, Policy,
-    Pulse, Refused, Report, Revert, Rollout, StateName, Step, Tick, Touched, UnixMs, Wave,
+    Action, Approval, Assignment, Cause, Clock, Deferral, Facts, Fleet, Member, Opening, Placement,
+    Policy, Pulse, Refused, Report, Revert, Rollout, StateName, Step, Tick, Touched, UnixMs, Wave,
 };
 pub use waves::joiner_release;
 
@@ -86,13 +93,21 @@ struct Work<'a> {
     actions: Vec<Action>,
 }
 
+/// Devices that a fast pace has due within so long may be offered at once, in milliseconds; no more than that is made
+/// up for of a pace that was not used up.
+const PACE_BURST_MS: u64 = 1_000;
+
 impl Work<'_> {
     fn run(&mut self) {
+        if self.rollout.state == RolloutState::Completed {
+            self.tail();
+            return;
+        }
         if self.rollout.state.is_final() {
-            self.observe_late();
             return;
         }
         self.freeze_or_thaw();
+        self.begin();
         self.observe();
         if self.rollout.state == RolloutState::Running {
             self.forward();
@@ -131,8 +146,13 @@ impl Work<'_> {
     }
 
     fn patience(&self) -> Patience {
+        let stands = if self.rollout.state == RolloutState::Completed {
+            self.dark()
+        } else {
+            self.rollout.clock.stopped_at.is_some()
+        };
         Patience {
-            runs: self.settled() && self.rollout.clock.stopped_at.is_none(),
+            runs: self.settled() && !stands,
             silence_counts: self.listened_for(self.rollout.policy.silent_margin_ms),
         }
     }
@@ -153,24 +173,38 @@ impl Work<'_> {
         }
     }
 
-    /// A completed rollout decides nothing, but still records how those ended that were put off. What became of
-    /// a device after another end is for the next rollout to see.
-    fn observe_late(&mut self) {
-        if self.rollout.state != RolloutState::Completed {
+    /// A completed rollout still brings its release to those that come after its last wave, at their own pace and
+    /// against a budget of their own. What became of a device after another end is for the next rollout to see.
+    fn tail(&mut self) {
+        self.observe();
+        if self.rollout.tail_stopped.is_some() || !self.settled() || self.dark() {
             return;
         }
-        let tick = self.tick();
-        let news: Vec<_> = self
-            .rollout
-            .assignments
-            .iter()
-            .filter_map(|(device, assignment)| {
-                let facts = self.fleet.devices.get(device)?;
-                observe::observe_late(&self.rollout, device, assignment, facts, tick)
-            })
-            .collect();
-        for action in news {
-            self.act(action);
+        let budget = self.rollout.policy.tail.failure_budget;
+        if let Some(message) = budget::complaint(&self.rollout, &budget, Part::Tail) {
+            self.act(Action::StopTail {
+                message: Some(message),
+            });
+            return;
+        }
+        self.put_off_the_absent();
+        self.offer(Some(self.rollout.policy.tail.pace));
+    }
+
+    /// A completed rollout has no clock that could stand still while most of the fleet is dark.
+    const fn dark(&self) -> bool {
+        self.fleet.pulse.mostly_dark()
+    }
+
+    /// A scheduled rollout begins when its time has come.
+    fn begin(&mut self) {
+        let due = self.rollout.policy.start_at <= Some(self.now);
+        if self.rollout.state == RolloutState::Scheduled && due {
+            self.act(Action::Enter {
+                state: RolloutState::Running,
+                cause: None,
+                message: None,
+            });
         }
     }
 
@@ -179,7 +213,7 @@ impl Work<'_> {
             return;
         }
         loop {
-            self.put_off_the_offline();
+            self.put_off_the_absent();
             let moved = self
                 .current_wave()
                 .is_some_and(|ordinal| self.move_wave(ordinal));
@@ -190,18 +224,19 @@ impl Work<'_> {
         if self.rollout.state != RolloutState::Running {
             return;
         }
-        self.offer();
+        self.offer(self.rollout.policy.pace);
         self.complete();
     }
 
     fn budget_broke(&mut self) -> bool {
-        let tally = budget::Tally::of(&self.rollout);
-        let Some(broken) =
-            budget::broken(&self.rollout.policy.budget, tally.succeeded, tally.failed)
-        else {
+        let waves = self.rollout.waves.iter().zip(1_u32..);
+        let own = waves.filter_map(|(wave, ordinal)| Some((wave.budget?, Part::Wave(ordinal))));
+        let complaint = iter::once((self.rollout.policy.budget, Part::Whole))
+            .chain(own)
+            .find_map(|(budget, part)| budget::complaint(&self.rollout, &budget, part));
+        let Some(message) = complaint else {
             return false;
         };
-        let message = budget::explain(&self.rollout, broken);
         self.fail(Cause::Budget, message);
         true
     }
@@ -219,6 +254,9 @@ impl Work<'_> {
 
     /// Moves a wave on by one state; false if it waits or the rollout stopped.
     fn move_wave(&mut self, ordinal: u32) -> bool {
+        if self.replace_canaries_of_kinds(ordinal) {
+            return true;
+        }
         let Some(wave) = self.rollout.wave(ordinal) else {
             return false;
         };
@@ -227,7 +265,7 @@ impl Work<'_> {
                 (WaveState::Skipped, None, true)
             }
             WaveState::Pending => (WaveState::Open, None, true),
-            WaveState::Open | WaveState::Baking => {
+            WaveState::Open | WaveState::Baking | WaveState::AwaitingApproval => {
                 match gates::look(&self.rollout, ordinal, wave, self.tick()) {
                     Gate::InProgress => return false,
                     Gate::NoCanary => return self.replace_canaries(ordinal),
@@ -237,6 +275,8 @@ impl Work<'_> {
                     }
                     Gate::Bake(_) if wave.state == WaveState::Baking => return false,
                     Gate::Bake(until) => (WaveState::Baking, Some(until), false),
+                    Gate::Approval if wave.state == WaveState::AwaitingApproval => return false,
+                    Gate::Approval => (WaveState::AwaitingApproval, None, false),
                     Gate::Pass => (WaveState::Passed, None, true),
                 }
             }
@@ -250,42 +290,49 @@ impl Work<'_> {
         moved
     }
 
-    /// Devices of opened waves that are offline and were offered nothing are put off, so that nothing waits for
-    /// them. They hold no slot and are offered the release when they return.
-    fn put_off_the_offline(&mut self) {
-        let offline: Vec<_> = self
-            .rollout
-            .assignments
-            .iter()
-            .filter(|(device, assignment)| {
-                assignment.state == AssignmentState::Planned
-                    && self.opened(assignment.wave)
-                    && !self.online(device)
+    /// Devices of opened waves that are offline or held and were offered nothing are put off, so that nothing
+    /// waits for them. They hold no slot and are offered the release when they return.
+    fn put_off_the_absent(&mut self) {
+        let absent: Vec<_> = self
+            .planned()
+            .filter_map(|(device, _)| {
+                let facts = self.fleet.devices.get(device);
+                let deferral = match facts {
+                    Some(facts) if facts.held => Deferral::Held,
+                    Some(facts) if facts.online => return None,
+                    Some(_) | None => Deferral::Offline,
+                };
+                Some((device.clone(), deferral))
             })
-            .map(|(device, _)| device.clone())
             .collect();
-        for device in offline {
+        for (device, deferral) in absent {
+            let why = match deferral {
+                Deferral::Held => "an operator holds it",
+                Deferral::Offline | Deferral::NotBegun => "it is offline",
+            };
             self.act(Action::Assign {
                 device,
                 state: AssignmentState::Deferred,
-                deferral: Some(Deferral::Offline),
+                deferral: Some(deferral),
                 deadline: None,
-                message: Some("it is offline".to_owned()),
+                message: Some(why.to_owned()),
             });
         }
     }
 
-    fn opened(&self, ordinal: u32) -> bool {
-        self.rollout
-            .wave(ordinal)
-            .is_some_and(|wave| wave.state != WaveState::Pending)
+    /// Those of opened waves, and after the last, that were offered nothing yet.
+    fn planned(&self) -> impl Iterator<Item = (&DeviceId, &Assignment)> {
+        self.rollout.assignments.iter().filter(|(_, assignment)| {
+            assignment.state == AssignmentState::Planned && self.rollout.opened(assignment)
+        })
     }
 
-    fn online(&self, device: &foreshore_protocol::DeviceId) -> bool {
-        self.fleet
-            .devices
-            .get(device)
-            .is_some_and(|facts| facts.online)
+    /// Where canaries are chosen by kind, each kind waits for one of its own.
+    fn replace_canaries_of_kinds(&mut self, ordinal: u32) -> bool {
+        let by_kind = self.rollout.wave(ordinal).is_some_and(|wave| {
+            wave.state == WaveState::Open && matches!(wave.target, WaveTarget::Canary(_))
+        });
+        by_kind && self.replace_canaries(ordinal)
     }
 
     fn replace_canaries(&mut self, ordinal: u32) -> bool {
@@ -299,7 +346,7 @@ impl Work<'_> {
 
     fn fail_wave(&mut self, ordinal: u32) {
         let tally = budget::Tally::of_wave(&self.rollout, ordinal);
-        let first = budget::first_failure(&self.rollout, Some(ordinal));
+        let first = budget::first_failure(&self.rollout, Part::Wave(ordinal));
         let message = format!(
             "every device of wave {ordinal} that tried failed ({}){first}",
             tally.failed
@@ -335,49 +382,71 @@ impl Work<'_> {
         });
     }
 
-    /// Offers the release to as many as `maxUnavailable` allows, oldest wave and lowest rank first; so one that
-    /// was put off in an earlier wave and is back comes before those of the current one.
-    fn offer(&mut self) {
-        let slots = budget::Tally::of(&self.rollout).slots;
-        let free = usize::try_from(self.rollout.policy.max_unavailable.saturating_sub(slots))
-            .unwrap_or(usize::MAX);
-        let mut candidates: Vec<_> = self
+    /// Offers the release to as many as `maxUnavailable` and the pace allow, lowest rank first; so one that was put
+    /// off in an earlier wave and is back comes before those of the current one.
+    fn offer(&mut self, pace: Option<Pace>) {
+        let tally = budget::Tally::of(&self.rollout);
+        let successes = if self.rollout.state == RolloutState::Completed {
+            budget::Tally::of_tail(&self.rollout).succeeded
+        } else {
+            tally.succeeded
+        };
+        let free = self
             .rollout
-            .assignments
-            .iter()
-            .filter(|(device, assignment)| {
-                assignment.state == AssignmentState::Planned
-                    && self.opened(assignment.wave)
-                    && self.online(device)
-            })
-            .map(|(device, assignment)| (assignment.wave, assignment.rank, device.clone()))
+            .policy
+            .max_unavailable
+            .saturating_sub(tally.slots);
+        let candidates: BTreeSet<_> = self
+            .candidates()
+            .map(|(device, assignment)| (assignment.rank, device.clone()))
             .collect();
-        candidates.sort_unstable();
         let placement = self.rollout.placement();
-        for (_, _, device) in candidates.into_iter().take(free) {
-            self.act(Action::Offer { device, placement });
+        for (_, device) in candidates
+            .into_iter()
+            .take(usize::try_from(free).unwrap_or(usize::MAX))
+        {
+            let next = match pace {
+                None => None,
+                Some(_) if self.tick() < self.rollout.next_offer => return,
+                Some(pace) => {
+                    let interval = pace.interval_ms(successes);
+                    let late = PACE_BURST_MS.saturating_sub(interval);
+                    let late = Tick(self.tick().0.saturating_sub(late));
+                    Some(self.rollout.next_offer.max(late).plus(interval))
+                }
+            };
+            self.act(Action::Offer {
+                device,
+                placement,
+                next,
+            });
         }
     }
 
-    /// Ends a rollout whose every wave passed and whose last straggler ended. Those that are still put off and
-    /// were offered nothing are given the release for when they return: it has passed every gate there is.
+    /// Those that can be offered the release.
+    fn candidates(&self) -> impl Iterator<Item = (&DeviceId, &Assignment)> {
+        self.planned().filter(|(device, _)| {
+            let facts = self.fleet.devices.get(*device);
+            facts.is_some_and(|facts| facts.online && !facts.held && !facts.busy)
+        })
+    }
+
+    /// Ends a rollout whose every wave passed and whose last straggler ended. Those that are still put off come
+    /// after the last wave, whenever they return.
     fn complete(&mut self) {
         let tally = budget::Tally::of(&self.rollout);
         if self.current_wave().is_some() || tally.in_progress > 0 || tally.planned > 0 {
             return;
         }
-        let placement = self.rollout.placement();
         let later: Vec<_> = self
             .rollout
             .assignments
             .iter()
-            .filter(|(_, assignment)| {
-                assignment.state == AssignmentState::Deferred && assignment.since.is_none()
-            })
+            .filter(|(_, assignment)| assignment.state == AssignmentState::Deferred)
             .map(|(device, _)| device.clone())
             .collect();
         for device in later {
-            self.act(Action::OfferLater { device, placement });
+            self.act(Action::Tail { device, anew: None });
         }
         self.act(Action::Enter {
             state: RolloutState::Completed,
@@ -404,14 +473,22 @@ impl Work<'_> {
     /// The next moment after now at which time alone changes something.
     fn wake_at(&self) -> Option<UnixMs> {
         let rollout = &self.rollout;
-        if rollout.state.is_final() {
-            return None;
+        match rollout.state {
+            RolloutState::Completed => {}
+            RolloutState::Aborted | RolloutState::RolledBack | RolloutState::Superseded => {
+                return None;
+            }
+            RolloutState::Scheduled => return rollout.policy.start_at,
+            RolloutState::Running
+            | RolloutState::Paused
+            | RolloutState::RollingBack
+            | RolloutState::RollbackPaused => {}
         }
         let since = self.fleet.listening_since?;
         if !self.settled() {
             return Some(since.plus(self.fleet.settle_ms));
         }
-        if rollout.clock.stopped_at.is_some() {
+        if !self.patience().runs {
             return None;
         }
         let heard = since.plus(rollout.policy.silent_margin_ms);
@@ -431,7 +508,21 @@ impl Work<'_> {
         });
         bakes
             .chain(deadlines.flatten())
+            .chain(self.next_offer())
             .filter(|at| *at > self.now)
             .min()
+    }
+
+    /// When a device is due by the pace, if one waits for that alone.
+    fn next_offer(&self) -> Option<UnixMs> {
+        let rollout = &self.rollout;
+        let running = rollout.state == RolloutState::Running;
+        let tail = rollout.state == RolloutState::Completed;
+        let paced =
+            (running && rollout.policy.pace.is_some()) || (tail && rollout.tail_stopped.is_none());
+        let slots = budget::Tally::of(rollout).slots;
+        let waits =
+            paced && slots < rollout.policy.max_unavailable && self.candidates().next().is_some();
+        waits.then(|| rollout.clock.unix(rollout.next_offer))
     }
 }

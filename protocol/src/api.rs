@@ -236,9 +236,54 @@ pub struct DeviceView {
     /// What it fetches right now. Known for a few seconds after it last said so, and not kept by the hub.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pull: Option<PullView>,
+    /// An operator holds it, so no rollout offers it anything; why, which may be empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<String>,
     /// Another key that it shows now. It gets no secrets until an operator trusts that one, or it shows the old one again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub untrusted_key: Option<String>,
+}
+
+/// Why a device runs what it runs: what `GET /devices/{device}/explain` answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExplainView {
+    /// Which device.
+    pub device: DeviceId,
+    /// What is true of it as a whole: connection, hold, desired state.
+    pub steps: Vec<ExplainStep>,
+    /// Each app that selects it or is on it, by name.
+    pub apps: Vec<ExplainApp>,
+}
+
+/// One app in an [`ExplainView`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExplainApp {
+    /// Which app.
+    pub app: AppName,
+    /// The chain from what was applied to what runs, in order. The first link that waits for something is the last.
+    pub steps: Vec<ExplainStep>,
+}
+
+/// One link of a chain of causes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExplainStep {
+    /// What is so, for people.
+    pub what: String,
+    /// What must happen before it goes on; missing when nothing must.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waits_for: Option<String>,
+}
+
+/// What `POST /devices/{device}/hold` takes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HoldRequest {
+    /// For people; what exceeds 512 bytes is cut off.
+    #[serde(default)]
+    pub reason: String,
 }
 
 /// The images of a release that a device is fetching.
@@ -440,6 +485,8 @@ pub struct LabelPatch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RolloutState {
+    /// Waits for the time that its policy names.
+    Scheduled,
     /// Waves open one after the other.
     Running,
     /// Nothing new is offered until an operator resumes it.
@@ -485,6 +532,12 @@ pub struct RolloutView {
     pub state: RolloutState,
     /// Why, for people; set when paused, stopped or rolled back.
     pub message: Option<String>,
+    /// Before which no wave opens, milliseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_at_ms: Option<u64>,
+    /// Devices that come after the last wave, once it completed; missing when there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tail: Option<TailView>,
     /// Its waves in order.
     pub waves: Vec<WaveView>,
     /// Its devices, by wave and rank. In a list (`GET /rollouts`) only the first item has them, so that an answer
@@ -516,6 +569,25 @@ pub struct WaveView {
     pub deferred: u64,
     /// When its bake ends, milliseconds since 1970, while baking.
     pub bake_until_ms: Option<u64>,
+    /// Whether an operator must approve it, and has not yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub needs_approval: bool,
+}
+
+/// The devices of a completed rollout that were offline until then or joined later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TailView {
+    /// All.
+    pub devices: u64,
+    /// Of them, ended well.
+    pub succeeded: u64,
+    /// Of them, ended badly or silent.
+    pub failed: u64,
+    /// Of them, offline or held.
+    pub deferred: u64,
+    /// Failures stopped it; `resume` goes on.
+    pub stopped: bool,
 }
 
 /// The state of a wave.
@@ -528,6 +600,8 @@ pub enum WaveState {
     Open,
     /// All its devices ended; it waits.
     Baking,
+    /// Its gates are passed; an operator must approve it.
+    AwaitingApproval,
     /// Every gate passed.
     Passed,
     /// It broke the budget.
@@ -544,6 +618,9 @@ pub struct AssignmentView {
     pub device: DeviceId,
     /// In which wave, from 1.
     pub wave: u32,
+    /// Whether it comes after the last wave.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tail: bool,
     /// How far it is.
     pub state: AssignmentState,
     /// Why, if not well.

@@ -11,9 +11,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::id::{
-    AppName, ConfigName, LabelKey, LabelValue, Labels, SecretName, ServiceName, VolumeName,
-};
+use crate::id::{AppName, ConfigName, SecretName, ServiceName, VolumeName};
 use crate::quantity::{Bytes, Cpus, Span};
 
 mod blkio;
@@ -25,7 +23,9 @@ mod explain;
 mod lifecycle;
 mod parse;
 pub(crate) mod pull_secret;
+mod rollout;
 mod secret;
+mod selector;
 
 pub use blkio::{BlkioConfig, BytesRate, DeviceWeight, DiskPath, OperationsRate};
 pub use check::{MAX_SERVICES, MAX_WAVES, Violation};
@@ -37,7 +37,12 @@ pub use parse::{
     MAX_DEPTH, MAX_MANIFEST_BYTES, Manifest, ManifestError, parse, parse_any, parse_budget,
 };
 pub use pull_secret::MAX_PULL_SECRETS;
+pub use rollout::{
+    Amount, Canary, FailureBudget, OnFailure, Pace, RolloutPolicy, Tail, Timestamp, WaveSpec,
+    WaveTarget,
+};
 pub use secret::{OnRotate, SECRETS_DIR, SecretMount, SecretSource};
+pub use selector::{Expression, Operator, Selector};
 
 /// An App: *which devices* (selector), *what runs there* (services), *how changes arrive* (rollout).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,25 +109,6 @@ pub struct AppSpec {
     /// How changes arrive.
     #[serde(default)]
     pub rollout: RolloutPolicy,
-}
-
-/// Which devices an app selects (Kubernetes label selector, equality part).
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Selector {
-    /// All of these labels must be on the device with these values.
-    #[serde(default)]
-    pub match_labels: BTreeMap<LabelKey, LabelValue>,
-}
-
-impl Selector {
-    /// Whether a device with these labels is selected.
-    #[must_use]
-    pub fn matches(&self, labels: &Labels) -> bool {
-        self.match_labels
-            .iter()
-            .all(|(key, value)| labels.get(key) == Some(value))
-    }
 }
 
 /// One container of an app, in Compose spellings.
@@ -521,133 +507,10 @@ impl Default for Logging {
     }
 }
 
-/// How a new release reaches the devices.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct RolloutPolicy {
-    /// Cumulative targets over the frozen set; they must grow. A missing last 100 % is implied.
-    /// Default: one device, then 10 %, then 50 %, then all.
-    #[serde(default = "defaults::waves")]
-    pub waves: Vec<WaveTarget>,
-    /// How long all probes must stay green on the device. Default: 60s.
-    #[serde(default = "defaults::soak")]
-    pub soak: Span,
-    /// How long a wave waits after its last success before the next opens. Default: 5m.
-    #[serde(default = "defaults::bake")]
-    pub bake: Span,
-    /// How long a device may take from switching to the release until every service is ready.
-    /// Default: 5m. Must be above 0.
-    #[serde(default = "defaults::progress_deadline")]
-    pub progress_deadline: Span,
-    /// At most so many devices of the rollout may be switching at once: a count or `"20%"` of the
-    /// frozen set, rounded up. Default: 20%.
-    #[serde(default = "defaults::max_unavailable")]
-    pub max_unavailable: Amount,
-    /// How many failed devices stop the rollout.
-    #[serde(default)]
-    pub failure_budget: FailureBudget,
-    /// What happens then. Default: `rollback`.
-    #[serde(default)]
-    pub on_failure: OnFailure,
-}
-
-impl Default for RolloutPolicy {
-    fn default() -> Self {
-        Self {
-            waves: defaults::waves(),
-            soak: defaults::soak(),
-            bake: defaults::bake(),
-            progress_deadline: defaults::progress_deadline(),
-            max_unavailable: defaults::max_unavailable(),
-            failure_budget: FailureBudget::default(),
-            on_failure: OnFailure::default(),
-        }
-    }
-}
-
-/// The cumulative size of a wave: `{count: 1}` or `{percent: 10}`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
-pub enum WaveTarget {
-    /// So many devices in all; at least 1.
-    Count(u32),
-    /// This part of the frozen set, rounded up; 1 to 100.
-    Percent(u8),
-}
-
-impl WaveTarget {
-    /// How many of `total` devices are in this wave and all before it: rounded up, at most `total`.
-    #[must_use]
-    pub fn of(self, total: usize) -> usize {
-        match self {
-            Self::Count(count) => usize::try_from(count).map_or(total, |count| count.min(total)),
-            Self::Percent(percent) => (total * usize::from(percent)).div_ceil(100).min(total),
-        }
-    }
-}
-
-/// A count, or a part of the whole written `"20%"` (Kubernetes int-or-string).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Amount {
-    /// At least 1.
-    Count(u32),
-    /// 1 to 100.
-    Percent(u8),
-}
-
-impl Amount {
-    /// How many of `total` that is: rounded up, at least 1.
-    #[must_use]
-    pub fn of(self, total: usize) -> usize {
-        match self {
-            Self::Count(count) => usize::try_from(count).unwrap_or(usize::MAX).max(1),
-            Self::Percent(percent) => (total * usize::from(percent)).div_ceil(100).max(1),
-        }
-    }
-}
-
-/// The rollout stops when `failures >= count`, or when at least `min_sample` devices were attempted and
-/// more than `percent` of them failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct FailureBudget {
-    /// At least 1. Default: 3. A rollout over fewer devices than this stops when all of a wave failed.
-    #[serde(default = "defaults::three")]
-    pub count: u32,
-    /// 0 to 100. Default: 5.
-    #[serde(default = "defaults::budget_percent")]
-    pub percent: u8,
-    /// At least 1. Default: 10.
-    #[serde(default = "defaults::min_sample")]
-    pub min_sample: u32,
-}
-
-impl Default for FailureBudget {
-    fn default() -> Self {
-        Self {
-            count: defaults::three(),
-            percent: defaults::budget_percent(),
-            min_sample: defaults::min_sample(),
-        }
-    }
-}
-
-/// What a rollout does when its failure budget breaks.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OnFailure {
-    /// Give every device its release of before, newest wave first.
-    #[default]
-    Rollback,
-    /// Stop and wait for an operator.
-    Pause,
-}
-
 mod defaults {
     //! What a missing key means. Changing one changes what new manifests mean, never a release that
     //! exists; say so in the change log.
 
-    use super::{Amount, WaveTarget};
     use crate::quantity::{Bytes, Cpus, Span};
 
     pub(super) const fn yes() -> bool {
@@ -698,32 +561,6 @@ mod defaults {
     }
     pub(super) const fn log_size() -> Bytes {
         Bytes(10 << 20)
-    }
-    pub(super) fn waves() -> Vec<WaveTarget> {
-        vec![
-            WaveTarget::Count(1),
-            WaveTarget::Percent(10),
-            WaveTarget::Percent(50),
-            WaveTarget::Percent(100),
-        ]
-    }
-    pub(super) const fn soak() -> Span {
-        Span::from_secs(60)
-    }
-    pub(super) const fn bake() -> Span {
-        Span::from_secs(300)
-    }
-    pub(super) const fn progress_deadline() -> Span {
-        Span::from_secs(300)
-    }
-    pub(super) const fn max_unavailable() -> Amount {
-        Amount::Percent(20)
-    }
-    pub(super) const fn budget_percent() -> u8 {
-        5
-    }
-    pub(super) const fn min_sample() -> u32 {
-        10
     }
 }
 

@@ -7,7 +7,6 @@ use foreshore_protocol::id::Labels;
 use foreshore_protocol::message::{AppStatus, ServiceState};
 use foreshore_protocol::{AppName, DeviceId, Digest};
 
-use super::plan::target;
 use super::{budget, get};
 use crate::arguments::{DescribeKind, Format};
 use crate::client::Hub;
@@ -88,7 +87,7 @@ pub(super) fn when(now_ms: u64, then_ms: u64) -> String {
 
 fn app(view: &AppView, now_ms: u64, out: &mut dyn Write) -> io::Result<()> {
     let spec = &view.manifest.spec;
-    let selector = labels(&spec.selector.match_labels);
+    let selector = spec.selector.to_string();
     line(out, "App", view.name.as_ref())?;
     line(out, "Release", &view.release.to_string())?;
     line(
@@ -125,7 +124,10 @@ fn app(view: &AppView, now_ms: u64, out: &mut dyn Write) -> io::Result<()> {
         .rollout
         .waves
         .iter()
-        .map(|wave| target(*wave))
+        .map(|wave| {
+            let approval = if wave.approval { ", then approval" } else { "" };
+            format!("{}{approval}", wave.target)
+        })
         .collect();
     line(out, "Waves", &waves.join(", "))?;
     line(
@@ -162,6 +164,14 @@ fn device(view: &DeviceView, now_ms: u64, out: &mut dyn Write) -> io::Result<()>
             .last_seen_ms
             .map_or_else(|| "never".to_owned(), |seen| when(now_ms, seen)),
     )?;
+    if let Some(reason) = &view.held {
+        let reason = if reason.is_empty() {
+            "by an operator"
+        } else {
+            reason
+        };
+        line(out, "Held", reason)?;
+    }
     line(out, "Labels", &labels(&view.labels))?;
     let version = |version: Option<foreshore_protocol::Version>| {
         version.map_or_else(String::new, |version| version.to_string())
@@ -261,7 +271,7 @@ fn rollout(view: &RolloutView, now_ms: u64, out: &mut dyn Write) -> io::Result<(
     for wave in &view.waves {
         table.row([
             wave.ordinal.to_string(),
-            target(wave.target),
+            wave.target.to_string(),
             word(&wave.state),
             wave.devices.to_string(),
             wave.succeeded.to_string(),

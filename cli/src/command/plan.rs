@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use foreshore_protocol::api::{ApplyOutcome, BudgetView, Change, List, PlanAnswer, PlanWave};
 use foreshore_protocol::id::BudgetName;
-use foreshore_protocol::manifest::{DisruptionBudget, Manifest as Kind, WaveTarget};
+use foreshore_protocol::manifest::{DisruptionBudget, Manifest as Kind};
 
 use super::{counted, manifest};
 use crate::arguments::{Files, Format};
@@ -125,7 +125,7 @@ fn print(answer: &PlanAnswer, out: &mut dyn Write) -> io::Result<()> {
             out,
             "  wave {} ({}), {}: {}",
             wave.ordinal,
-            target(wave.target),
+            wave.target,
             counted(devices, "device"),
             named(wave)
         )?;
@@ -155,18 +155,11 @@ fn named(wave: &PlanWave) -> String {
     }
 }
 
-/// `1 in all`, `60%`.
-pub(super) fn target(target: WaveTarget) -> String {
-    match target {
-        WaveTarget::Count(count) => format!("{count} in all"),
-        WaveTarget::Percent(percent) => format!("{percent}%"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use foreshore_protocol::Digest;
     use foreshore_protocol::api::ServiceChange;
+    use foreshore_protocol::manifest::WaveTarget;
 
     use super::*;
 

@@ -30,11 +30,17 @@ pub(super) fn run(hub: &Hub, verb: &Rollout, format: Format, out: &mut dyn Write
                 follow(hub, rollout, *timeout, format, out)
             } else {
                 show(&rollout, format, out)?;
-                Ok(exit_code(rollout.state))
+                Ok(exit_code(&rollout))
             }
         }
         Rollout::Pause { app } => steer(hub, app, "pause", format, out),
         Rollout::Resume { app } => steer(hub, app, "resume", format, out),
+        Rollout::Approve { app } => steer(hub, app, "approve", format, out),
+        Rollout::Retry { app, device: None } => steer(hub, app, "retry", format, out),
+        Rollout::Retry {
+            app,
+            device: Some(device),
+        } => steer(hub, app, &format!("retry?device={device}"), format, out),
         Rollout::Abort { app } => steer(hub, app, "abort", format, out),
         Rollout::OverrideLocks { app } => steer(hub, app, "override-locks", format, out),
         Rollout::Undo { app } => {
@@ -104,15 +110,22 @@ fn show(rollout: &RolloutView, format: Format, out: &mut dyn Write) -> Result<()
                     live::wave_line(rollout, wave, now_ms())
                 )?;
             }
+            if let Some(tail) = live::tail_line(rollout) {
+                writeln!(out, "  {tail}")?;
+            }
         }
     }
     Ok(())
 }
 
-/// What the exit code says of a rollout in this state.
-const fn exit_code(state: RolloutState) -> u8 {
-    match state {
-        RolloutState::Running | RolloutState::Completed | RolloutState::RollingBack => code::OK,
+/// What the exit code says of a rollout.
+fn exit_code(rollout: &RolloutView) -> u8 {
+    match rollout.state {
+        RolloutState::Running if live::awaits_approval(rollout) => code::PAUSED,
+        RolloutState::Scheduled
+        | RolloutState::Running
+        | RolloutState::Completed
+        | RolloutState::RollingBack => code::OK,
         RolloutState::Aborted | RolloutState::RolledBack | RolloutState::Superseded => {
             code::NEGATIVE
         }
@@ -135,9 +148,9 @@ fn follow(
     let mut rollout = first;
     display.show(&rollout, out)?;
     loop {
-        if rollout.state.is_final() || exit_code(rollout.state) == code::PAUSED {
+        if rollout.state.is_final() || exit_code(&rollout) == code::PAUSED {
             display.end(&rollout, out)?;
-            return Ok(exit_code(rollout.state));
+            return Ok(exit_code(&rollout));
         }
         let left = timeout.map_or(Duration::MAX, |timeout| {
             timeout.saturating_sub(begin.elapsed())

@@ -24,10 +24,12 @@ pub(crate) fn rollout() -> RolloutView {
         failed,
         deferred: 0,
         bake_until_ms: None,
+        needs_approval: false,
     };
     let part = |device: &str, wave, state, message: Option<&str>| AssignmentView {
         device: device.parse().unwrap(),
         wave,
+        tail: false,
         state,
         message: message.map(str::to_owned),
         pull: None,
@@ -39,6 +41,8 @@ pub(crate) fn rollout() -> RolloutView {
         to: Digest::of(b"v2"),
         state: RolloutState::Running,
         message: None,
+        start_at_ms: None,
+        tail: None,
         waves: vec![
             wave(1, WaveTarget::Count(1), WaveState::Passed, 1, 1, 0),
             wave(2, WaveTarget::Percent(60), WaveState::Open, 2, 0, 1),
@@ -67,6 +71,7 @@ pub(crate) fn device() -> DeviceView {
         id: "gw-3".parse().unwrap(),
         online: true,
         last_seen_ms: Some(NOW_MS - 4000),
+        held: None,
         labels: [("role".parse().unwrap(), "gateway".parse().unwrap())].into(),
         desired: Some(Version::from_numbers(1, 12).unwrap()),
         reported: Some(Version::from_numbers(1, 11).unwrap()),

@@ -90,9 +90,10 @@ fn taken(app: &App) {
         let text = String::from_utf8_lossy(&written);
         assert_eq!(again.as_ref().ok(), Some(app), "{again:?} for {text}");
     }
-    for total in [0, 1, 7, 1000] {
-        for wave in &app.spec.rollout.waves {
-            assert!(wave.of(total) <= total);
+    let policy = &app.spec.rollout;
+    for pace in policy.pace.iter().chain([&policy.tail.pace]) {
+        for successes in [0, 1, 7, u32::MAX] {
+            assert!(pace.interval_ms(successes) <= 60_000);
         }
     }
     let names = app.spec.services.keys().cloned();

@@ -1,4 +1,4 @@
-//! `/devices`: list, label, trust a key, forget.
+//! `/devices`: list, label, trust a key, hold, release, forget.
 
 use axum::Json;
 use axum::body::Bytes;
@@ -6,12 +6,12 @@ use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use foreshore_protocol::DeviceId;
-use foreshore_protocol::api::{DeviceView, LabelPatch, List};
+use foreshore_protocol::api::{DeviceView, ExplainView, HoldRequest, LabelPatch, List};
 use rusqlite::Connection;
 use tokio::time::Instant;
 
 use super::{Api, Failure, Hub, Segment};
-use crate::controller::{ControlError, apps, secrets};
+use crate::controller::{ControlError, apps, explain, secrets};
 use crate::store::{self, StoreError};
 
 pub(super) fn device_id(text: &str) -> Result<DeviceId, Failure> {
@@ -50,6 +50,21 @@ async fn view(api: &Api, device: DeviceId) -> Result<Json<DeviceView>, Failure> 
 /// When there is none, or the store fails.
 pub async fn get(State(api): Hub, Segment(device): Segment) -> Result<Json<DeviceView>, Failure> {
     view(&api, device_id(&device)?).await
+}
+
+/// `GET /devices/{device}/explain`: why it runs what it runs.
+///
+/// # Errors
+///
+/// When there is none, or the store fails.
+pub async fn explain(
+    State(api): Hub,
+    Segment(device): Segment,
+) -> Result<Json<ExplainView>, Failure> {
+    let id = device_id(&device)?;
+    let (now, listening) = (api.controller.now(), api.controller.listening());
+    let read = move |connection: &Connection| explain::device(connection, &id, listening, now);
+    Ok(Json(api.controller.store().read(read).await?))
 }
 
 /// `PATCH /devices/{device}/labels`.
@@ -91,6 +106,50 @@ pub async fn trust_key(
     let device = id.clone();
     api.controller
         .change(move |change| secrets::trust_key(change, &device))
+        .await?;
+    view(&api, id).await
+}
+
+/// `POST /devices/{device}/hold`: no rollout offers it anything until it is released. The body, if there is one, is a
+/// [`HoldRequest`].
+///
+/// # Errors
+///
+/// When the body is refused, there is no such device, or the store fails.
+pub async fn hold(
+    State(api): Hub,
+    Segment(device): Segment,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<DeviceView>, Failure> {
+    let id = device_id(&device)?;
+    let body = body?;
+    let request: HoldRequest = if body.is_empty() {
+        HoldRequest::default()
+    } else {
+        serde_json::from_slice(&body).map_err(|error| {
+            Failure::bad_request(format!("{error}; write {{\"reason\": \"why\"}}"))
+        })?
+    };
+    let device = id.clone();
+    api.controller
+        .change(move |change| apps::hold(change, &device, Some(&request.reason)))
+        .await?;
+    view(&api, id).await
+}
+
+/// `POST /devices/{device}/release`: rollouts offer it their releases again.
+///
+/// # Errors
+///
+/// When there is no such device, or the store fails.
+pub async fn release(
+    State(api): Hub,
+    Segment(device): Segment,
+) -> Result<Json<DeviceView>, Failure> {
+    let id = device_id(&device)?;
+    let device = id.clone();
+    api.controller
+        .change(move |change| apps::hold(change, &device, None))
         .await?;
     view(&api, id).await
 }

@@ -158,6 +158,7 @@ impl From<ControlError> for Failure {
             ),
             ControlError::Refused(Refused::Final { .. }) => conflict("rollout-is-final"),
             ControlError::Refused(Refused::State { .. }) => conflict("rollout-state"),
+            ControlError::Refused(Refused::Nothing { .. }) => conflict("nothing-to-do"),
             ControlError::Refused(Refused::NothingBefore { .. })
             | ControlError::NothingToUndo(_) => conflict("nothing-before"),
             ControlError::Deleting(_) => conflict("app-deleting"),

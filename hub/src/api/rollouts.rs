@@ -1,19 +1,20 @@
-//! `/rollouts`: list, watch, pause, resume, abort.
+//! `/rollouts`: list, watch, pause, resume, approve, retry, abort.
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
-use foreshore_protocol::api::{AssignmentView, List, RolloutView, WaveView};
+use foreshore_protocol::api::{AssignmentView, List, RolloutView, TailView, WaveView};
 use rusqlite::Connection;
 use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::apps::app_name;
+use super::devices::device_id;
 use super::{Api, Failure, Hub, Segment};
 use crate::controller::ControlError;
 use crate::controller::rollouts::{self, Command};
-use crate::rollout::Rollout;
 use crate::rollout::budget::Tally;
+use crate::rollout::{Approval, Rollout};
 use crate::store;
 
 /// Rollouts in one answer unless asked otherwise, and at most.
@@ -134,6 +135,38 @@ pub async fn abort(State(api): Hub, Segment(id): Segment) -> Result<Json<Rollout
     command(&api, &id, Command::Abort).await
 }
 
+/// `POST /rollouts/{id}/approve`: the wave that waits for it goes by.
+///
+/// # Errors
+///
+/// When there is none, no wave of it waits, or the store fails.
+pub async fn approve(State(api): Hub, Segment(id): Segment) -> Result<Json<RolloutView>, Failure> {
+    command(&api, &id, Command::Approve).await
+}
+
+/// The query of [`retry`].
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Which {
+    /// Only this device.
+    device: Option<String>,
+}
+
+/// `POST /rollouts/{id}/retry?device=`: failed devices are tried again.
+///
+/// # Errors
+///
+/// When there is none, its state does not allow it, no such device failed, or the store fails.
+pub async fn retry(
+    State(api): Hub,
+    Segment(id): Segment,
+    which: Result<Query<Which>, QueryRejection>,
+) -> Result<Json<RolloutView>, Failure> {
+    let Query(which) = which?;
+    let device = which.device.as_deref().map(device_id).transpose()?;
+    command(&api, &id, Command::Retry(device)).await
+}
+
 /// `POST /rollouts/{id}/override-locks`: devices switch although the app holds its update lock there.
 ///
 /// # Errors
@@ -159,18 +192,31 @@ enum Devices {
     Counted,
 }
 
+/// Those that come after the last wave; `None`: there are none.
+fn tail(rollout: &Rollout) -> Option<TailView> {
+    let tally = Tally::of_tail(rollout);
+    (tally.devices > 0).then(|| TailView {
+        devices: u64::from(tally.devices),
+        succeeded: u64::from(tally.succeeded),
+        failed: u64::from(tally.failed),
+        deferred: u64::from(tally.deferred),
+        stopped: rollout.tail_stopped.is_some(),
+    })
+}
+
 fn render(rollout: &Rollout, devices: Devices) -> RolloutView {
     let waves = rollout.waves.iter().zip(1_u32..).map(|(wave, ordinal)| {
         let tally = Tally::of_wave(rollout, ordinal);
         WaveView {
             ordinal,
-            target: wave.target,
+            target: wave.target.clone(),
             state: wave.state,
             devices: u64::from(wave.size),
             succeeded: u64::from(tally.succeeded),
             failed: u64::from(tally.failed),
             deferred: u64::from(tally.deferred),
             bake_until_ms: rollout.bake_until(wave).map(|at| at.0),
+            needs_approval: wave.approval == Approval::Needed,
         }
     });
     let mut assignments: Vec<_> = match devices {
@@ -184,13 +230,19 @@ fn render(rollout: &Rollout, devices: Devices) -> RolloutView {
         from: rollout.from,
         to: rollout.to,
         state: rollout.state,
-        message: rollout.message.clone(),
+        message: rollout
+            .message
+            .clone()
+            .or_else(|| rollout.tail_stopped.clone()),
+        start_at_ms: rollout.policy.start_at.map(|at| at.0),
+        tail: tail(rollout),
         waves: waves.collect(),
         assignments: assignments
             .into_iter()
             .map(|(device, assignment)| AssignmentView {
                 device: device.clone(),
                 wave: assignment.wave,
+                tail: assignment.tail,
                 state: assignment.state,
                 message: assignment.message.clone(),
                 pull: None,

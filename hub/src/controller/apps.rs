@@ -6,6 +6,7 @@ use foreshore_protocol::api::{
     ApplyAnswer, ApplyOutcome, Change as Changed, LabelPatch, PlanAnswer, PlanWave, RolloutState,
     ServiceChange,
 };
+use foreshore_protocol::id::Labels;
 use foreshore_protocol::manifest::{App, Service};
 use foreshore_protocol::message::MAX_LABELS;
 use foreshore_protocol::release::Release;
@@ -13,7 +14,7 @@ use foreshore_protocol::{AppName, DeviceId, Digest, topic};
 
 use super::membership::{self, Beyond};
 use super::{Change, ControlError, rollouts, secrets};
-use crate::rollout::{Rollout, waves};
+use crate::rollout::{Policy, Rollout, waves};
 use crate::store::{self, app::AppRow};
 
 /// A manifest with its release, images pinned.
@@ -28,6 +29,9 @@ pub struct Resolved {
     /// The release itself.
     pub release: Release,
 }
+
+/// Bytes of the reason for which a device is held.
+const MAX_REASON: usize = 512;
 
 /// Makes `resolved` the app's desired state. An equal release opens no rollout.
 ///
@@ -125,9 +129,17 @@ fn outcome(
     let same = before.selector == after.selector && before.rollout == after.rollout;
     Ok(if same {
         ApplyOutcome::Unchanged
+    } else if before.rollout != after.rollout && is_scheduled(change, existing.name())? {
+        // Nothing of it has happened: it is opened anew as it is written now.
+        ApplyOutcome::Updated
     } else {
         ApplyOutcome::Reconfigured
     })
+}
+
+fn is_scheduled(change: &Change<'_>, app: &AppName) -> rusqlite::Result<bool> {
+    let newest = store::rollout::newest_header(change.connection, app)?;
+    Ok(newest.is_some_and(|rollout| rollout.state == RolloutState::Scheduled))
 }
 
 /// The release that every device of the app has or is on its way to, if that can be said: applying it again
@@ -137,9 +149,10 @@ fn settled_on(change: &Change<'_>, app: &AppName) -> Result<Option<Digest>, Cont
         return Ok(None);
     };
     match newest.state {
-        RolloutState::Running | RolloutState::Paused | RolloutState::Completed => {
-            Ok(Some(newest.to))
-        }
+        RolloutState::Scheduled
+        | RolloutState::Running
+        | RolloutState::Paused
+        | RolloutState::Completed => Ok(Some(newest.to)),
         RolloutState::RolledBack => {
             Ok(store::rollout::newest_completed(change.connection, app)?.map(|rollout| rollout.to))
         }
@@ -194,12 +207,11 @@ pub fn plan(
         Some(digest) => release(change.connection, &digest)?,
         None => None,
     };
-    let selected: Vec<DeviceId> = store::device::all_labels(change.connection)?
+    let selected: BTreeMap<DeviceId, Labels> = store::device::all_labels(change.connection)?
         .into_iter()
         .filter(|(_, labels)| resolved.app.spec.selector.matches(labels))
-        .map(|(device, _)| device)
         .collect();
-    for device in &selected {
+    for device in selected.keys() {
         membership::check_room(change.connection, name, device)?;
     }
     let mut warnings = warnings(change.connection, name, &selected, existing.is_some())?;
@@ -212,7 +224,7 @@ pub fn plan(
     }
     let before = before.map_or_else(BTreeMap::new, |release| release.services);
     let waves = if matches!(outcome, ApplyOutcome::Created | ApplyOutcome::Updated) {
-        plan_waves(resolved, seed, selected)
+        plan_waves(resolved, seed, &selected)
     } else {
         Vec::new()
     };
@@ -227,16 +239,19 @@ pub fn plan(
     })
 }
 
-fn plan_waves(resolved: &Resolved, seed: u64, selected: Vec<DeviceId>) -> Vec<PlanWave> {
-    let total = selected.len();
-    let mut ranked = waves::rank(seed, selected).into_iter();
-    let cut = waves::cut(&resolved.app.spec.rollout.waves, total);
-    cut.into_iter()
+fn plan_waves(
+    resolved: &Resolved,
+    seed: u64,
+    selected: &BTreeMap<DeviceId, Labels>,
+) -> Vec<PlanWave> {
+    let policy = Policy::freeze(&resolved.app.spec.rollout, selected.len());
+    waves::cut(&policy.waves, seed, selected)
+        .into_iter()
         .zip(1_u32..)
-        .map(|((target, size), ordinal)| PlanWave {
+        .map(|(slice, ordinal)| PlanWave {
             ordinal,
-            target,
-            devices: ranked.by_ref().take(size).collect(),
+            target: slice.spec.target,
+            devices: slice.devices,
         })
         .collect()
 }
@@ -244,7 +259,7 @@ fn plan_waves(resolved: &Resolved, seed: u64, selected: Vec<DeviceId>) -> Vec<Pl
 fn warnings(
     connection: &rusqlite::Connection,
     app: &AppName,
-    selected: &[DeviceId],
+    selected: &BTreeMap<DeviceId, Labels>,
     exists: bool,
 ) -> rusqlite::Result<Vec<String>> {
     let mut warnings = Vec::new();
@@ -252,7 +267,7 @@ fn warnings(
         warnings.push("no device matches the selector".to_owned());
     }
     let mut offline = Vec::new();
-    for device in selected {
+    for device in selected.keys() {
         if store::device::link(connection, device)?.is_some_and(|link| !link.online) {
             offline.push(device.as_str());
         }
@@ -279,7 +294,7 @@ fn warnings(
         ));
     }
     let lost: BTreeSet<DeviceId> = store::app::members(connection, app)?.into_iter().collect();
-    let kept: BTreeSet<DeviceId> = selected.iter().cloned().collect();
+    let kept: BTreeSet<DeviceId> = selected.keys().cloned().collect();
     let gone = lost.difference(&kept).count();
     if gone > 0 {
         warnings.push(format!(
@@ -427,6 +442,38 @@ pub fn patch_labels(
         return Err(ControlError::TooManyLabels(device.clone()));
     }
     membership::refresh_device(change, device, Beyond::Refused)
+}
+
+/// Holds a device for that reason, so that no rollout offers it anything, or (`None`) lets it go.
+///
+/// # Errors
+///
+/// When there is no such device, or the store fails.
+pub fn hold(
+    change: &mut Change<'_>,
+    device: &DeviceId,
+    reason: Option<&str>,
+) -> Result<(), ControlError> {
+    let reason = reason.map(|reason| {
+        reason
+            .get(..reason.floor_char_boundary(MAX_REASON))
+            .unwrap_or_default()
+    });
+    let changed = store::device::put_held(change.connection, device, reason)?
+        .ok_or_else(|| ControlError::UnknownDevice(device.clone()))?;
+    if !changed {
+        return Ok(());
+    }
+    change
+        .effects
+        .dirty
+        .extend(store::rollout::interested(change.connection, device)?);
+    let (kind, message) = match reason {
+        Some("") => ("device-held", "by an operator".to_owned()),
+        Some(reason) => ("device-held", format!("by an operator: {reason}")),
+        None => ("device-released", "by an operator".to_owned()),
+    };
+    Ok(change.event(kind).device(device).record(message)?)
 }
 
 /// Forgets a device that is not connected, and clears what the broker keeps for it.

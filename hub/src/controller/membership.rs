@@ -1,8 +1,9 @@
 //! Which devices an app selects, and what a device gets that comes in or goes outside a rollout.
 //!
-//! A device that an app selects only now gets the release of the app's newest completed rollout at once. While a
-//! rollout runs it waits for its end: newcomers never skip the brakes. A device that is no longer selected
-//! has the app removed.
+//! A device that an app selects only now joins the app's newest rollout after its last wave if that has completed, and is
+//! offered its release at the pace of those. While a rollout runs it waits for its end: newcomers never skip the brakes.
+//! If the newest did not complete, it gets the release of the newest that did. A device that is no longer selected has
+//! the app removed.
 //!
 //! A device takes only [`MAX_APPS`] apps. What would select it for more is refused, if an operator asks for it.
 
@@ -12,7 +13,7 @@ use foreshore_protocol::message::MAX_APPS;
 use foreshore_protocol::{AppName, DeviceId};
 
 use super::{Change, ControlError, disruption_budgets, rollouts};
-use crate::rollout::{Action, Revert, Rollout, joiner_release};
+use crate::rollout::{Action, Placement, Revert, Rollout, joiner_release};
 use crate::store::{self, app::AppRow};
 
 /// What becomes of an app that a device has no room for.
@@ -153,24 +154,59 @@ fn place_newcomer(
     app: &AppName,
     device: &DeviceId,
 ) -> Result<(), ControlError> {
-    let newest = store::rollout::newest_header(change.connection, app)?;
-    if newest.is_some_and(|rollout| !rollout.state.is_final()) {
-        return Ok(());
-    }
-    let completed = store::rollout::newest_completed(change.connection, app)?;
-    let Some(placement) = joiner_release(completed.as_ref()) else {
+    let Some(newest) = store::rollout::newest_header(change.connection, app)? else {
         return Ok(());
     };
-    if store::desired::placement(change.connection, device, app)?.is_none() {
-        store::desired::place(change.connection, device, app, &placement)?;
-        store::desired::enqueue_release(change.connection, &placement.release)?;
-        change.effects.publish = true;
+    if !newest.state.is_final() {
+        return Ok(());
+    }
+    if store::desired::placement(change.connection, device, app)?.is_some() {
+        return Ok(());
+    }
+    if newest.state == RolloutState::Completed {
+        return join(change, newest.id, [(device.clone(), None)]);
+    }
+    let completed = store::rollout::newest_completed(change.connection, app)?;
+    if let Some(placement) = joiner_release(completed.as_ref()) {
+        place(change, app, device, &placement)?;
     }
     Ok(())
 }
 
-/// After the end of a rollout: members that came in meanwhile get what newcomers get. After a completed one,
-/// so do those that have another release, for example one that was aborted earlier.
+/// Lets devices come after the last wave of a completed rollout, each with what it goes back to.
+fn join(
+    change: &mut Change<'_>,
+    rollout: u64,
+    devices: impl IntoIterator<Item = (DeviceId, Option<Placement>)>,
+) -> Result<(), ControlError> {
+    let Some(mut rollout) = store::rollout::get(change.connection, rollout)? else {
+        return Ok(());
+    };
+    let actions: Vec<_> = devices
+        .into_iter()
+        .map(|(device, previous)| Action::Tail {
+            device,
+            anew: Some(previous),
+        })
+        .collect();
+    change.effects.dirty.insert(rollout.app.clone());
+    rollouts::act(change, &mut rollout, &actions)
+}
+
+fn place(
+    change: &mut Change<'_>,
+    app: &AppName,
+    device: &DeviceId,
+    placement: &Placement,
+) -> Result<(), ControlError> {
+    store::desired::place(change.connection, device, app, placement)?;
+    store::desired::enqueue_release(change.connection, &placement.release)?;
+    change.effects.publish = true;
+    Ok(())
+}
+
+/// After the end of a rollout: members that came in meanwhile get what newcomers get. After a completed one, so do
+/// those outside it that have another release, for example one that was aborted earlier.
 ///
 /// # Errors
 ///
@@ -187,19 +223,23 @@ pub fn settle(change: &mut Change<'_>, app: &AppName) -> Result<(), ControlError
     let Some(placement) = joiner_release(completed.as_ref()) else {
         return Ok(());
     };
+    let mut joining = Vec::new();
     for device in store::app::members(change.connection, app)? {
         let placed = store::desired::placement(change.connection, &device, app)?;
-        let replace = match placed {
-            None => true,
-            Some((found, _)) => {
-                newest.state == RolloutState::Completed && found.release != placement.release
+        let placed = placed.map(|(placement, _)| placement);
+        if newest.state == RolloutState::Completed {
+            let takes_part = store::rollout::assignment(change.connection, newest.id, &device)?
+                .is_some_and(|assignment| assignment.revert != Some(Revert::Gone));
+            let other = placed.is_none_or(|placed| placed.release != placement.release);
+            if other && !takes_part {
+                joining.push((device, placed));
             }
-        };
-        if replace {
-            store::desired::place(change.connection, &device, app, &placement)?;
-            store::desired::enqueue_release(change.connection, &placement.release)?;
-            change.effects.publish = true;
+        } else if placed.is_none() {
+            place(change, app, &device, &placement)?;
         }
     }
-    Ok(())
+    if joining.is_empty() {
+        return Ok(());
+    }
+    join(change, newest.id, joining)
 }

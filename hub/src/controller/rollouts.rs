@@ -2,7 +2,7 @@
 
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
 use foreshore_protocol::manifest::RolloutPolicy;
-use foreshore_protocol::{AppName, Digest, Version};
+use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 
 use super::{Change, ControlError, membership};
 use crate::rollout::{
@@ -25,6 +25,9 @@ pub fn open(
 ) -> Result<u64, ControlError> {
     let id = store::rollout::next_id(change.connection)?;
     let mut before = store::rollout::newest(change.connection, app)?;
+    if let Some(before) = &before {
+        store::rollout::put_wake(change.connection, before.id, None)?;
+    }
     if let Some(live) = before.as_mut().filter(|rollout| !rollout.state.is_final()) {
         let actions = command::supersede(live, id)?;
         act(change, live, &actions)?;
@@ -77,12 +80,16 @@ pub fn advance_newest(change: &mut Change<'_>, app: &AppName) -> Result<(), Cont
 }
 
 /// A command of an operator.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     /// Offer nothing more until `Resume`.
     Pause,
     /// Go on.
     Resume,
+    /// Let the wave go by that waits for it.
+    Approve,
+    /// Try failed devices again: one, or all.
+    Retry(Option<DeviceId>),
     /// Give up; devices that have the release keep it.
     Abort,
 }
@@ -98,6 +105,8 @@ pub fn command(change: &mut Change<'_>, id: u64, command: Command) -> Result<(),
     let actions = match command {
         Command::Pause => command::pause(&rollout),
         Command::Resume => command::resume(&rollout),
+        Command::Approve => command::approve(&rollout),
+        Command::Retry(device) => command::retry(&rollout, device.as_ref()),
         Command::Abort => command::abort(&rollout),
     }?;
     act(change, &mut rollout, &actions)?;
@@ -163,8 +172,21 @@ pub fn act(
     let ended_before = rollout.state.is_final();
     for action in actions {
         let written = write_desired(change, &rollout.app, action)?;
+        let held = |rollout: &Rollout| {
+            let assignment = action
+                .device()
+                .and_then(|device| rollout.assignments.get(device));
+            assignment.is_some_and(rollout::Assignment::holds_slot)
+        };
+        let before = held(rollout);
         let touched = rollout.apply(action, written, change.now);
         store::rollout::put(change.connection, rollout, &touched)?;
+        if let Some(device) = action.device().filter(|_| before && !held(rollout)) {
+            // Others may wait for it.
+            let mut waiting = store::rollout::interested(change.connection, device)?;
+            waiting.retain(|app| *app != rollout.app);
+            change.effects.dirty.extend(waiting);
+        }
         announce(change, rollout, action)?;
     }
     if rollout.state.is_final() && !ended_before {
@@ -179,14 +201,17 @@ fn write_desired(
     action: &Action,
 ) -> Result<Option<Version>, ControlError> {
     let (device, placement) = match action {
-        Action::Offer { device, placement } | Action::OfferLater { device, placement } => {
-            (device, Some(placement))
-        }
+        Action::Offer {
+            device, placement, ..
+        } => (device, Some(placement)),
         Action::Restore {
             device, placement, ..
         } => (device, placement.as_ref()),
         Action::Assign { .. }
         | Action::Reverted { .. }
+        | Action::Tail { .. }
+        | Action::StopTail { .. }
+        | Action::Approve { .. }
         | Action::Replace { .. }
         | Action::Wave { .. }
         | Action::Enter { .. }
@@ -223,12 +248,22 @@ fn announce(change: &mut Change<'_>, rollout: &Rollout, action: &Action) -> rusq
                 WaveState::Pending => "wave-pending",
                 WaveState::Open => "wave-open",
                 WaveState::Baking => "wave-baking",
+                WaveState::AwaitingApproval => "wave-awaiting-approval",
                 WaveState::Passed => "wave-passed",
                 WaveState::Failed => "wave-failed",
                 WaveState::Skipped => "wave-skipped",
             };
             let devices = rollout.wave(*ordinal).map_or(0, |wave| wave.size);
             let message = format!("wave {ordinal} of {}, {devices} devices", rollout.waves.len());
+            change.event(kind).app(app).rollout(id).record(message)
+        }
+        Action::Approve { ordinal } => {
+            let message = format!("wave {ordinal} by an operator");
+            change.event("wave-approved").app(app).rollout(id).record(message)
+        }
+        Action::StopTail { message } => {
+            let kind = if message.is_some() { "tail-stopped" } else { "tail-resumed" };
+            let message = message.clone().unwrap_or_else(|| "devices that come later are offered the release again".to_owned());
             change.event(kind).app(app).rollout(id).record(message)
         }
         Action::Freeze => change
@@ -246,7 +281,7 @@ fn announce(change: &mut Change<'_>, rollout: &Rollout, action: &Action) -> rusq
             change.event("device-deferred").device(device).app(app).rollout(id).record(message)
         }
         Action::Offer { .. }
-        | Action::OfferLater { .. }
+        | Action::Tail { .. }
         | Action::Restore { .. }
         | Action::Assign { .. }
         | Action::Reverted { .. }
@@ -263,7 +298,8 @@ pub fn undo_target(change: &Change<'_>, app: &AppName) -> Result<Digest, Control
     let nothing = || ControlError::NothingToUndo(app.clone());
     let newest = store::rollout::newest_header(change.connection, app)?.ok_or_else(nothing)?;
     match newest.state {
-        RolloutState::Running
+        RolloutState::Scheduled
+        | RolloutState::Running
         | RolloutState::Paused
         | RolloutState::Completed
         | RolloutState::Aborted => Ok(command::undo_target(&newest)?),

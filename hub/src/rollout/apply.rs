@@ -4,30 +4,46 @@ use foreshore_protocol::api::{AssignmentState, RolloutState};
 use foreshore_protocol::{DeviceId, Version};
 
 use super::state::{
-    Action, Assignment, Deferral, Revert, Rollout, Tick, Touched, UnixMs, is_failure,
+    Action, Approval, Assignment, Deferral, Placement, Revert, Rollout, Tick, Touched, UnixMs,
+    Wave, is_failure,
 };
 
 impl Rollout {
     /// Records an action. The caller commits the records it names in the same transaction as the writes that the
     /// action asks for. An action about a device or wave that the rollout does not have changes nothing.
     ///
-    /// `written` is the version under which an `Offer`, `OfferLater` or `Restore` was written to the device's
-    /// desired state; it is not looked at for the other actions.
+    /// `written` is the version under which an `Offer` or `Restore` was written to the device's desired state; it is not looked at for the other actions.
     pub fn apply(&mut self, action: &Action, written: Option<Version>, now: UnixMs) -> Touched {
         let tick = self.clock.tick(now);
         match action {
-            Action::Offer { device, .. } => {
+            Action::Offer { device, next, .. } => {
                 let deadline = tick.plus(self.policy.begin_within_ms);
-                self.change(device, tick, |assignment| {
+                let touched = self.change(device, tick, |assignment| {
                     assignment.since = written;
                     assignment.deadline = Some(deadline);
                     assignment.enter(AssignmentState::Offered, None);
                     assignment.message = None;
-                })
+                });
+                match next {
+                    Some(next) => {
+                        self.next_offer = *next;
+                        Touched::HeaderAndAssignment(device.clone())
+                    }
+                    None => touched,
+                }
             }
-            Action::OfferLater { device, .. } => self.change(device, tick, |assignment| {
-                assignment.since = written;
-                assignment.enter(AssignmentState::Deferred, Some(Deferral::Offline));
+            Action::Tail { device, anew } => {
+                if let Some(previous) = anew {
+                    self.join(device, *previous);
+                }
+                self.change(device, tick, |assignment| assignment.tail = true)
+            }
+            Action::StopTail { message } => {
+                self.tail_stopped.clone_from(message);
+                Touched::Header
+            }
+            Action::Approve { ordinal } => self.change_wave(*ordinal, |wave| {
+                wave.approval = Approval::Given;
             }),
             Action::Restore { device, revert, .. } => {
                 let patience = self
@@ -80,16 +96,10 @@ impl Rollout {
                 ordinal,
                 state,
                 bake_until,
-            } => {
-                let index = usize::try_from(*ordinal)
-                    .ok()
-                    .and_then(|ordinal| ordinal.checked_sub(1));
-                if let Some(wave) = index.and_then(|index| self.waves.get_mut(index)) {
-                    wave.state = *state;
-                    wave.bake_until = *bake_until;
-                }
-                Touched::Wave(*ordinal)
-            }
+            } => self.change_wave(*ordinal, |wave| {
+                wave.state = *state;
+                wave.bake_until = *bake_until;
+            }),
             Action::Enter {
                 state,
                 cause,
@@ -131,6 +141,30 @@ impl Rollout {
         Touched::Assignment(device.clone())
     }
 
+    fn change_wave(&mut self, ordinal: u32, change: impl FnOnce(&mut Wave)) -> Touched {
+        let index = usize::try_from(ordinal)
+            .ok()
+            .and_then(|ordinal| ordinal.checked_sub(1));
+        if let Some(wave) = index.and_then(|index| self.waves.get_mut(index)) {
+            change(wave);
+        }
+        Touched::Wave(ordinal)
+    }
+
+    /// A device starts over: one that the rollout has keeps its place, a new one gets one behind all others.
+    fn join(&mut self, device: &DeviceId, previous: Option<Placement>) {
+        let next = |rollout: &Self| {
+            let ranks = rollout.assignments.values().map(|other| other.rank);
+            ranks.max().map_or(0, |rank| rank.saturating_add(1))
+        };
+        let (wave, rank, stratum) = match self.assignments.get(device) {
+            Some(known) => (known.wave, known.rank, known.stratum),
+            None => (0, next(self), 0),
+        };
+        let assignment = Assignment::planned(wave, rank, stratum, previous);
+        self.assignments.insert(device.clone(), assignment);
+    }
+
     /// Rank goes along with the wave, so that a wave stays a run of ranks.
     fn replace(&mut self, out: &DeviceId, into: &DeviceId) {
         let place = |rollout: &Self, device| {
@@ -155,7 +189,8 @@ impl Rollout {
         }
     }
 
-    /// It stands still while paused or frozen, and only then.
+    /// It stands still while paused or frozen, and only then. Once the rollout is final it goes on, for those that
+    /// come after the last wave.
     fn set_clock(&mut self, now: UnixMs) {
         let paused = matches!(
             self.state,

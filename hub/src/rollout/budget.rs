@@ -49,6 +49,17 @@ impl Tally {
         )
     }
 
+    /// Counts those that come after the last wave.
+    #[must_use]
+    pub fn of_tail(rollout: &Rollout) -> Self {
+        Self::count(
+            rollout
+                .assignments
+                .values()
+                .filter(|assignment| assignment.tail),
+        )
+    }
+
     fn count<'a>(assignments: impl Iterator<Item = &'a Assignment>) -> Self {
         let mut tally = Self::default();
         for assignment in assignments {
@@ -106,30 +117,62 @@ pub fn broken(budget: &FailureBudget, succeeded: u32, failed: u32) -> Option<Bro
     }
 }
 
-/// One sentence on a broken budget, for people.
-#[must_use]
-pub fn explain(rollout: &Rollout, broken: Broken) -> String {
-    let tally = Tally::of(rollout);
-    let limit = match broken {
-        Broken::Count => format!("the budget stops at {}", rollout.policy.budget.count),
-        Broken::Percent => format!("the budget allows {} %", rollout.policy.budget.percent),
-    };
-    let ended = tally.succeeded + tally.failed;
-    format!(
-        "{} of {ended} devices failed and {limit}{}",
-        tally.failed,
-        first_failure(rollout, None)
-    )
+/// Some of a rollout's devices, over which a budget is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// All.
+    Whole,
+    /// Those of one wave, by its ordinal from 1.
+    Wave(u32),
+    /// Those that come after the last wave.
+    Tail,
 }
 
-/// `; DEVICE: why` of the failed device that comes first, to begin looking at; of one wave or of all.
-pub(super) fn first_failure(rollout: &Rollout, ordinal: Option<u32>) -> String {
+impl Part {
+    const fn has(self, assignment: &Assignment) -> bool {
+        match self {
+            Self::Whole => true,
+            Self::Wave(ordinal) => assignment.wave == ordinal,
+            Self::Tail => assignment.tail,
+        }
+    }
+
+    fn tally(self, rollout: &Rollout) -> Tally {
+        match self {
+            Self::Whole => Tally::of(rollout),
+            Self::Wave(ordinal) => Tally::of_wave(rollout, ordinal),
+            Self::Tail => Tally::of_tail(rollout),
+        }
+    }
+}
+
+/// One sentence on the budget of a part if it is broken, for people; `None`: it is not.
+#[must_use]
+pub fn complaint(rollout: &Rollout, budget: &FailureBudget, part: Part) -> Option<String> {
+    let tally = part.tally(rollout);
+    let limit = match broken(budget, tally.succeeded, tally.failed)? {
+        Broken::Count => format!("the budget stops at {}", budget.count),
+        Broken::Percent => format!("the budget allows {} %", budget.percent),
+    };
+    let whose = match part {
+        Part::Whole => String::new(),
+        Part::Wave(ordinal) => format!(" of wave {ordinal}"),
+        Part::Tail => " after the last wave".to_owned(),
+    };
+    Some(format!(
+        "{} of {} devices{whose} failed and {limit}{}",
+        tally.failed,
+        tally.succeeded + tally.failed,
+        first_failure(rollout, part)
+    ))
+}
+
+/// `; DEVICE: why` of the failed device that comes first, to begin looking at.
+pub(super) fn first_failure(rollout: &Rollout, part: Part) -> String {
     rollout
         .assignments
         .iter()
-        .filter(|(_, assignment)| {
-            assignment.failed && ordinal.is_none_or(|ordinal| ordinal == assignment.wave)
-        })
+        .filter(|(_, assignment)| assignment.failed && part.has(assignment))
         .min_by_key(|(_, assignment)| (assignment.wave, assignment.rank))
         .map(|(device, assignment)| match &assignment.message {
             Some(message) => format!("; {device}: {message}"),

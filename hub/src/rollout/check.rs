@@ -8,10 +8,12 @@ use std::fmt;
 
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
-use foreshore_protocol::manifest::OnFailure;
+use foreshore_protocol::manifest::{FailureBudget, OnFailure, WaveTarget};
 use foreshore_protocol::message::Phase;
 
-use super::state::{Action, Assignment, Fleet, Revert, Rollout, UnixMs, is_failure};
+use super::state::{
+    Action, Approval, Assignment, Fleet, Revert, Rollout, Tick, UnixMs, Wave, is_failure,
+};
 
 /// The rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,6 +46,18 @@ pub enum Rule {
     Coherent,
     /// The clock stands still while paused or frozen, and only then.
     ClockStops,
+    /// Nothing happens before the time that the policy names.
+    NotBeforeStart,
+    /// A wave that needs an approval passes only with it.
+    Approval,
+    /// Offers keep to the pace.
+    Pace,
+    /// Nobody is offered anything who is held by an operator or in another rollout's hands.
+    HeldOrBusy,
+    /// Where canaries are chosen by kind, they are replaced only by their own.
+    Strata,
+    /// Those that come after the last wave have a budget and brakes of their own.
+    TailBrakes,
 }
 
 /// A broken rule.
@@ -107,7 +121,10 @@ pub fn check(rollout: &Rollout) -> Vec<Violation> {
 
 fn check_sizes(rollout: &Rollout, findings: &mut Findings) {
     let mut by_rank: BTreeMap<u32, u32> = BTreeMap::new();
-    for assignment in rollout.assignments.values() {
+    let joined = |assignment: &&Assignment| assignment.wave == 0;
+    let frozen = rollout.assignments.values().filter(|a| !joined(a));
+    let size = frozen.clone().count();
+    for assignment in frozen {
         by_rank.insert(assignment.rank, assignment.wave);
     }
     let expected: Vec<(u32, u32)> = rollout
@@ -120,7 +137,7 @@ fn check_sizes(rollout: &Rollout, findings: &mut Findings) {
         .collect();
     let found: Vec<(u32, u32)> = by_rank.into_iter().collect();
     findings.require(
-        found.len() == rollout.assignments.len() && found == expected,
+        found.len() == size && found == expected,
         Rule::WaveSizes,
         || format!("ranks and waves are {found:?}, not {expected:?}"),
     );
@@ -136,9 +153,11 @@ fn check_order(rollout: &Rollout, findings: &mut Findings) {
             WaveState::Skipped => {
                 before_over || super::budget::Tally::of_wave(rollout, ordinal).devices == 0
             }
-            WaveState::Open | WaveState::Baking | WaveState::Passed | WaveState::Failed => {
-                before_over
-            }
+            WaveState::Open
+            | WaveState::Baking
+            | WaveState::AwaitingApproval
+            | WaveState::Passed
+            | WaveState::Failed => before_over,
         };
         findings.require(in_order, Rule::WaveOrder, || {
             format!(
@@ -171,9 +190,7 @@ fn check_assignment(
         ..
     } = assignment;
     let shown = || format!("{device}: {assignment:?}");
-    let pending = rollout
-        .wave(assignment.wave)
-        .is_none_or(|wave| wave.state == WaveState::Pending);
+    let pending = !rollout.opened(assignment);
     let untouched = *state == AssignmentState::Planned || *revert == Some(Revert::Gone);
     findings.require(!pending || untouched, Rule::NotBeforeItsTurn, shown);
     findings.require(
@@ -207,7 +224,7 @@ fn check_assignment(
     let open = open || *state == AssignmentState::Planned;
     let at_rest = match rollout.state {
         RolloutState::Completed => {
-            !open && (*state != AssignmentState::Deferred || since.is_some())
+            assignment.tail || (!open && *state != AssignmentState::Deferred)
         }
         RolloutState::RolledBack => !assignment.has_intent(),
         RolloutState::Aborted | RolloutState::Superseded => {
@@ -223,11 +240,16 @@ fn check_assignment(
                 }
             }
         }
+        RolloutState::Scheduled => *state == AssignmentState::Planned || revert.is_some(),
         RolloutState::Running
         | RolloutState::Paused
         | RolloutState::RollingBack
         | RolloutState::RollbackPaused => true,
     };
+    let early = assignment.tail && rollout.state != RolloutState::Completed;
+    findings.require(!early, Rule::FinalIsFinal, || {
+        format!("{device} comes after the last wave of a rollout that has not completed")
+    });
     findings.require(at_rest, Rule::FinalIsFinal, || {
         format!("{:?} with {device}: {assignment:?}", rollout.state)
     });
@@ -244,22 +266,35 @@ pub fn check_action(
     let mut findings = Findings::default();
     let stopped = rollout.clock.stopped_at.is_some();
     match action {
-        Action::Offer { device, placement } => {
+        Action::Offer {
+            device,
+            placement,
+            next,
+        } => {
             check_offer(rollout, device, fleet, &mut findings);
+            check_pace(rollout, *next, now, &mut findings);
             findings.require(*placement == rollout.placement(), Rule::OfferOnce, || {
                 format!("{device} is offered {placement:?}")
             });
         }
-        Action::OfferLater { device, .. } => {
-            check_brakes(rollout, &mut findings);
+        Action::Tail { device, anew } => {
             let over = rollout
                 .waves
                 .iter()
                 .all(|w| matches!(w.state, WaveState::Passed | WaveState::Skipped));
-            findings.require(over, Rule::WaveOrder, || {
-                format!("{device} is left the release before the end")
+            findings.require(over && anew.is_none(), Rule::WaveOrder, || {
+                format!("{device} is left to the end before it")
             });
         }
+        Action::StopTail { message } => {
+            let stops = message.is_some() && rollout.state == RolloutState::Completed;
+            findings.require(stops && tail_is_broken(rollout), Rule::TailBrakes, || {
+                "stopped without a cause".to_owned()
+            });
+        }
+        Action::Approve { ordinal } => findings.require(false, Rule::Approval, || {
+            format!("wave {ordinal} is approved by nobody")
+        }),
         Action::Restore { device, revert, .. } => {
             check_restore(rollout, device, *revert, &mut findings)
         }
@@ -277,14 +312,23 @@ pub fn check_action(
             findings.require(idle(out) && idle(into), Rule::OfferOnce, || {
                 format!("{out} and {into} change places after an offer")
             });
-            findings.require(succeeded(rollout, None) == 0, Rule::Gates, || {
-                "a canary replaced for none".to_owned()
+            let kind = |device| rollout.assignments.get(device).map(|a| a.stratum);
+            findings.require(kind(out) == kind(into), Rule::Strata, || {
+                format!("{out} is replaced by {into}, which is of another kind")
             });
+            let by_kind = rollout
+                .wave(1)
+                .is_some_and(|wave| matches!(wave.target, WaveTarget::Canary(_)));
+            findings.require(
+                by_kind || succeeded(rollout, None) == 0,
+                Rule::Gates,
+                || "a canary replaced for none".to_owned(),
+            );
         }
         Action::Wave { ordinal, state, .. } => {
             check_wave(rollout, *ordinal, *state, now, &mut findings)
         }
-        Action::Enter { state, .. } => check_enter(rollout, *state, &mut findings),
+        Action::Enter { state, .. } => check_enter(rollout, *state, now, &mut findings),
         Action::Freeze => {
             findings.require(fleet.pulse.mostly_dark(), Rule::NothingWhileStopped, || {
                 format!("frozen with {:?}", fleet.pulse)
@@ -320,11 +364,32 @@ fn members(rollout: &Rollout, ordinal: Option<u32>) -> impl Iterator<Item = &Ass
 /// Whether the brakes must be on: counted from the assignments, in integers.
 #[must_use]
 pub fn budget_is_broken(rollout: &Rollout) -> bool {
-    let budget = &rollout.policy.budget;
-    let (bad, good) = (
-        failed(rollout, None) as u64,
-        succeeded(rollout, None) as u64,
+    let whole = exceeds(
+        &rollout.policy.budget,
+        failed(rollout, None),
+        succeeded(rollout, None),
     );
+    let wave = |(wave, ordinal): (&Wave, u32)| {
+        let here = Some(ordinal);
+        let budget = wave.budget.as_ref();
+        budget
+            .is_some_and(|budget| exceeds(budget, failed(rollout, here), succeeded(rollout, here)))
+    };
+    whole || rollout.waves.iter().zip(1_u32..).any(wave)
+}
+
+/// The same for those that come after the last wave.
+#[must_use]
+pub fn tail_is_broken(rollout: &Rollout) -> bool {
+    let tail = || rollout.assignments.values().filter(|a| a.tail);
+    let bad = tail().filter(|a| a.failed).count();
+    let done = AssignmentState::Device(Phase::Succeeded);
+    let good = tail().filter(|a| a.state == done).count();
+    exceeds(&rollout.policy.tail.failure_budget, bad, good)
+}
+
+fn exceeds(budget: &FailureBudget, bad: usize, good: usize) -> bool {
+    let (bad, good) = (bad as u64, good as u64);
     bad >= u64::from(budget.count)
         || (bad > 0
             && bad + good >= u64::from(budget.min_sample)
@@ -356,13 +421,20 @@ fn check_brakes(rollout: &Rollout, findings: &mut Findings) {
 }
 
 fn check_offer(rollout: &Rollout, device: &DeviceId, fleet: &Fleet, findings: &mut Findings) {
-    check_brakes(rollout, findings);
     let Some(assignment) = rollout.assignments.get(device) else {
         findings.require(false, Rule::OfferOnce, || {
             format!("{device} is not in the frozen set")
         });
         return;
     };
+    if assignment.tail {
+        let open = rollout.state == RolloutState::Completed && rollout.tail_stopped.is_none();
+        findings.require(open && !tail_is_broken(rollout), Rule::TailBrakes, || {
+            format!("{device} is offered the release after failures at the end")
+        });
+    } else {
+        check_brakes(rollout, findings);
+    }
     findings.require(
         assignment.state == AssignmentState::Planned,
         Rule::OfferOnce,
@@ -372,13 +444,41 @@ fn check_offer(rollout: &Rollout, device: &DeviceId, fleet: &Fleet, findings: &m
     findings.require(online, Rule::OfferOnce, || {
         format!("{device} is offered while offline")
     });
-    let opened = rollout
-        .wave(assignment.wave)
-        .is_some_and(|wave| wave.state != WaveState::Pending);
-    findings.require(opened, Rule::NotBeforeItsTurn, || {
+    let free = fleet
+        .devices
+        .get(device)
+        .is_some_and(|facts| !facts.held && !facts.busy);
+    findings.require(free, Rule::HeldOrBusy, || {
+        format!("{device} is offered while held or busy")
+    });
+    findings.require(rollout.opened(assignment), Rule::NotBeforeItsTurn, || {
         format!("{device} is offered before its wave")
     });
     check_slots(rollout, device, findings);
+}
+
+fn check_pace(rollout: &Rollout, next: Option<Tick>, now: UnixMs, findings: &mut Findings) {
+    let pace = if rollout.state == RolloutState::Completed {
+        Some(rollout.policy.tail.pace)
+    } else {
+        rollout.policy.pace
+    };
+    let Some(pace) = pace else {
+        return;
+    };
+    let tick = rollout.clock.tick(now);
+    let tail = rollout.state == RolloutState::Completed;
+    let well = AssignmentState::Device(Phase::Succeeded);
+    let done = rollout
+        .assignments
+        .values()
+        .filter(|a| a.state == well && (a.tail || !tail));
+    let done = u32::try_from(done.count()).unwrap_or(u32::MAX);
+    let kept = rollout.next_offer <= tick
+        && next.is_some_and(|next| next >= rollout.next_offer.plus(pace.interval_ms(done)));
+    findings.require(kept, Rule::Pace, || {
+        format!("at {tick:?} with {:?}, then {next:?}", rollout.next_offer)
+    });
 }
 
 fn check_slots(rollout: &Rollout, device: &DeviceId, findings: &mut Findings) {
@@ -455,6 +555,7 @@ fn check_wave(
         return;
     };
     let here = Some(ordinal);
+    let bake_ms = wave.bake_ms.unwrap_or(rollout.policy.bake_ms);
     let shown = || {
         format!(
             "wave {ordinal} from {:?} to {state:?} in {:?}",
@@ -484,9 +585,14 @@ fn check_wave(
             findings.require(succeeded(rollout, here) > 0, Rule::Gates, shown);
             check_all_ended(rollout, ordinal, findings);
         }
-        WaveState::Passed => {
+        WaveState::Passed | WaveState::AwaitingApproval => {
             let tick = rollout.clock.tick(now);
-            if wave.state == WaveState::Baking {
+            let approved = wave.approval != Approval::Needed;
+            let right = approved == (state == WaveState::Passed) || live == 0;
+            findings.require(right, Rule::Approval, shown);
+            if wave.state == WaveState::AwaitingApproval {
+                // Its other gates were passed when it came there.
+            } else if wave.state == WaveState::Baking {
                 findings.require(
                     wave.bake_until.is_some_and(|until| until <= tick),
                     Rule::Gates,
@@ -498,7 +604,7 @@ fn check_wave(
                     .filter(|assignment| {
                         assignment.state == AssignmentState::Device(Phase::Succeeded)
                     })
-                    .any(|assignment| assignment.changed.plus(rollout.policy.bake_ms) > tick);
+                    .any(|assignment| assignment.changed.plus(bake_ms) > tick);
                 findings.require(!fresh, Rule::Gates, shown);
                 let proven = succeeded(rollout, None) > 0 && failed(rollout, here) == 0;
                 findings.require(
@@ -532,7 +638,7 @@ fn check_all_ended(rollout: &Rollout, ordinal: u32, findings: &mut Findings) {
     }
 }
 
-fn check_enter(rollout: &Rollout, state: RolloutState, findings: &mut Findings) {
+fn check_enter(rollout: &Rollout, state: RolloutState, now: UnixMs, findings: &mut Findings) {
     let shown = || format!("from {:?} to {state:?}", rollout.state);
     let all_failed = || {
         rollout.waves.iter().zip(1_u32..).any(|(wave, ordinal)| {
@@ -558,7 +664,12 @@ fn check_enter(rollout: &Rollout, state: RolloutState, findings: &mut Findings) 
             check_brakes(rollout, findings);
             true
         }
-        RolloutState::Running | RolloutState::Aborted | RolloutState::Superseded => false,
+        RolloutState::Running => {
+            let due = rollout.policy.start_at <= Some(now);
+            findings.require(due, Rule::NotBeforeStart, shown);
+            rollout.state == RolloutState::Scheduled
+        }
+        RolloutState::Scheduled | RolloutState::Aborted | RolloutState::Superseded => false,
     };
     findings.require(allowed, Rule::RollbackCause, shown);
 }

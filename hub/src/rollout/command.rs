@@ -1,9 +1,9 @@
 //! What an operator, or a newer rollout, may ask of a rollout. Each command says what to do or why not;
 //! the caller applies and commits the actions just like those of [`super::advance`].
 
-use foreshore_protocol::Digest;
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
 use foreshore_protocol::message::Phase;
+use foreshore_protocol::{DeviceId, Digest};
 
 use super::rollback::restore;
 use super::state::{Action, Assignment, Cause, Refused, Revert, Rollout, StateName};
@@ -21,7 +21,7 @@ pub fn pause(rollout: &Rollout) -> Result<Vec<Action>, Refused> {
         message: Some("paused by an operator".to_owned()),
     };
     match rollout.state {
-        RolloutState::Running => Ok(vec![enter(RolloutState::Paused)]),
+        RolloutState::Running | RolloutState::Scheduled => Ok(vec![enter(RolloutState::Paused)]),
         RolloutState::RollingBack => Ok(vec![enter(RolloutState::RollbackPaused)]),
         RolloutState::Paused | RolloutState::RollbackPaused => Ok(Vec::new()),
         RolloutState::Completed
@@ -31,9 +31,10 @@ pub fn pause(rollout: &Rollout) -> Result<Vec<Action>, Refused> {
     }
 }
 
-/// Goes on. If failures had stopped it, the failed devices are tried again, in their own waves and against a
+/// Goes on; a rollout that is scheduled begins now. If failures had stopped it, the failed devices are tried again, in their own waves and against a
 /// budget that counts anew; so the brakes hold for the second try as for the first. If its way back had
-/// failed, the devices that could not go back are told again. Does nothing if it is not paused.
+/// failed, the devices that could not go back are told again. If failures stopped those that come after the last wave
+/// of a completed rollout, the failed among them are tried again. Does nothing if it is not stopped.
 ///
 /// # Errors
 ///
@@ -69,12 +70,77 @@ pub fn resume(rollout: &Rollout) -> Result<Vec<Action>, Refused> {
             ));
             Ok(actions)
         }
+        RolloutState::Scheduled => Ok(vec![enter(RolloutState::Running, None, None)]),
+        RolloutState::Completed if rollout.tail_stopped.is_some() => {
+            let tail = |(_, assignment): &(&DeviceId, &Assignment)| assignment.tail;
+            let mut actions: Vec<_> = failed(rollout)
+                .filter(tail)
+                .map(|(device, _)| start_over(device))
+                .collect();
+            actions.push(Action::StopTail { message: None });
+            Ok(actions)
+        }
         RolloutState::Running | RolloutState::RollingBack => Ok(Vec::new()),
         RolloutState::Completed
         | RolloutState::Aborted
         | RolloutState::RolledBack
         | RolloutState::Superseded => Err(is_final(rollout)),
     }
+}
+
+/// Lets the wave that has passed its gates go by.
+///
+/// # Errors
+///
+/// [`Refused::Final`], or [`Refused::Nothing`] if no wave waits for it.
+pub fn approve(rollout: &Rollout) -> Result<Vec<Action>, Refused> {
+    if rollout.state.is_final() {
+        return Err(is_final(rollout));
+    }
+    match rollout.awaits_approval() {
+        Some(ordinal) => Ok(vec![Action::Approve { ordinal }]),
+        None => Err(nothing(rollout, "no wave of it waits for an approval")),
+    }
+}
+
+/// Tries failed devices again, one or all: in their own waves, or after the last one if the rollout has completed. They
+/// no longer count as failed until they fail again.
+///
+/// # Errors
+///
+/// [`Refused::Final`] and [`Refused::State`]; [`Refused::Nothing`] if no such device failed.
+pub fn retry(rollout: &Rollout, only: Option<&DeviceId>) -> Result<Vec<Action>, Refused> {
+    let again = match rollout.state {
+        RolloutState::Running | RolloutState::Paused | RolloutState::Scheduled => start_over,
+        RolloutState::Completed => |device: &DeviceId| Action::Tail {
+            device: device.clone(),
+            anew: None,
+        },
+        RolloutState::RollingBack | RolloutState::RollbackPaused => {
+            return Err(Refused::State {
+                id: rollout.id,
+                state: StateName(rollout.state),
+                command: "retry",
+                needs: "running, paused or completed",
+            });
+        }
+        RolloutState::Aborted | RolloutState::RolledBack | RolloutState::Superseded => {
+            return Err(is_final(rollout));
+        }
+    };
+    let late = rollout.state == RolloutState::Completed;
+    let actions: Vec<_> = failed(rollout)
+        .filter(|(device, _)| only.is_none_or(|only| only == *device))
+        .flat_map(|(device, _)| {
+            let first = again(device);
+            [Some(first), late.then(|| start_over(device))]
+        })
+        .flatten()
+        .collect();
+    if actions.is_empty() {
+        return Err(nothing(rollout, "no such device of it failed"));
+    }
+    Ok(actions)
 }
 
 /// Gives up: nothing more is offered, devices that have not begun to switch and those that failed are given their
@@ -125,6 +191,31 @@ fn is_final(rollout: &Rollout) -> Refused {
     }
 }
 
+const fn nothing(rollout: &Rollout, what: &'static str) -> Refused {
+    Refused::Nothing {
+        id: rollout.id,
+        state: StateName(rollout.state),
+        what,
+    }
+}
+
+/// The devices that failed and were not sent back.
+fn failed(rollout: &Rollout) -> impl Iterator<Item = (&DeviceId, &Assignment)> {
+    rollout.assignments.iter().filter(|(_, assignment)| {
+        assignment.failed && assignment.state != AssignmentState::Reverted
+    })
+}
+
+fn start_over(device: &DeviceId) -> Action {
+    Action::Assign {
+        device: device.clone(),
+        state: AssignmentState::Planned,
+        deferral: None,
+        deadline: None,
+        message: None,
+    }
+}
+
 fn retries(rollout: &Rollout) -> Vec<Action> {
     let waves = rollout
         .waves
@@ -136,20 +227,9 @@ fn retries(rollout: &Rollout) -> Vec<Action> {
             state: WaveState::Open,
             bake_until: None,
         });
-    let devices = rollout
-        .assignments
-        .iter()
-        .filter(|(_, assignment)| {
-            assignment.failed && assignment.state != AssignmentState::Reverted
-        })
-        .map(|(device, _)| Action::Assign {
-            device: device.clone(),
-            state: AssignmentState::Planned,
-            deferral: None,
-            deadline: None,
-            message: None,
-        });
-    waves.chain(devices).collect()
+    waves
+        .chain(failed(rollout).map(|(device, _)| start_over(device)))
+        .collect()
 }
 
 fn give_up(

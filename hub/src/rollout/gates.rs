@@ -3,7 +3,7 @@
 use foreshore_protocol::api::WaveState;
 
 use super::budget::Tally;
-use super::state::{Rollout, Tick, Wave};
+use super::state::{Approval, Rollout, Tick, Wave};
 
 /// What a wave that was opened waits for, or what becomes of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub enum Gate {
     AllFailed,
     /// It waits until its last success is this old.
     Bake(Tick),
+    /// It waits for an operator.
+    Approval,
     /// Every gate is passed.
     Pass,
 }
@@ -25,12 +27,12 @@ pub enum Gate {
 /// is offline (those were put off before).
 #[must_use]
 pub fn look(rollout: &Rollout, ordinal: u32, wave: &Wave, tick: Tick) -> Gate {
-    if wave.state == WaveState::Baking {
+    if matches!(wave.state, WaveState::Baking | WaveState::AwaitingApproval) {
         // A device that was put off and returns during the bake joins the rollout's count, not the wave's: a
         // link that flaps must not hold the wave for ever.
         return match wave.bake_until {
             Some(until) if tick < until => Gate::Bake(until),
-            Some(_) | None => Gate::Pass,
+            Some(_) | None => baked(wave),
         };
     }
     let tally = Tally::of_wave(rollout, ordinal);
@@ -39,17 +41,26 @@ pub fn look(rollout: &Rollout, ordinal: u32, wave: &Wave, tick: Tick) -> Gate {
     }
     match tally.last_success {
         Some(success) => {
-            let until = success.plus(rollout.policy.bake_ms);
+            let bake_ms = wave.bake_ms.unwrap_or(rollout.policy.bake_ms);
+            let until = success.plus(bake_ms);
             if tick < until {
                 Gate::Bake(until)
             } else {
-                Gate::Pass
+                baked(wave)
             }
         }
         None if tally.failed > 0 => Gate::AllFailed,
         None if tally.devices == 0 => Gate::Pass,
         // Every device is put off. Some earlier wave has shown that the release works.
-        None if Tally::of(rollout).succeeded > 0 => Gate::Pass,
+        None if Tally::of(rollout).succeeded > 0 => baked(wave),
         None => Gate::NoCanary,
+    }
+}
+
+/// What a wave waits for whose devices are done and whose bake is over.
+const fn baked(wave: &Wave) -> Gate {
+    match wave.approval {
+        Approval::Needed => Gate::Approval,
+        Approval::NotNeeded | Approval::Given => Gate::Pass,
     }
 }

@@ -19,13 +19,6 @@ pub(super) struct Patience {
     pub(super) silence_counts: bool,
 }
 
-impl Patience {
-    pub(super) const NONE: Self = Self {
-        runs: false,
-        silence_counts: false,
-    };
-}
-
 /// What to record about one device; `None`: nothing new.
 pub(super) fn observe(
     rollout: &Rollout,
@@ -59,34 +52,6 @@ pub(super) fn observe(
             .ended()
             .map(|(phase, why)| look.record(phase, None, why)),
         AssignmentState::Deferred => look.deferred(),
-    }
-}
-
-/// What a device that ended after its rollout completed is recorded as; `None`: it did not.
-pub(super) fn observe_late(
-    rollout: &Rollout,
-    device: &DeviceId,
-    assignment: &Assignment,
-    facts: &Facts,
-    tick: Tick,
-) -> Option<Action> {
-    let look = Look {
-        rollout,
-        device,
-        assignment,
-        facts,
-        tick,
-        patience: Patience::NONE,
-    };
-    match assignment.state {
-        AssignmentState::Planned | AssignmentState::Reverted => None,
-        AssignmentState::Device(phase) if phase.is_final() => None,
-        AssignmentState::Offered
-        | AssignmentState::Device(_)
-        | AssignmentState::Silent
-        | AssignmentState::Deferred => look
-            .ended()
-            .map(|(phase, why)| look.record(phase, None, why)),
     }
 }
 
@@ -227,10 +192,12 @@ impl Look<'_> {
         {
             return Some(self.record(report.phase, None, report.reason.clone()));
         }
-        let returns = self.assignment.deferral != Some(Deferral::NotBegun)
-            && self.facts.online
-            && self.patience.runs;
-        if !returns {
+        let back = match self.assignment.deferral {
+            Some(Deferral::Offline) | None => self.facts.online,
+            Some(Deferral::Held) => !self.facts.held,
+            Some(Deferral::NotBegun) => false,
+        };
+        if !back || !self.patience.runs {
             return None;
         }
         if self.assignment.since.is_none() {

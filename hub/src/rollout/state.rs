@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
-use foreshore_protocol::manifest::{FailureBudget, OnFailure, RolloutPolicy, WaveTarget};
+use foreshore_protocol::id::Labels;
+use foreshore_protocol::manifest::{
+    FailureBudget, OnFailure, Pace, RolloutPolicy, Tail, WaveSpec, WaveTarget,
+};
 use foreshore_protocol::message::Phase;
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 use serde::{Deserialize, Serialize};
@@ -107,8 +110,8 @@ pub struct Placement {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Policy {
-    /// Cumulative targets as written; the implied last 100 % is not among them.
-    pub waves: Vec<WaveTarget>,
+    /// The waves as written, the canaries' first; the implied last 100 % is not among them.
+    pub waves: Vec<WaveSpec>,
     /// How long a device must stay well, in milliseconds.
     pub soak_ms: u64,
     /// How long a wave waits after its last success, in milliseconds.
@@ -117,6 +120,9 @@ pub struct Policy {
     pub progress_deadline_ms: u64,
     /// At most so many devices hold a slot at once (see [`Assignment::holds_slot`]); at least 1.
     pub max_unavailable: u32,
+    /// How fast devices are offered the release.
+    #[serde(default)]
+    pub pace: Option<Pace>,
     /// What stops the rollout.
     pub budget: FailureBudget,
     /// What happens then.
@@ -128,6 +134,15 @@ pub struct Policy {
     /// How long beyond its own deadlines a switching device may stay without a final report, in milliseconds,
     /// before it counts as silent. [`Policy::SILENT_MARGIN_MS`].
     pub silent_margin_ms: u64,
+    /// No wave opens before.
+    #[serde(default)]
+    pub start_at: Option<UnixMs>,
+    /// Rollouts of a higher one go first where they meet on a device; then the older.
+    #[serde(default = "Policy::default_priority")]
+    pub priority: u8,
+    /// How the release reaches those that come after the last wave.
+    #[serde(default)]
+    pub tail: Tail,
 }
 
 impl Policy {
@@ -136,20 +151,54 @@ impl Policy {
     /// 25 minutes: 15 and twice the default keepalive of 5 (a device is told dark after one and a half).
     pub const SILENT_MARGIN_MS: u64 = 25 * 60_000;
 
+    /// Above whatever a manifest may write.
+    pub const EMERGENCY_PRIORITY: u8 = u8::MAX;
+
+    const fn default_priority() -> u8 {
+        50
+    }
+
     /// Freezes a manifest's policy over a set of `devices` devices.
     #[must_use]
     pub fn freeze(policy: &RolloutPolicy, devices: usize) -> Self {
-        Self {
-            waves: policy.waves.clone(),
+        let canary = policy.canary.clone().map(WaveTarget::Canary);
+        let mut frozen = Self {
+            waves: canary
+                .map(WaveSpec::from)
+                .into_iter()
+                .chain(policy.waves.iter().cloned())
+                .collect(),
             soak_ms: policy.soak.millis(),
             bake_ms: policy.bake.millis(),
             progress_deadline_ms: policy.progress_deadline.millis(),
             max_unavailable: u32::try_from(policy.max_unavailable.of(devices)).unwrap_or(u32::MAX),
+            pace: policy.pace,
             budget: policy.failure_budget,
             on_failure: policy.on_failure,
             begin_within_ms: Self::BEGIN_WITHIN_MS,
             silent_margin_ms: Self::SILENT_MARGIN_MS,
+            start_at: policy.start_at.map(|at| UnixMs(at.unix_ms())),
+            priority: policy.priority,
+            tail: policy.tail,
+        };
+        if policy.emergency {
+            frozen.hurry();
         }
+        frozen
+    }
+
+    /// What [`RolloutPolicy::emergency`] changes: the first wave stays the first wave, and all else is let go.
+    fn hurry(&mut self) {
+        self.waves.truncate(1);
+        for wave in &mut self.waves {
+            wave.approval = false;
+            wave.bake = None;
+        }
+        self.bake_ms = 0;
+        self.max_unavailable = u32::MAX;
+        self.pace = None;
+        self.start_at = None;
+        self.priority = Self::EMERGENCY_PRIORITY;
     }
 
     /// From the report of a switching phase until the device counts as silent, in milliseconds.
@@ -206,6 +255,13 @@ pub struct Rollout {
     pub frozen: bool,
     /// Its clock.
     pub clock: Clock,
+    /// When the next device is due by [`Policy::pace`] or, once completed, by the tail's (the theoretical arrival
+    /// time of the generic cell rate algorithm, ITU-T I.371).
+    #[serde(default)]
+    pub next_offer: Tick,
+    /// Why nothing is offered any more to those that come after the last wave; `None`: it is.
+    #[serde(default)]
+    pub tail_stopped: Option<String>,
     /// Its waves in order; the ordinal of the first is 1.
     pub waves: Vec<Wave>,
     /// Its devices.
@@ -228,16 +284,46 @@ pub struct Wave {
     pub state: WaveState,
     /// When its bake ends; set while `Baking`.
     pub bake_until: Option<Tick>,
+    /// How long it waits after its last success, in milliseconds; `None`: [`Policy::bake_ms`].
+    #[serde(default)]
+    pub bake_ms: Option<u64>,
+    /// Whether an operator must approve it, or has.
+    #[serde(default)]
+    pub approval: Approval,
+    /// What stops the rollout, counted over this wave alone; `None`: only [`Policy::budget`] does.
+    #[serde(default)]
+    pub budget: Option<FailureBudget>,
+}
+
+/// Whether a wave that has passed its gates waits for an operator.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Approval {
+    /// It does not.
+    #[default]
+    NotNeeded,
+    /// It does.
+    Needed,
+    /// It did.
+    Given,
 }
 
 /// One device's part in a rollout.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Assignment {
-    /// In which wave, from 1.
+    /// In which wave, from 1; 0 if it joined after the last.
     pub wave: u32,
-    /// Its place in the order of the whole frozen set, from 0.
+    /// Its place in the order of the whole frozen set, from 0; those that joined later come after it.
     pub rank: u32,
+    /// Of which kind it is among those that the canaries are chosen by; 0 where there are none.
+    #[serde(default)]
+    pub stratum: u32,
+    /// It comes after the last wave: it was offline until then, or joined later.
+    #[serde(default)]
+    pub tail: bool,
     /// What it goes back to; `None`: the app is removed from it.
     pub previous: Option<Placement>,
     /// How far it is.
@@ -269,6 +355,8 @@ pub enum Deferral {
     /// It was offered the release and has not begun to switch in time. The offer stands; it goes on when it
     /// begins.
     NotBegun,
+    /// An operator holds the device. It is offered the release when they let it go.
+    Held,
 }
 
 /// How far a device's way back is.
@@ -314,6 +402,10 @@ pub struct Facts {
     pub report: Option<Report>,
     /// The assignment that it has a lease for ([`crate::lease`]).
     pub leased: Option<Version>,
+    /// An operator holds it: no rollout offers it anything.
+    pub held: bool,
+    /// Another app's rollout has it in hand: one change at a time.
+    pub busy: bool,
 }
 
 /// What a device says of one app: the part of an `AppStatus` that decides.
@@ -359,8 +451,7 @@ impl Pulse {
 }
 
 /// One change to a rollout, decided by [`super::advance`] or a command. The store commits it together with what
-/// it asks for: for [`Action::Offer`], [`Action::OfferLater`] and [`Action::Restore`] the device's new desired
-/// state and its outbox row.
+/// it asks for: for [`Action::Offer`] and [`Action::Restore`] the device's new desired state and its outbox row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Write the device's desired state: it gets the release.
@@ -369,14 +460,8 @@ pub enum Action {
         device: DeviceId,
         /// What to write.
         placement: Placement,
-    },
-    /// Write the desired state of a device that is offline as the rollout completes: it gets the release when it
-    /// returns. Nothing waits for it.
-    OfferLater {
-        /// Which device.
-        device: DeviceId,
-        /// What to write.
-        placement: Placement,
+        /// [`Rollout::next_offer`] from now on, where there is a pace.
+        next: Option<Tick>,
     },
     /// Write the device's desired state: it gets its release of before.
     Restore {
@@ -408,6 +493,24 @@ pub enum Action {
         revert: Revert,
         /// Why, for people.
         message: Option<String>,
+    },
+    /// A device comes after the last wave from here on. One that the rollout does not have joins it; one that left
+    /// or failed starts over.
+    Tail {
+        /// Which device.
+        device: DeviceId,
+        /// Whether it is offered the release anew, although it was before or is new here; what it goes back to.
+        anew: Option<Option<Placement>>,
+    },
+    /// Nothing more is offered to those that come after the last wave, or (`None`) it is again.
+    StopTail {
+        /// Why, for people.
+        message: Option<String>,
+    },
+    /// An operator approved a wave.
+    Approve {
+        /// From 1.
+        ordinal: u32,
     },
     /// Two devices that were not offered anything change places, because the first is offline and its wave is
     /// the first.
@@ -442,19 +545,41 @@ pub enum Action {
 }
 
 impl Action {
+    /// The one device that this is about.
+    #[must_use]
+    pub const fn device(&self) -> Option<&DeviceId> {
+        match self {
+            Self::Offer { device, .. }
+            | Self::Restore { device, .. }
+            | Self::Assign { device, .. }
+            | Self::Reverted { device, .. }
+            | Self::Tail { device, .. } => Some(device),
+            Self::StopTail { .. }
+            | Self::Approve { .. }
+            | Self::Replace { .. }
+            | Self::Wave { .. }
+            | Self::Enter { .. }
+            | Self::Freeze
+            | Self::Thaw => None,
+        }
+    }
+
     /// The device whose desired state this action writes, and what it then holds of the app (`None`: nothing);
     /// `None` if it writes no desired state.
     #[must_use]
     pub const fn writes(&self) -> Option<(&DeviceId, Option<Placement>)> {
         match self {
-            Self::Offer { device, placement } | Self::OfferLater { device, placement } => {
-                Some((device, Some(*placement)))
-            }
+            Self::Offer {
+                device, placement, ..
+            } => Some((device, Some(*placement))),
             Self::Restore {
                 device, placement, ..
             } => Some((device, *placement)),
             Self::Assign { .. }
             | Self::Reverted { .. }
+            | Self::Tail { .. }
+            | Self::StopTail { .. }
+            | Self::Approve { .. }
             | Self::Replace { .. }
             | Self::Wave { .. }
             | Self::Enter { .. }
@@ -467,8 +592,10 @@ impl Action {
 /// Which record an [`Action`] changed, so that the store writes that one and no other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Touched {
-    /// The rollout's own fields: `state`, `cause`, `message`, `frozen`, `clock`, `finished`.
+    /// The rollout's own fields, all but waves and assignments.
     Header,
+    /// These and one device's assignment.
+    HeaderAndAssignment(DeviceId),
     /// One wave, by its ordinal from 1.
     Wave(u32),
     /// One device's assignment.
@@ -509,6 +636,16 @@ pub enum Refused {
         /// What it needs.
         needs: &'static str,
     },
+    /// There is nothing of that kind to act on.
+    #[error("rollout {id} is {state}, and {what}")]
+    Nothing {
+        /// Which.
+        id: u64,
+        /// Its state.
+        state: StateName,
+        /// What there is not.
+        what: &'static str,
+    },
     /// There is no release to go back to.
     #[error(
         "rollout {id} brought the app's first release; there is none before it: delete the app instead"
@@ -526,6 +663,7 @@ pub struct StateName(pub RolloutState);
 impl fmt::Display for StateName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self.0 {
+            RolloutState::Scheduled => "scheduled",
             RolloutState::Running => "running",
             RolloutState::Paused => "paused",
             RolloutState::Completed => "completed",
@@ -547,6 +685,8 @@ pub struct Member {
     pub placement: Option<Placement>,
     /// What the device says of exactly that placement (same `since`); `None`: nothing yet.
     pub phase: Option<Phase>,
+    /// Its labels; canaries and waves by selector are chosen by them.
+    pub labels: Labels,
 }
 
 /// What a rollout is opened with.
@@ -666,6 +806,25 @@ impl Rollout {
     pub fn wave(&self, ordinal: u32) -> Option<&Wave> {
         self.waves
             .get(usize::try_from(ordinal).ok()?.checked_sub(1)?)
+    }
+
+    /// Whether devices of this assignment may be offered the release now, as far as waves decide.
+    #[must_use]
+    pub fn opened(&self, assignment: &Assignment) -> bool {
+        assignment.tail
+            || self
+                .wave(assignment.wave)
+                .is_some_and(|wave| wave.state != WaveState::Pending)
+    }
+
+    /// The wave that waits for an operator's approval, if one does.
+    #[must_use]
+    pub fn awaits_approval(&self) -> Option<u32> {
+        self.waves
+            .iter()
+            .zip(1_u32..)
+            .find(|(wave, _)| wave.state == WaveState::AwaitingApproval)
+            .map(|(_, ordinal)| ordinal)
     }
 
     /// When a wave's bake ends, for people; `None` unless it bakes and the clock runs.

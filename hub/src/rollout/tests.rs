@@ -3,7 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use foreshore_protocol::manifest::{FailureBudget, OnFailure, WaveTarget};
+use foreshore_protocol::id::Labels;
+use foreshore_protocol::manifest::{FailureBudget, OnFailure, Pace, Tail, WaveSpec, WaveTarget};
 use foreshore_protocol::message::Phase;
 use foreshore_protocol::{DeviceId, Digest, Version};
 use proptest::prelude::*;
@@ -13,11 +14,24 @@ use super::*;
 
 mod cuts;
 mod examples;
+mod explained;
 mod noticed;
 mod properties;
 
 fn device(number: usize) -> DeviceId {
     format!("device-{number}").parse().unwrap()
+}
+
+/// Three models at two sites.
+fn labels(number: usize) -> Labels {
+    [("model", number % 3), ("site", number % 2)]
+        .map(|(key, value)| {
+            (
+                key.parse().unwrap(),
+                format!("{key}-{value}").parse().unwrap(),
+            )
+        })
+        .into()
 }
 
 fn release(number: u8) -> Digest {
@@ -32,9 +46,28 @@ fn placement(number: u8) -> Placement {
     }
 }
 
+fn pace(per_minute: u32) -> Pace {
+    Pace {
+        per_minute,
+        double_every: None,
+        max_per_minute: None,
+    }
+}
+
 fn policy(waves: Vec<WaveTarget>, devices: usize) -> Policy {
     Policy {
-        waves,
+        waves: waves.into_iter().map(WaveSpec::from).collect(),
+        pace: None,
+        start_at: None,
+        priority: 50,
+        tail: Tail {
+            pace: pace(1_000_000),
+            failure_budget: FailureBudget {
+                count: 3,
+                percent: 100,
+                min_sample: 10,
+            },
+        },
         soak_ms: 1_000,
         bake_ms: 2_000,
         progress_deadline_ms: 5_000,
@@ -49,6 +82,9 @@ fn policy(waves: Vec<WaveTarget>, devices: usize) -> Policy {
         silent_margin_ms: 30_000,
     }
 }
+
+/// When every rollout here is opened.
+const NOW: UnixMs = UnixMs(1_000_000_000);
 
 /// A hub's store and the devices' side of it, as small as can be.
 #[derive(Clone)]
@@ -65,6 +101,8 @@ struct World {
 struct Known {
     offline: bool,
     gone: bool,
+    held: bool,
+    busy: bool,
     last_seen: UnixMs,
     desired: Option<(Version, Option<Placement>)>,
     report: Option<Report>,
@@ -82,7 +120,7 @@ impl World {
         policy: Policy,
         previous: Option<Placement>,
     ) -> Self {
-        let now = UnixMs(1_000_000_000);
+        let now = NOW;
         let rollout = Rollout::open(Opening {
             id: 1,
             app: "app".parse().unwrap(),
@@ -95,6 +133,7 @@ impl World {
                     device: device(number),
                     placement: previous,
                     phase: Some(Phase::Succeeded),
+                    labels: labels(number),
                 })
                 .collect(),
             before: None,
@@ -132,6 +171,8 @@ impl World {
                         version: one.desired.map(|(version, _)| version),
                         report: one.report.clone(),
                         leased: one.leased,
+                        held: one.held,
+                        busy: one.busy,
                     };
                     (device.clone(), facts)
                 })
@@ -183,7 +224,7 @@ impl World {
     }
 
     fn commit(&mut self, action: &Action) {
-        if let Action::Offer { device, .. } | Action::OfferLater { device, .. } = action {
+        if let Action::Offer { device, .. } = action {
             *self.offers.entry(device.clone()).or_default() += 1;
         }
         let written = action.writes().map(|(device, placement)| {
@@ -207,6 +248,24 @@ impl World {
             self.commit(&action);
         }
         self.consistent();
+    }
+
+    /// A device comes that the app selects only now, as the controller lets it in.
+    fn join(&mut self, number: usize) {
+        let known = self.devices.entry(device(number)).or_default();
+        known.last_seen = self.now;
+        let takes_part = self
+            .rollout
+            .assignments
+            .get(&device(number))
+            .is_some_and(|assignment| assignment.revert != Some(Revert::Gone));
+        if self.rollout.state == RolloutState::Completed && !takes_part {
+            known.gone = false;
+            self.commit(&Action::Tail {
+                device: device(number),
+                anew: Some(None),
+            });
+        }
     }
 
     fn consistent(&self) {

@@ -8,12 +8,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
-use foreshore_protocol::manifest::WaveTarget;
+use foreshore_protocol::id::{LabelValue, Labels};
+use foreshore_protocol::manifest::{Canary, WaveSpec, WaveTarget};
 use foreshore_protocol::message::Phase;
+use foreshore_protocol::quantity::Span;
 use foreshore_protocol::{DeviceId, Digest};
 
 use super::state::{
-    Action, Assignment, Clock, Fleet, Member, Opening, Placement, Rollout, Tick, Wave,
+    Action, Approval, Assignment, Clock, Fleet, Member, Opening, Placement, Rollout, Tick, Wave,
 };
 
 /// Where a device stands in the order of a rollout with this seed; lower comes first.
@@ -40,24 +42,85 @@ pub fn rank(seed: u64, devices: impl IntoIterator<Item = DeviceId>) -> Vec<Devic
     keyed.into_iter().map(|(_, device)| device).collect()
 }
 
-/// The waves of a set of `total` devices: each target with the number of devices that it adds.
+/// One wave as it is cut: how it was written, and its devices in their order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slice {
+    /// As written, or the implied 100 %.
+    pub spec: WaveSpec,
+    /// Those that it adds to the waves before it.
+    pub devices: Vec<DeviceId>,
+}
+
+/// Cuts a set of devices into waves. Each device is in exactly one.
 ///
-/// Targets are cumulative. A missing last 100 % is added. A target that does not reach beyond the one before it
-/// over this set (`{count: 5}`, `{percent: 10}` over ten devices) makes a wave of no devices, which is
+/// Counts and percentages are cumulative over the set, whoever the devices of earlier waves are. A missing last 100 % is
+/// added. A target that adds no device (`{count: 5}`, `{percent: 10}` over ten devices) makes a wave of none, which is
 /// skipped when its turn comes.
 #[must_use]
-pub fn cut(targets: &[WaveTarget], total: usize) -> Vec<(WaveTarget, usize)> {
-    let implied =
-        (targets.last() != Some(&WaveTarget::Percent(100))).then_some(WaveTarget::Percent(100));
-    let mut reached = 0;
-    targets
+pub fn cut(specs: &[WaveSpec], seed: u64, members: &BTreeMap<DeviceId, Labels>) -> Vec<Slice> {
+    let last = WaveTarget::Percent(100);
+    let implied = (specs.last().map(|spec| &spec.target) != Some(&last)).then(|| last.into());
+    let mut left = rank(seed, members.keys().cloned());
+    let total = left.len();
+    let none = Labels::new();
+    let labels = |device: &DeviceId| members.get(device).unwrap_or(&none);
+    let mut slices = Vec::new();
+    for spec in specs.iter().cloned().chain(implied) {
+        let reached = total - left.len();
+        let devices: Vec<DeviceId> = match &spec.target {
+            WaveTarget::Count(_) | WaveTarget::Percent(_) => {
+                let wanted = reach(&spec.target, total).saturating_sub(reached);
+                left.drain(..wanted.min(left.len())).collect()
+            }
+            WaveTarget::Selector(selector) => left
+                .extract_if(.., |device| selector.matches(labels(device)))
+                .collect(),
+            WaveTarget::Canary(canary) => {
+                let mut found: BTreeMap<Vec<Option<&LabelValue>>, u32> = BTreeMap::new();
+                left.extract_if(.., |device| {
+                    let count = found.entry(stratum(canary, labels(device))).or_default();
+                    *count += 1;
+                    *count <= canary.per_stratum
+                })
+                .collect()
+            }
+        };
+        slices.push(Slice { spec, devices });
+    }
+    slices
+}
+
+/// How many of `total` devices are in the wave of this count or percentage and all before it.
+fn reach(target: &WaveTarget, total: usize) -> usize {
+    match target {
+        WaveTarget::Count(count) => usize::try_from(*count).map_or(total, |count| count.min(total)),
+        WaveTarget::Percent(percent) => (total * usize::from(*percent)).div_ceil(100).min(total),
+        WaveTarget::Selector(_) | WaveTarget::Canary(_) => 0,
+    }
+}
+
+fn stratum<'a>(canary: &Canary, labels: &'a Labels) -> Vec<Option<&'a LabelValue>> {
+    canary.by.iter().map(|key| labels.get(key)).collect()
+}
+
+/// The kind of each device, numbered in the order of their labels' values; all 0 where there are no canaries.
+fn strata(specs: &[WaveSpec], members: &BTreeMap<DeviceId, Labels>) -> BTreeMap<DeviceId, u32> {
+    let canary = specs.iter().find_map(|spec| match &spec.target {
+        WaveTarget::Canary(canary) => Some(canary),
+        WaveTarget::Count(_) | WaveTarget::Percent(_) | WaveTarget::Selector(_) => None,
+    });
+    let Some(canary) = canary else {
+        return BTreeMap::new();
+    };
+    let kinds: BTreeSet<_> = members
+        .values()
+        .map(|labels| stratum(canary, labels))
+        .collect();
+    let numbered: BTreeMap<_, u32> = kinds.into_iter().zip(0..).collect();
+    members
         .iter()
-        .copied()
-        .chain(implied)
-        .map(|target| {
-            let size = target.of(total).saturating_sub(reached);
-            reached += size;
-            (target, size)
+        .filter_map(|(device, labels)| {
+            Some((device.clone(), *numbered.get(&stratum(canary, labels))?))
         })
         .collect()
 }
@@ -78,31 +141,29 @@ impl Rollout {
             before,
             now,
         } = opening;
-        let mut previous: BTreeMap<DeviceId, Option<Placement>> = members
-            .into_iter()
-            .map(|member| {
-                let previous = previous_of(&member, before);
-                (member.device, previous)
-            })
-            .collect();
-        let ranked = rank(seed, previous.keys().cloned());
+        let mut previous: BTreeMap<DeviceId, Option<Placement>> = BTreeMap::new();
+        let mut labels: BTreeMap<DeviceId, Labels> = BTreeMap::new();
+        for member in members {
+            previous.insert(member.device.clone(), previous_of(&member, before));
+            labels.insert(member.device, member.labels);
+        }
+        let strata = strata(&policy.waves, &labels);
         let mut waves = Vec::new();
         let mut assignments = BTreeMap::new();
-        let mut devices = ranked.into_iter().zip(0_u32..);
-        for ((target, size), ordinal) in cut(&policy.waves, previous.len()).into_iter().zip(1_u32..)
-        {
-            for (device, rank) in devices.by_ref().take(size) {
+        let mut ranks = 0_u32..;
+        for (slice, ordinal) in cut(&policy.waves, seed, &labels).into_iter().zip(1_u32..) {
+            waves.push(Wave::pending(&slice));
+            for (device, rank) in slice.devices.into_iter().zip(ranks.by_ref()) {
                 let previous = previous.remove(&device).flatten();
-                assignments.insert(device, Assignment::planned(ordinal, rank, previous));
+                let stratum = strata.get(&device).copied().unwrap_or(0);
+                let assignment = Assignment::planned(ordinal, rank, stratum, previous);
+                assignments.insert(device, assignment);
             }
-            let size = u32::try_from(size).unwrap_or(u32::MAX);
-            waves.push(Wave {
-                target,
-                size,
-                state: WaveState::Pending,
-                bake_until: None,
-            });
         }
+        let state = match policy.start_at {
+            Some(at) if at > now => RolloutState::Scheduled,
+            Some(_) | None => RolloutState::Running,
+        };
         Self {
             id,
             app,
@@ -110,11 +171,13 @@ impl Rollout {
             to,
             seed,
             policy,
-            state: RolloutState::Running,
+            state,
             cause: None,
             message: None,
             frozen: false,
             clock: Clock::default(),
+            next_offer: Tick(0),
+            tail_stopped: None,
             waves,
             assignments,
             created: now,
@@ -123,11 +186,36 @@ impl Rollout {
     }
 }
 
+impl Wave {
+    fn pending(slice: &Slice) -> Self {
+        Self {
+            target: slice.spec.target.clone(),
+            size: u32::try_from(slice.devices.len()).unwrap_or(u32::MAX),
+            state: WaveState::Pending,
+            bake_until: None,
+            bake_ms: slice.spec.bake.map(Span::millis),
+            approval: if slice.spec.approval {
+                Approval::Needed
+            } else {
+                Approval::NotNeeded
+            },
+            budget: slice.spec.failure_budget,
+        }
+    }
+}
+
 impl Assignment {
-    const fn planned(wave: u32, rank: u32, previous: Option<Placement>) -> Self {
+    pub(super) const fn planned(
+        wave: u32,
+        rank: u32,
+        stratum: u32,
+        previous: Option<Placement>,
+    ) -> Self {
         Self {
             wave,
             rank,
+            stratum,
+            tail: false,
             previous,
             state: AssignmentState::Planned,
             since: None,
@@ -182,32 +270,35 @@ pub fn joiner_release<'a>(rollouts: impl IntoIterator<Item = &'a Rollout>) -> Op
         .map(Rollout::placement)
 }
 
-/// In the first wave, online devices take the place of those that are offline and were offered nothing, lowest
-/// rank first. A canary that cannot sing delays everyone; any other device of the set is as good.
+/// In the first wave, devices that can begin take the place of those that cannot (offline, held) and were offered
+/// nothing, lowest rank first and, where canaries are chosen by kind, of the same kind. A canary that cannot sing delays
+/// everyone; any other device of its kind is as good.
 pub(super) fn replacements(rollout: &Rollout, ordinal: u32, fleet: &Fleet) -> Vec<Action> {
-    let online = |device: &DeviceId| fleet.devices.get(device).is_some_and(|facts| facts.online);
-    let mut out: Vec<(u32, &DeviceId)> = Vec::new();
-    let mut into: Vec<(u32, &DeviceId)> = Vec::new();
+    let ready = |device: &DeviceId| {
+        let facts = fleet.devices.get(device);
+        facts.is_some_and(|facts| facts.online && !facts.held)
+    };
+    let mut out: Vec<(u32, u32, &DeviceId)> = Vec::new();
+    let mut into: BTreeMap<u32, BTreeSet<(u32, &DeviceId)>> = BTreeMap::new();
     for (device, assignment) in &rollout.assignments {
         let idle = assignment.since.is_none();
         if assignment.wave == ordinal {
             if idle && assignment.state == AssignmentState::Deferred {
-                out.push((assignment.rank, device));
+                out.push((assignment.rank, assignment.stratum, device));
             }
-        } else if idle && assignment.state == AssignmentState::Planned && online(device) {
-            into.push((assignment.rank, device));
+        } else if idle && assignment.state == AssignmentState::Planned && ready(device) {
+            let kind = into.entry(assignment.stratum).or_default();
+            kind.insert((assignment.rank, device));
         }
     }
-    if out.is_empty() {
-        return Vec::new();
-    }
     out.sort_unstable();
-    into.sort_unstable();
     out.into_iter()
-        .zip(into)
-        .map(|((_, out), (_, into))| Action::Replace {
-            out: out.clone(),
-            into: into.clone(),
+        .filter_map(|(_, stratum, out)| {
+            let (_, into) = into.get_mut(&stratum)?.pop_first()?;
+            Some(Action::Replace {
+                out: out.clone(),
+                into: into.clone(),
+            })
         })
         .collect()
 }

@@ -320,7 +320,7 @@ pub fn online_after(
 }
 
 const VIEW: &str = "SELECT id, online, last_seen_ms, operator_labels, own_labels, desired_epoch, desired_generation,
-    accepted_epoch, accepted_generation, inventory FROM device";
+    accepted_epoch, accepted_generation, inventory, held FROM device";
 
 /// A device as the API shows it.
 ///
@@ -363,6 +363,7 @@ fn read_view(row: &Row<'_>) -> rusqlite::Result<DeviceView> {
         reported: column::version_option(row, 7)?,
         inventory: column::json_option(row, 9)?,
         apps: Vec::new(),
+        held: row.get(10)?,
         secrets_key: None,
         untrusted_key: None,
     })
@@ -378,6 +379,26 @@ fn with_apps(connection: &Connection, mut view: DeviceView) -> rusqlite::Result<
         .query_map([view.id.as_str()], |row| column::json(row, 0))?
         .collect::<rusqlite::Result<_>>()?;
     Ok(view)
+}
+
+/// Holds a device for that reason, or (`None`) lets it go; whether there is such a device and that changed anything.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn put_held(
+    connection: &Connection,
+    device: &DeviceId,
+    held: Option<&str>,
+) -> rusqlite::Result<Option<bool>> {
+    let before: Option<Option<String>> = connection
+        .prepare_cached("SELECT held FROM device WHERE id = ?1")?
+        .query_row([device.as_str()], |row| row.get(0))
+        .optional()?;
+    connection
+        .prepare_cached("UPDATE device SET held = ?2 WHERE id = ?1")?
+        .execute(params![device.as_str(), held])?;
+    Ok(before.map(|before| before.as_deref() != held))
 }
 
 /// Applies a label patch to the operator's labels: how many there were and are; `None` when the device is unknown.

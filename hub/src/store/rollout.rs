@@ -3,7 +3,10 @@
 //! A rollout is kept as its header, one row a wave and one row a device, so that a report changes one row and
 //! not a hundred thousand. There is at most one live rollout an app, its newest.
 
+use std::cmp::Reverse;
+
 use foreshore_protocol::api::{AssignmentState, RolloutState};
+use foreshore_protocol::id::Labels;
 use foreshore_protocol::message::AppStatus;
 use foreshore_protocol::{AppName, DeviceId};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
@@ -60,6 +63,10 @@ pub fn put(connection: &Connection, rollout: &Rollout, touched: &Touched) -> rus
     };
     match touched {
         Touched::Header => put_header(connection, rollout),
+        Touched::HeaderAndAssignment(device) => {
+            put_header(connection, rollout)?;
+            assignment(device)
+        }
         Touched::Wave(ordinal) => put_wave(connection, rollout, *ordinal),
         Touched::Assignment(device) => assignment(device),
         Touched::Assignments(first, second) => {
@@ -95,6 +102,8 @@ fn header_of(rollout: &Rollout) -> Rollout {
         message: rollout.message.clone(),
         frozen: rollout.frozen,
         clock: rollout.clock,
+        next_offer: rollout.next_offer,
+        tail_stopped: rollout.tail_stopped.clone(),
         waves: Vec::new(),
         assignments: std::collections::BTreeMap::new(),
         created: rollout.created,
@@ -120,12 +129,13 @@ fn put_assignment(
 ) -> rusqlite::Result<()> {
     connection
         .prepare_cached(
-            "INSERT OR REPLACE INTO assignment (rollout, device, body) VALUES (?1, ?2, ?3)",
+            "INSERT OR REPLACE INTO assignment (rollout, device, body, busy) VALUES (?1, ?2, ?3, ?4)",
         )?
         .execute(params![
             rollout,
             device.as_str(),
-            column::to_json(assignment)?
+            column::to_json(assignment)?,
+            assignment.holds_slot()
         ])?;
     Ok(())
 }
@@ -178,6 +188,24 @@ pub fn get(connection: &Connection, id: u64) -> rusqlite::Result<Option<Rollout>
         })?
         .collect::<rusqlite::Result<_>>()?;
     Ok(Some(rollout))
+}
+
+/// One device's part in a rollout.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn assignment(
+    connection: &Connection,
+    rollout: u64,
+    device: &DeviceId,
+) -> rusqlite::Result<Option<Assignment>> {
+    connection
+        .prepare_cached("SELECT body FROM assignment WHERE rollout = ?1 AND device = ?2")?
+        .query_row(params![rollout, device.as_str()], |row| {
+            column::json(row, 0)
+        })
+        .optional()
 }
 
 /// The newest rollout of an app, whatever became of it.
@@ -239,7 +267,7 @@ pub fn newest_completed(
         .optional()
 }
 
-/// The apps whose live rollout is due at `now`, and when the next one is.
+/// The apps with a rollout that is due at `now`, and when the next one is.
 ///
 /// # Errors
 ///
@@ -249,13 +277,33 @@ pub fn due(
     now: UnixMs,
 ) -> rusqlite::Result<(Vec<AppName>, Option<UnixMs>)> {
     let due = connection
-        .prepare_cached("SELECT app FROM rollout WHERE final = 0 AND wake_at_ms <= ?1")?
+        .prepare_cached("SELECT app FROM rollout WHERE wake_at_ms <= ?1")?
         .query_map([now.0], |row| column::parsed(row, 0))?
         .collect::<rusqlite::Result<_>>()?;
     let next: Option<u64> = connection
-        .prepare_cached("SELECT min(wake_at_ms) FROM rollout WHERE final = 0 AND wake_at_ms > ?1")?
+        .prepare_cached("SELECT min(wake_at_ms) FROM rollout WHERE wake_at_ms > ?1")?
         .query_row([now.0], |row| row.get(0))?;
     Ok((due, next.map(UnixMs)))
+}
+
+/// The apps in the order in which their newest rollouts go where they meet on a device: the highest priority first, then
+/// the oldest.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn by_precedence(
+    connection: &Connection,
+    apps: impl IntoIterator<Item = AppName>,
+) -> rusqlite::Result<Vec<AppName>> {
+    let mut ranked = Vec::new();
+    for app in apps {
+        let header = newest_header(connection, &app)?;
+        let rank = header.map(|rollout| (Reverse(rollout.policy.priority), rollout.id));
+        ranked.push((rank, app));
+    }
+    ranked.sort_unstable();
+    Ok(ranked.into_iter().map(|(_, app)| app).collect())
 }
 
 /// The apps that have a live rollout.
@@ -270,8 +318,8 @@ pub fn live_apps(connection: &Connection) -> rusqlite::Result<Vec<AppName>> {
         .collect()
 }
 
-/// The apps whose newest rollout may have something to learn from this device: it is live, or it completed while
-/// the device was put off.
+/// The apps whose newest rollout may have something to learn from this device: it is live, or it completed and the
+/// device comes after its last wave.
 ///
 /// # Errors
 ///
@@ -290,10 +338,7 @@ pub fn interested(connection: &Connection, device: &DeviceId) -> rusqlite::Resul
         .collect::<rusqlite::Result<Vec<(AppName, bool, Assignment)>>>()?;
     let put_off = |assignment: &Assignment| match assignment.state {
         AssignmentState::Device(phase) => !phase.is_final(),
-        state => matches!(
-            state,
-            AssignmentState::Deferred | AssignmentState::Offered | AssignmentState::Silent
-        ),
+        state => state != AssignmentState::Reverted,
     };
     Ok(rows
         .into_iter()
@@ -314,7 +359,13 @@ pub fn facts(
     let mut leased = super::lease::leased(connection, &rollout.app)?;
     connection
         .prepare_cached(
-            "SELECT assignment.device, online, last_seen_ms, accepted_epoch, accepted_generation, report.body
+            "SELECT assignment.device, online, last_seen_ms, accepted_epoch, accepted_generation, report.body,
+                held IS NOT NULL, EXISTS (
+                    SELECT 1 FROM assignment AS other JOIN rollout ON rollout.id = other.rollout
+                    WHERE other.device = assignment.device AND other.busy AND rollout.app != ?2
+                        AND (rollout.final = 0 OR (rollout.state = 'completed' AND rollout.id = (
+                            SELECT max(id) FROM rollout AS newer WHERE newer.app = rollout.app)))
+                )
              FROM assignment
              JOIN member ON member.app = ?2 AND member.device = assignment.device
              JOIN device ON device.id = assignment.device
@@ -344,6 +395,8 @@ fn read_facts(row: &Row<'_>) -> rusqlite::Result<Facts> {
             reason: status.reason.map(|reason| reason.message),
         }),
         leased: None,
+        held: row.get(6)?,
+        busy: row.get(7)?,
     })
 }
 
@@ -377,7 +430,11 @@ pub fn opening_members(connection: &Connection, app: &AppName) -> rusqlite::Resu
         let phase = status
             .filter(|status| placed.is_some_and(|(_, since)| status.since == since))
             .map(|status| status.phase);
+        let labels = super::device::labels(connection, &device)?;
         members.push(Member {
+            labels: labels.map_or_else(Labels::new, |(operator, own)| {
+                super::device::merged(operator, own)
+            }),
             device,
             placement: placed.map(|(placement, _)| placement),
             phase,

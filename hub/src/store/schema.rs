@@ -5,7 +5,15 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::StoreError;
 
 /// One step per version; never edited after a release, only added to.
-const MIGRATIONS: &[&str] = &[INITIAL, UNLOCKED_RELEASE, REGISTRY, CACHE, SECRETS, LEASES];
+const MIGRATIONS: &[&str] = &[
+    INITIAL,
+    UNLOCKED_RELEASE,
+    REGISTRY,
+    CACHE,
+    SECRETS,
+    LEASES,
+    HOLDS,
+];
 
 /// Disruption budgets, whom they hold for, and whose turn it is.
 const LEASES: &str = "
@@ -58,6 +66,13 @@ CREATE TABLE lease (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX report_switching ON report (device) WHERE phase IN ('activating', 'soaking');
+";
+
+/// Devices that an operator holds, devices that a rollout has in hand, and rollouts that wake after their end.
+const HOLDS: &str = "
+ALTER TABLE device ADD COLUMN held TEXT;
+ALTER TABLE assignment ADD COLUMN busy INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX rollout_wake ON rollout (wake_at_ms) WHERE wake_at_ms IS NOT NULL;
 ";
 
 /// What the hub fetched from other registries for its site.

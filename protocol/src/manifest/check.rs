@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 use super::{
-    App, Condition, Kind, Logging, Probe, ProbeAction, RestartPolicy, RolloutPolicy, SECRETS_DIR,
-    Service, VolumeSource, WaveTarget, pull_secret,
+    App, Condition, Kind, Logging, Probe, ProbeAction, RestartPolicy, SECRETS_DIR, Service,
+    VolumeSource, pull_secret,
 };
 use crate::Digest;
 use crate::id::ServiceName;
@@ -17,13 +17,14 @@ use crate::quantity::{Bytes, Cpus, Span};
 use crate::release::{MAX_RELEASE_BYTES, Release};
 
 mod blkio;
+mod rollout;
+
+pub(super) use rollout::selector;
 
 /// Services of one app.
 pub const MAX_SERVICES: usize = 32;
 /// Waves of one rollout.
 pub const MAX_WAVES: usize = 32;
-/// Labels that one selector asks for.
-pub(super) const MAX_MATCH_LABELS: usize = 32;
 /// Volumes and tmpfs of one service.
 const MAX_MOUNTS: usize = 64;
 /// Configs of one app, and of one service.
@@ -94,11 +95,7 @@ pub(crate) fn ensure(holds: bool, path: impl Display, message: impl FnOnce() -> 
 pub(super) fn app(app: &App) -> Checked {
     let spec = &app.spec;
     is_kind(app.kind, Kind::App)?;
-    ensure(
-        spec.selector.match_labels.len() <= MAX_MATCH_LABELS,
-        "spec.selector.matchLabels",
-        || format!("at most {MAX_MATCH_LABELS} labels are allowed"),
-    )?;
+    selector("spec.selector", &spec.selector)?;
     services("spec.services", spec.services.len())?;
     for (name, service) in &spec.services {
         let path = format!("spec.services.{name}");
@@ -110,7 +107,7 @@ pub(super) fn app(app: &App) -> Checked {
     configs(app)?;
     secrets(app)?;
     pull_secret::check("spec.imagePullSecrets", &spec.image_pull_secrets)?;
-    rollout(&spec.rollout)?;
+    rollout::policy("spec.rollout", &spec.rollout)?;
     size(app)
 }
 
@@ -844,64 +841,6 @@ fn in_time(path: &str, service: &Service, deadline: Span) -> Checked {
             )
         },
     )
-}
-
-fn rollout(policy: &RolloutPolicy) -> Checked {
-    waves(&policy.waves)?;
-    ensure(
-        policy.progress_deadline > Span(0),
-        "spec.rollout.progressDeadline",
-        || "must be above 0".to_owned(),
-    )?;
-    let budget = policy.failure_budget;
-    let path = "spec.rollout.failureBudget";
-    ensure(budget.count >= 1, format_args!("{path}.count"), || {
-        "must be at least 1".to_owned()
-    })?;
-    ensure(
-        budget.percent <= 100,
-        format_args!("{path}.percent"),
-        || format!("must be 0 to 100, not {}", budget.percent),
-    )?;
-    ensure(
-        budget.min_sample >= 1,
-        format_args!("{path}.minSample"),
-        || "must be at least 1".to_owned(),
-    )
-}
-
-/// Counts must grow, and percentages must grow. Whether 3 devices are more than 10 % is known only for a
-/// fleet: a wave that turns out to add no device is skipped there.
-fn waves(waves: &[WaveTarget]) -> Checked {
-    ensure(waves.len() <= MAX_WAVES, "spec.rollout.waves", || {
-        format!("at most {MAX_WAVES} waves are allowed, not {}", waves.len())
-    })?;
-    let (mut count, mut percent) = (0, 0);
-    for (index, wave) in waves.iter().enumerate() {
-        let path = format!("spec.rollout.waves[{index}]");
-        ensure(percent < 100, &path, || {
-            "comes after 100 percent, which is every device; remove it".to_owned()
-        })?;
-        match *wave {
-            WaveTarget::Count(new) => {
-                ensure(new >= 1, &path, || "count must be at least 1".to_owned())?;
-                ensure(new > count, &path, || grow(new, count, "devices"))?;
-                count = new;
-            }
-            WaveTarget::Percent(new) => {
-                ensure((1..=100).contains(&new), &path, || {
-                    format!("percent must be 1 to 100, not {new}")
-                })?;
-                ensure(new > percent, &path, || grow(new, percent, "percent"))?;
-                percent = new;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn grow(new: impl Display, before: impl Display, unit: &str) -> String {
-    format!("targets are cumulative and must grow: {new} {unit} come after {before}")
 }
 
 /// The release must fit, with images pinned.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::check::{Checked, MAX_MATCH_LABELS, ensure, is_kind};
+use super::check::{Checked, ensure, is_kind, selector};
 use super::{Amount, ApiVersion, Kind, Selector};
 use crate::id::{BudgetName, LabelKey, LabelValue, Labels};
 use crate::message::MAX_GROUP_LABELS;
@@ -56,11 +56,7 @@ impl DisruptionBudget {
     pub(super) fn check(&self) -> Checked {
         is_kind(self.kind, Kind::DisruptionBudget)?;
         let spec = &self.spec;
-        ensure(
-            spec.selector.match_labels.len() <= MAX_MATCH_LABELS,
-            "spec.selector.matchLabels",
-            || format!("at most {MAX_MATCH_LABELS} labels are allowed"),
-        )?;
+        selector("spec.selector", &spec.selector)?;
         ensure(
             spec.group_by.len() <= MAX_GROUP_LABELS,
             "spec.groupBy",

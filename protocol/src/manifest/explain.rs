@@ -188,6 +188,8 @@ enum Scope {
     Http,
     Logging,
     Rollout,
+    Wave,
+    Canary,
     ConfigMount,
     ConfigFile,
     SecretSource,
@@ -198,7 +200,7 @@ enum Scope {
 
 impl Scope {
     fn of(expected: &[&str]) -> Option<Self> {
-        const MARKS: [(&str, Scope); 20] = [
+        const MARKS: [(&str, Scope); 22] = [
             ("apiVersion", Scope::App),
             ("image", Scope::Service),
             ("services", Scope::Spec),
@@ -215,6 +217,8 @@ impl Scope {
             ("path", Scope::Http),
             ("max_size", Scope::Logging),
             ("waves", Scope::Rollout),
+            ("percent", Scope::Wave),
+            ("perStratum", Scope::Canary),
             ("source", Scope::ConfigMount),
             ("content", Scope::ConfigFile),
             ("external", Scope::SecretSource),
@@ -242,6 +246,8 @@ impl Scope {
             Self::Http => http_key(key),
             Self::Logging => logging_key(key),
             Self::Rollout => rollout_key(key),
+            Self::Wave => wave_key(key),
+            Self::Canary => canary_key(key),
             Self::ConfigMount => config_mount_key(key),
             Self::ConfigFile => config_file_key(key),
             Self::SecretSource => secret_source_key(key),
@@ -289,7 +295,6 @@ fn spec_key(key: &str) -> Option<&'static str> {
 
 fn selector_key(key: &str) -> Option<&'static str> {
     Some(match key {
-        "matchExpressions" => "is not built yet; use `matchLabels`",
         "devices" => "is not built yet; give the devices a label and use `matchLabels`",
         _ => return None,
     })
@@ -416,11 +421,13 @@ fn logging_key(key: &str) -> Option<&'static str> {
 
 fn rollout_key(key: &str) -> Option<&'static str> {
     Some(match key {
-        "approval" => "is not built yet; `foreshore rollout pause` holds a rollout",
-        "window" => "is not built yet; apply the manifest when the change may happen",
+        "approval" => "belongs to a wave: `waves: [{percent: 10, approval: true}]`",
+        "window" | "windows" => "is not built yet; `startAt` says when a rollout begins",
         "maxSurge" => "does not exist; a device runs one release of an app at a time",
         "groupBy" => "belongs to `kind: DisruptionBudget`, which holds for all apps at once",
-        "seed" | "priority" => NOT_BUILT,
+        "rate" | "maxRate" => "does not exist; use `pace: {perMinute: 10}`",
+        "schedule" => "does not exist; use `startAt: 2026-12-01T02:00:00Z`",
+        "seed" | "requiresFrom" | "analysis" => NOT_BUILT,
         _ => return None,
     })
 }
@@ -432,6 +439,25 @@ fn budget_key(key: &str) -> Option<&'static str> {
         "services" | "rollout" => "belongs to `kind: App`",
         "apps" => "does not exist; a budget holds for all apps of the devices that it selects",
         "unhealthyPodEvictionPolicy" | "window" | "ttl" => NOT_BUILT,
+        _ => return None,
+    })
+}
+
+fn wave_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "canary" => "belongs beside `waves`, not among them",
+        "matchLabels" | "matchExpressions" => "belongs under `selector`",
+        "pause" | "approve" | "manual" => "does not exist; use `approval: true`",
+        "size" | "devices" => "does not exist; use `count`, `percent` or `selector`",
+        "soak" | "pace" | "maxUnavailable" | "onFailure" => "belongs beside `waves`",
+        _ => return None,
+    })
+}
+
+fn canary_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "count" | "size" => "does not exist; use `perStratum`, or a first wave `{count: 1}`",
+        "groupBy" | "labels" => "does not exist; use `by: [model, site]`",
         _ => return None,
     })
 }

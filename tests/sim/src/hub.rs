@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use foreshore_hub::rollout::check::{Rule, check, check_action};
 use foreshore_hub::rollout::command;
 use foreshore_hub::rollout::{
-    Action, Cause, Facts, Fleet, Member, Opening, Placement, Pulse, Refused, Report, Rollout,
-    UnixMs, advance,
+    Action, Cause, Deferral, Facts, Fleet, Member, Opening, Placement, Pulse, Refused, Report,
+    Rollout, UnixMs, advance,
 };
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
 use foreshore_protocol::message::{AppStatus, Beacon, Head, HeadApp, Presence, Reported};
@@ -46,6 +46,10 @@ pub struct Row {
     pub last_seen: Option<UnixMs>,
     /// Its newest report.
     pub reported: Option<Reported>,
+    /// An operator holds it.
+    pub held: bool,
+    /// Its number.
+    pub number: usize,
 }
 
 /// What the hub's database holds.
@@ -57,6 +61,8 @@ pub struct Store {
     pub outbox: BTreeSet<DeviceId>,
     /// Every rollout, oldest first.
     pub rollouts: Vec<Rollout>,
+    /// The devices that each app selects.
+    pub members: BTreeMap<AppName, BTreeSet<DeviceId>>,
 }
 
 /// The hub.
@@ -92,14 +98,23 @@ impl Hub {
     /// A hub with an empty database but for the names of its devices.
     #[must_use]
     pub fn new(scenario: &Scenario, mutation: Option<Mutation>) -> Self {
-        let devices = scenario
-            .devices
-            .iter()
-            .map(|device| (device.clone(), Row::default()))
-            .collect();
+        let devices = scenario.devices.iter().enumerate().map(|(number, device)| {
+            let row = Row {
+                number,
+                ..Row::default()
+            };
+            (device.clone(), row)
+        });
+        let members = scenario.apps.iter().map(|app| {
+            let first = scenario.devices.iter().enumerate().take(app.joiners_from);
+            let selected = first.filter(|(number, _)| Scenario::selects(app, *number));
+            let selected = selected.map(|(_, device)| device.clone()).collect();
+            (app.name.clone(), selected)
+        });
         Self {
             store: Store {
-                devices,
+                devices: devices.collect(),
+                members: members.collect(),
                 ..Store::default()
             },
             mutation,
@@ -204,19 +219,63 @@ impl Hub {
     pub fn advance(&mut self, now: Ms) {
         self.wake_at = None;
         for index in 0..self.store.rollouts.len() {
-            if self.store.rollouts[index].state.is_final() {
+            if !self.is_newest(index) {
                 continue;
             }
             let fleet = self.fleet(&self.store.rollouts[index], now);
+            let ended = self.store.rollouts[index].state.is_final();
             let step = advance(&self.store.rollouts[index], &fleet, unix(now));
-            for action in self.mutate(&step.actions, index) {
+            for action in self.mutate(&step.actions, index, &fleet) {
                 self.act(index, &action, Some(&fleet), now);
+            }
+            if self.store.rollouts[index].state.is_final() && !ended {
+                self.settle(index, now);
+                // Those that it took in just now.
+                self.wake_at = Some(now + 1);
             }
             self.check_rollout(index);
             let wake = step
                 .wake_at
                 .map(|at| at.0.saturating_sub(START).max(now + 1));
             self.wake_at = [self.wake_at, wake].into_iter().flatten().min();
+        }
+    }
+
+    /// Only the newest rollout of an app decides anything.
+    fn is_newest(&self, index: usize) -> bool {
+        let rollouts = &self.store.rollouts;
+        rollouts
+            .get(index + 1..)
+            .is_none_or(|newer| newer.iter().all(|newer| newer.app != rollouts[index].app))
+    }
+
+    /// What the controller does for members outside a rollout that has ended (`controller::membership`).
+    fn settle(&mut self, index: usize, now: Ms) {
+        let rollout = &self.store.rollouts[index];
+        let (app, state) = (rollout.app.clone(), rollout.state);
+        let completed = self
+            .store
+            .rollouts
+            .iter()
+            .rfind(|rollout| rollout.app == app && rollout.state == RolloutState::Completed);
+        let Some(placement) = completed.map(Rollout::placement) else {
+            return;
+        };
+        for device in self.store.members[&app].clone() {
+            let placed = self.store.devices[&device].desired.get(&app);
+            let placed = placed.map(|(placement, _)| *placement);
+            if state == RolloutState::Completed {
+                let outside = !self.store.rollouts[index].assignments.contains_key(&device);
+                if outside && placed.is_none_or(|placed| placed.release != placement.release) {
+                    let join = Action::Tail {
+                        device,
+                        anew: Some(placed),
+                    };
+                    self.act(index, &join, None, now);
+                }
+            } else if placed.is_none() {
+                self.write(&device, &app, Some(placement));
+            }
         }
     }
 
@@ -240,6 +299,8 @@ impl Hub {
                 version: row.reported.as_ref().and_then(|reported| reported.version),
                 report: status.map(report),
                 leased: None,
+                held: row.held,
+                busy: self.is_busy(device, rollout),
             };
             Some((device.clone(), facts))
         });
@@ -261,6 +322,18 @@ impl Hub {
             },
             settle_ms: 10 * SECOND,
         }
+    }
+
+    /// Whether the newest rollout of another app has the device in hand.
+    fn is_busy(&self, device: &DeviceId, rollout: &Rollout) -> bool {
+        let others = self.store.rollouts.iter().enumerate();
+        others
+            .filter(|(index, other)| {
+                let looked_at = !other.state.is_final() || other.state == RolloutState::Completed;
+                other.app != rollout.app && looked_at && self.is_newest(*index)
+            })
+            .filter_map(|(_, other)| other.assignments.get(device))
+            .any(foreshore_hub::rollout::Assignment::holds_slot)
     }
 
     fn act(&mut self, index: usize, action: &Action, fleet: Option<&Fleet>, now: Ms) {
@@ -365,13 +438,37 @@ impl Hub {
                 }
                 None
             }
+            scenario::Command::Join(number) => {
+                let (described, device) = (&scenario.apps[app], &scenario.devices[number]);
+                let selected = Scenario::selects(described, number);
+                let members = self.store.members.get_mut(&described.name);
+                if selected && members.is_some_and(|members| members.insert(device.clone())) {
+                    let ended = newest.filter(|index| self.store.rollouts[*index].state.is_final());
+                    if let Some(index) = ended {
+                        self.settle(index, now);
+                    }
+                }
+                None
+            }
+            scenario::Command::Hold(number, held) => {
+                if let Some(row) = self.store.devices.get_mut(&scenario.devices[number]) {
+                    row.held = held;
+                }
+                None
+            }
+            scenario::Command::Approve => asked(command::approve, self),
+            scenario::Command::Retry => asked(|rollout| command::retry(rollout, None), self),
             scenario::Command::Pause => asked(command::pause, self),
             scenario::Command::Resume => asked(command::resume, self),
             scenario::Command::Abort => asked(command::abort, self),
         };
         if let (Some(index), Some(actions)) = (newest, actions) {
+            let ended = self.store.rollouts[index].state.is_final();
             for action in actions {
                 self.act(index, &action, None, now);
+            }
+            if self.store.rollouts[index].state.is_final() && !ended {
+                self.settle(index, now);
             }
             self.check_rollout(index);
         }
@@ -405,12 +502,9 @@ impl Hub {
             }
             self.check_rollout(index);
         }
-        let members: Vec<_> = scenario
-            .devices
+        let members: Vec<_> = self.store.members[&described.name]
             .iter()
-            .enumerate()
-            .filter(|(number, _)| Scenario::selects(described, *number))
-            .map(|(_, device)| self.member(device, &described.name))
+            .map(|device| self.member(device, &described.name))
             .collect();
         let completed = |rollout: &&Rollout| {
             rollout.app == described.name && rollout.state == RolloutState::Completed
@@ -426,7 +520,7 @@ impl Hub {
                 .map(|rollout| rollout.to),
             to,
             seed: hash(&[scenario.seed, id]),
-            policy: scenario.policy(id, members.len()),
+            policy: scenario.policy(id, members.len(), unix(now)),
             members,
             before: newest.map(|index| &self.store.rollouts[index]),
             now: unix(now),
@@ -454,6 +548,7 @@ impl Hub {
                 .zip(status)
                 .filter(|((_, since), status)| status.since == *since)
                 .map(|(_, status)| status.phase),
+            labels: Scenario::labels(row.number),
         }
     }
 
@@ -478,7 +573,7 @@ impl Hub {
         self.advance(now);
     }
 
-    fn mutate(&self, actions: &[Action], index: usize) -> Vec<Action> {
+    fn mutate(&self, actions: &[Action], index: usize, fleet: &Fleet) -> Vec<Action> {
         let rollout = &self.store.rollouts[index];
         let planned = |extra: usize| {
             let offers = rollout
@@ -488,6 +583,7 @@ impl Hub {
                 .map(|(device, _)| Action::Offer {
                     device: device.clone(),
                     placement: rollout.placement(),
+                    next: None,
                 });
             offers.take(extra).collect::<Vec<_>>()
         };
@@ -522,9 +618,70 @@ impl Hub {
                     deadline: None,
                     message,
                 },
+                (
+                    Some(Mutation::IgnoreApproval),
+                    Action::Wave {
+                        ordinal,
+                        state: WaveState::AwaitingApproval,
+                        ..
+                    },
+                ) => Action::Wave {
+                    ordinal,
+                    state: WaveState::Passed,
+                    bake_until: None,
+                },
+                (
+                    Some(Mutation::IgnorePace),
+                    Action::Offer {
+                        device, placement, ..
+                    },
+                ) => Action::Offer {
+                    device,
+                    placement,
+                    next: Some(rollout.next_offer),
+                },
+                (
+                    Some(Mutation::IgnoreHolds),
+                    Action::Assign {
+                        device,
+                        deferral: Some(Deferral::Held),
+                        ..
+                    },
+                ) => Action::Offer {
+                    device,
+                    placement: rollout.placement(),
+                    next: None,
+                },
+                (Some(Mutation::AnyCanary), Action::Replace { out, into }) => Action::Replace {
+                    into: self.of_another_kind(rollout, &out).unwrap_or(into),
+                    out,
+                },
                 (_, action) => action,
             })
             .collect();
+        if self.mutation == Some(Mutation::IgnoreTailBudget) {
+            let stops = |action: &Action| matches!(action, Action::StopTail { .. });
+            if actions.iter().any(stops) {
+                actions.retain(|action| !stops(action));
+                let ready =
+                    |device: &DeviceId| fleet.devices.get(device).is_some_and(|facts| facts.online);
+                let idle = rollout.assignments.iter().find(|(device, assignment)| {
+                    assignment.tail && assignment.state == AssignmentState::Planned && ready(device)
+                });
+                actions.extend(idle.map(|(device, _)| Action::Offer {
+                    device: device.clone(),
+                    placement: rollout.placement(),
+                    next: Some(rollout.next_offer),
+                }));
+            }
+        }
+        if self.mutation == Some(Mutation::StartEarly) && rollout.state == RolloutState::Scheduled {
+            actions.push(Action::Enter {
+                state: RolloutState::Running,
+                cause: None,
+                message: None,
+            });
+        }
         let stops = |action: &Action| {
             matches!(
                 action,
@@ -556,7 +713,8 @@ impl Hub {
             RolloutState::Paused | RolloutState::RollbackPaused => {
                 rollout.message.is_none() || rollout.frozen
             }
-            RolloutState::Running | RolloutState::RollingBack => true,
+            RolloutState::Scheduled | RolloutState::Running | RolloutState::RollingBack => true,
+            RolloutState::Completed if self.has_stragglers(rollout) => true,
             RolloutState::Completed
             | RolloutState::Aborted
             | RolloutState::RolledBack
@@ -570,7 +728,30 @@ impl Hub {
                 rollout.id, rollout.app, rollout.state
             )
         };
-        self.store.rollouts.iter().filter(waits).map(of).collect()
+        let rollouts = self.store.rollouts.iter().enumerate();
+        rollouts
+            .filter(|(index, rollout)| {
+                waits(rollout) && (self.is_newest(*index) || !rollout.state.is_final())
+            })
+            .map(|(_, rollout)| of(rollout))
+            .collect()
+    }
+
+    /// Whether devices that come after the last wave have yet to end, and nothing says that they shall not.
+    fn has_stragglers(&self, rollout: &Rollout) -> bool {
+        let open = |assignment: &foreshore_hub::rollout::Assignment| {
+            assignment.tail && !assignment.has_ended() && assignment.revert.is_none()
+        };
+        rollout.tail_stopped.is_none() && rollout.assignments.values().any(open)
+    }
+
+    fn of_another_kind(&self, rollout: &Rollout, device: &DeviceId) -> Option<DeviceId> {
+        let stratum = rollout.assignments.get(device)?.stratum;
+        rollout
+            .assignments
+            .iter()
+            .find(|(_, other)| other.stratum != stratum && other.state == AssignmentState::Planned)
+            .map(|(device, _)| device.clone())
     }
 }
 

@@ -16,6 +16,18 @@ pub enum Mutation {
     OfflineIsFailure,
     /// The hub keeps its outbox in memory only and repairs nothing.
     ForgetOutbox,
+    /// The hub lets waves pass that nobody approved.
+    IgnoreApproval,
+    /// The hub forgets when the next device is due.
+    IgnorePace,
+    /// The hub offers releases to devices that an operator holds.
+    IgnoreHolds,
+    /// The hub replaces a canary by a device of another kind.
+    AnyCanary,
+    /// The hub goes on after failures of devices that come after the last wave.
+    IgnoreTailBudget,
+    /// The hub does not wait for a rollout's time.
+    StartEarly,
     /// A device takes any head as the newest.
     AcceptOldHeads,
     /// A device forgets at a reboot what failed.
@@ -30,13 +42,19 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 17] = [
         Self::SkipBake,
         Self::OfferAfterBreak,
         Self::IgnoreSlots,
         Self::BlameDarkness,
         Self::OfflineIsFailure,
         Self::ForgetOutbox,
+        Self::IgnoreApproval,
+        Self::IgnorePace,
+        Self::IgnoreHolds,
+        Self::AnyCanary,
+        Self::IgnoreTailBudget,
+        Self::StartEarly,
         Self::AcceptOldHeads,
         Self::ForgetPoison,
         Self::CollectLastKnownGood,

@@ -3,8 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use foreshore_hub::rollout::Policy;
-use foreshore_protocol::manifest::{FailureBudget, OnFailure, WaveTarget};
+use foreshore_hub::rollout::{Policy, UnixMs};
+use foreshore_protocol::id::Labels;
+use foreshore_protocol::manifest::{
+    Canary, FailureBudget, OnFailure, Pace, Tail, WaveSpec, WaveTarget,
+};
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, DeviceId, Digest, manifest};
 
@@ -50,6 +53,14 @@ pub enum Command {
     Abort,
     /// Goes back to the release before it.
     Undo,
+    /// Lets the wave go by that waits for it.
+    Approve,
+    /// Tries what failed again.
+    Retry,
+    /// Gives a device the labels that the app selects by.
+    Join(usize),
+    /// Holds a device, or lets it go.
+    Hold(usize, bool),
 }
 
 /// What goes wrong.
@@ -80,6 +91,8 @@ pub struct App {
     pub name: AppName,
     /// Selects the devices whose number is this modulo `groups`; `None`: all.
     pub group: Option<u64>,
+    /// Of these, the devices from this number on only once they join.
+    pub joiners_from: usize,
     /// In the order of their numbers.
     pub releases: Vec<Release>,
     /// How often which image misbehaves, and how.
@@ -111,18 +124,21 @@ pub struct Scenario {
 
 const GROUPS: u64 = 2;
 
+/// Larger fleets live shorter, for the sake of time.
+const LARGE: usize = 40;
+
 impl Scenario {
     /// The run of a seed, with so many devices if that is given.
     #[must_use]
     pub fn of(seed: u64, devices: Option<usize>) -> Self {
         let mut random = Random::new(hash(&[seed]));
         let count = devices.unwrap_or_else(|| draw_size(&mut random));
-        let large = count > 40;
+        let large = count > LARGE;
         let heals_at = random.between(2, if large { 3 } else { 6 }) * HOUR;
         let apps: Vec<_> = (0..if large { 1 } else { random.between(1, 3) })
             .map(|number| draw_app(&mut random, number))
             .collect();
-        let commands = draw_commands(&mut random, &apps, heals_at, large);
+        let commands = draw_commands(&mut random, &apps, heals_at, count);
         let faults = draw_faults(&mut random, count, heals_at);
         Self {
             seed,
@@ -137,11 +153,22 @@ impl Scenario {
         }
     }
 
-    /// Whether an app selects the device of that number.
+    /// Whether an app selects the device of that number, if it has joined.
     #[must_use]
     pub fn selects(app: &App, device: usize) -> bool {
         app.group
             .is_none_or(|group| device as u64 % GROUPS == group)
+    }
+
+    /// The labels of the device of that number: three models at two sites.
+    #[must_use]
+    pub fn labels(device: usize) -> Labels {
+        [("model", device % 3), ("site", device % 2)]
+            .map(|(key, value)| {
+                let value = format!("{key}-{value}").parse().expect("a plain value");
+                (key.parse().expect("a plain key"), value)
+            })
+            .into()
     }
 
     /// How a container of an image behaves on a device: the same every time.
@@ -158,23 +185,49 @@ impl Scenario {
         if luck < *percent { *fate } else { Fate::Good }
     }
 
-    /// The policy that an app's rollout of that number has over so many devices.
+    /// The policy that an app's rollout of that number, opened now, has over so many devices.
     #[must_use]
-    pub fn policy(&self, rollout: u64, devices: usize) -> Policy {
+    pub fn policy(&self, rollout: u64, devices: usize, now: UnixMs) -> Policy {
         let mut random = Random::new(hash(&[self.seed, rollout, 7]));
+        let targets = random
+            .pick(&[
+                vec![
+                    WaveTarget::Count(1),
+                    WaveTarget::Percent(10),
+                    WaveTarget::Percent(50),
+                ],
+                vec![WaveTarget::Count(1)],
+                vec![WaveTarget::Percent(30), WaveTarget::Percent(60)],
+                vec![],
+            ])
+            .clone();
+        let mut waves: Vec<_> = targets.into_iter().map(WaveSpec::from).collect();
+        for wave in &mut waves {
+            wave.approval = random.chance(10);
+            wave.failure_budget = random.chance(10).then_some(FailureBudget {
+                count: 2,
+                percent: 100,
+                min_sample: 1,
+            });
+        }
         let written = manifest::RolloutPolicy {
-            waves: random
-                .pick(&[
-                    vec![
-                        WaveTarget::Count(1),
-                        WaveTarget::Percent(10),
-                        WaveTarget::Percent(50),
-                    ],
-                    vec![WaveTarget::Count(1)],
-                    vec![WaveTarget::Percent(30), WaveTarget::Percent(60)],
-                    vec![],
-                ])
-                .clone(),
+            canary: random.chance(20).then(|| Canary {
+                per_stratum: 1,
+                by: vec!["model".parse().expect("a plain key")],
+            }),
+            waves,
+            pace: random.chance(30).then(|| pace(&mut random)),
+            start_at: None,
+            tail: Tail {
+                pace: pace(&mut random),
+                failure_budget: FailureBudget {
+                    count: u32::try_from(random.between(1, 4)).unwrap_or(1),
+                    percent: 100,
+                    min_sample: 10,
+                },
+            },
+            priority: 50,
+            emergency: random.chance(5),
             soak: manifest_span(random.between(5, 120)),
             bake: manifest_span(random.between(0, 300)),
             progress_deadline: manifest_span(random.between(60, 300)),
@@ -195,7 +248,20 @@ impl Scenario {
                 OnFailure::Pause
             },
         };
-        Policy::freeze(&written, devices)
+        let mut policy = Policy::freeze(&written, devices);
+        policy.start_at = random
+            .chance(10)
+            .then(|| now.plus(random.below(30 * MINUTE)));
+        policy
+    }
+}
+
+fn pace(random: &mut Random) -> Pace {
+    let number = |number: u64| u32::try_from(number).unwrap_or(1);
+    Pace {
+        per_minute: number(*random.pick(&[1, 6, 60, 6_000])),
+        double_every: random.chance(30).then(|| number(random.between(1, 5))),
+        max_per_minute: None,
     }
 }
 
@@ -254,6 +320,11 @@ fn draw_app(random: &mut Random, number: u64) -> App {
     App {
         name,
         group,
+        joiners_from: if random.chance(40) {
+            usize::try_from(random.between(1, 6)).unwrap_or(1)
+        } else {
+            usize::MAX
+        },
         releases,
         fates,
     }
@@ -317,12 +388,16 @@ fn draw_commands(
     random: &mut Random,
     apps: &[App],
     heals_at: Ms,
-    large: bool,
+    devices: usize,
 ) -> Vec<(Ms, usize, Command)> {
     let mut commands = Vec::new();
     for (app, one) in apps.iter().enumerate() {
         commands.push((random.below(10 * MINUTE), app, Command::Apply(0)));
-        let applies = if large { 2 } else { random.between(1, 4) };
+        let applies = if devices > LARGE {
+            2
+        } else {
+            random.between(1, 4)
+        };
         for _ in 0..applies {
             let release = usize::try_from(random.below(one.releases.len() as u64)).unwrap_or(0);
             commands.push((
@@ -338,8 +413,21 @@ fn draw_commands(
                 Command::Resume,
                 Command::Abort,
                 Command::Undo,
+                Command::Approve,
+                Command::Retry,
             ]);
             commands.push((random.between(5 * MINUTE, heals_at), app, command));
+        }
+        if one.joiners_from < devices {
+            for device in one.joiners_from..devices.min(one.joiners_from + 8) {
+                commands.push((random.below(heals_at), app, Command::Join(device)));
+            }
+        }
+        for _ in 0..random.below(3) {
+            let device = usize::try_from(random.below(devices as u64)).unwrap_or(0);
+            let (from, span) = (random.below(heals_at), random.between(MINUTE, HOUR));
+            commands.push((from, app, Command::Hold(device, true)));
+            commands.push((from + span, app, Command::Hold(device, false)));
         }
     }
     commands

@@ -72,12 +72,18 @@ fn noticed(mutation: Mutation) -> String {
 fn every_built_in_fault_is_noticed_by_the_right_rule() {
     for mutation in Mutation::ALL {
         let rules: &[&str] = match mutation {
-            Mutation::SkipBake => &["Gates", "WaveOrder"],
+            Mutation::SkipBake => &["Gates", "WaveOrder", "Approval"],
             Mutation::OfferAfterBreak => &["NoOfferAfterBreak"],
             Mutation::IgnoreSlots => &["MaxUnavailable", "NotBeforeItsTurn", "OfferOnce"],
             Mutation::BlameDarkness => &["while most of the fleet is dark"],
             Mutation::OfflineIsFailure => &["SilentOnlyAfterSwitching"],
             Mutation::ForgetOutbox => &["never came to rest"],
+            Mutation::IgnoreApproval => &["Approval"],
+            Mutation::IgnorePace => &["Pace"],
+            Mutation::IgnoreHolds => &["HeldOrBusy"],
+            Mutation::AnyCanary => &["Strata"],
+            Mutation::IgnoreTailBudget => &["TailBrakes"],
+            Mutation::StartEarly => &["NotBeforeStart"],
             Mutation::AcceptOldHeads => &["went from version"],
             Mutation::ForgetPoison => &["was given up"],
             Mutation::CollectLastKnownGood => &["was collected"],

@@ -1,5 +1,7 @@
 //! One story per rule, as a reader would tell it.
 
+use foreshore_protocol::manifest::{Canary, RolloutPolicy};
+
 use super::*;
 
 #[test]
@@ -181,18 +183,12 @@ fn offline_devices_cost_nothing_and_get_the_release_when_they_return() {
     let tally = budget::Tally::of(&world.rollout);
     assert_eq!((tally.succeeded, tally.failed, tally.deferred), (6, 0, 4));
     for number in 0..4 {
-        assert_eq!(
-            world.devices[&device(number)].desired.unwrap().1,
-            Some(world.rollout.placement())
-        );
-        world.say(&device(number), Phase::Succeeded);
+        assert_eq!(world.devices[&device(number)].desired, None);
+        world.devices.get_mut(&device(number)).unwrap().offline = false;
     }
-    world.step();
-    assert_eq!(
-        budget::Tally::of(&world.rollout).succeeded,
-        10,
-        "recorded after the end"
-    );
+    run_dry(&mut world);
+    let tally = budget::Tally::of(&world.rollout);
+    assert_eq!(tally.succeeded, 10, "after the end");
 }
 
 #[test]
@@ -377,6 +373,7 @@ fn what_a_device_goes_back_to_was_good_there() {
     world.step();
     world.command(command::supersede(&world.rollout, 2));
     let members = devices.iter().map(|device| Member {
+        labels: Labels::new(),
         device: device.clone(),
         placement: world.devices[device].desired.unwrap().1,
         phase: world.devices[device]
@@ -444,3 +441,293 @@ fn the_order_of_devices_never_changes() {
 const GOLDEN_ORDER: [&str; 6] = [
     "device-5", "device-4", "device-2", "device-0", "device-3", "device-1",
 ];
+
+/// Everyone who was offered the release succeeds, until nobody is offered it any more.
+fn run_dry(world: &mut World) {
+    loop {
+        world.step();
+        let offered = world.offered();
+        if offered.is_empty() {
+            return;
+        }
+        for device in offered {
+            world.say(&device, Phase::Succeeded);
+        }
+    }
+}
+
+#[test]
+fn a_wave_waits_for_its_approval_and_passes_with_it() {
+    let mut policy = policy(vec![WaveTarget::Count(2)], 6);
+    policy.waves[0].approval = true;
+    let mut world = World::new(6, 3, policy);
+    assert!(
+        command::approve(&world.rollout).is_err(),
+        "nothing waits yet"
+    );
+    run_dry(&mut world);
+    world.pass(2_000);
+    world.step();
+    assert_eq!(
+        world.wave_states(),
+        [WaveState::AwaitingApproval, WaveState::Pending]
+    );
+    world.pass(100_000_000);
+    assert_eq!(
+        world.step(),
+        Step::default(),
+        "it waits as long as it takes"
+    );
+    world.command(command::approve(&world.rollout));
+    world.step();
+    assert_eq!(world.wave_states(), [WaveState::Passed, WaveState::Open]);
+    assert!(
+        command::approve(&world.rollout).is_err(),
+        "one approval, one wave"
+    );
+}
+
+#[test]
+fn a_wave_that_waits_for_approval_still_fails_by_the_budget() {
+    let mut policy = policy(vec![WaveTarget::Count(3)], 6);
+    policy.budget.count = 1;
+    policy.waves[0].approval = true;
+    policy.bake_ms = 0;
+    let mut world = World::new(6, 3, policy);
+    world.step();
+    let late = world.in_wave(1).remove(2);
+    world.devices.get_mut(&late).unwrap().offline = true;
+    world.step();
+    run_dry(&mut world);
+    assert_eq!(world.wave_states()[0], WaveState::AwaitingApproval);
+    world.devices.get_mut(&late).unwrap().offline = false;
+    world.step();
+    world.say(&late, Phase::RolledBack);
+    world.step();
+    assert_eq!(world.rollout.state, RolloutState::RollingBack);
+}
+
+#[test]
+fn offers_keep_to_a_pace_that_doubles_with_successes() {
+    let mut policy = policy(vec![WaveTarget::Percent(100)], 12);
+    policy.pace = Some(Pace {
+        per_minute: 6,
+        double_every: Some(2),
+        max_per_minute: None,
+    });
+    let mut world = World::new(12, 3, policy);
+    let mut offers = Vec::new();
+    for _ in 0..6 {
+        let step = world.step();
+        for device in world.offered() {
+            offers.push(world.now.since(NOW));
+            world.say(&device, Phase::Succeeded);
+        }
+        let at = world.step().wake_at.or(step.wake_at).unwrap();
+        world.pass(at.since(world.now));
+    }
+    // Ten seconds apart until two have succeeded, then five, then two and a half.
+    assert_eq!(offers, [0, 10_000, 20_000, 25_000, 30_000, 32_500]);
+}
+
+#[test]
+fn a_pace_does_not_make_up_for_hours_at_once() {
+    let mut policy = policy(vec![WaveTarget::Percent(100)], 12);
+    policy.pace = Some(pace(60));
+    let mut world = World::new(12, 3, policy);
+    world.command(command::pause(&world.rollout));
+    world.pass(3_600_000);
+    world.command(command::resume(&world.rollout));
+    world.devices.values_mut().for_each(|one| one.busy = true);
+    world.step();
+    world.pass(3_600_000);
+    world.devices.values_mut().for_each(|one| one.busy = false);
+    world.step();
+    assert!(world.offered().len() <= 2, "{:?}", world.offered());
+}
+
+#[test]
+fn a_scheduled_rollout_waits_for_its_time_or_for_an_operator() {
+    let mut policy = policy(vec![WaveTarget::Count(1)], 3);
+    policy.start_at = Some(NOW.plus(50_000));
+    let mut world = World::new(3, 3, policy.clone());
+    assert_eq!(world.step().wake_at, Some(NOW.plus(50_000)));
+    assert_eq!(world.rollout.state, RolloutState::Scheduled);
+    world.pass(49_999);
+    assert_eq!(world.step().actions, []);
+    world.pass(1);
+    world.step();
+    assert_eq!(world.offered().len(), 1);
+    let mut now = World::new(3, 3, policy);
+    now.step();
+    now.command(command::resume(&now.rollout));
+    now.step();
+    assert_eq!(now.offered().len(), 1);
+}
+
+#[test]
+fn a_wave_has_a_budget_of_its_own() {
+    let mut policy = policy(vec![WaveTarget::Count(4)], 8);
+    policy.budget.count = 8;
+    policy.waves[0].failure_budget = Some(FailureBudget {
+        count: 1,
+        percent: 100,
+        min_sample: 1,
+    });
+    let mut world = World::new(8, 3, policy);
+    world.step();
+    let first = world.in_wave(1).remove(0);
+    world.say(&first, Phase::RolledBack);
+    world.step();
+    assert_eq!(world.rollout.state, RolloutState::RollingBack);
+    let why = world.rollout.message.unwrap();
+    assert!(
+        why.starts_with("1 of 1 devices of wave 1 failed and the budget stops at 1"),
+        "{why}"
+    );
+}
+
+#[test]
+fn a_canary_that_is_away_or_held_is_replaced_by_one_of_its_kind() {
+    let by = vec!["model".parse().unwrap()];
+    let canary = WaveTarget::Canary(Canary { per_stratum: 1, by });
+    let mut world = World::new(9, 3, policy(vec![canary], 9));
+    let canaries = world.in_wave(1);
+    assert_eq!(canaries.len(), 3);
+    world.devices.get_mut(&canaries[0]).unwrap().offline = true;
+    world.devices.get_mut(&canaries[1]).unwrap().held = true;
+    world.step();
+    let offered = world.offered();
+    assert_eq!(offered.len(), 3);
+    assert!(!offered.contains(&canaries[0]) && !offered.contains(&canaries[1]));
+    let kinds: BTreeSet<_> = offered
+        .iter()
+        .map(|device| world.rollout.assignments[device].stratum)
+        .collect();
+    assert_eq!(kinds.len(), 3);
+}
+
+#[test]
+fn a_held_device_is_left_out_and_comes_when_it_is_released() {
+    let mut world = World::new(4, 3, policy(vec![WaveTarget::Percent(100)], 4));
+    let held = device(2);
+    world.devices.get_mut(&held).unwrap().held = true;
+    run_dry(&mut world);
+    world.pass(2_000);
+    world.step();
+    assert_eq!(world.rollout.state, RolloutState::Completed);
+    assert_eq!(
+        world.rollout.assignments[&held].deferral,
+        Some(Deferral::Held)
+    );
+    assert_eq!(world.offers.get(&held), None);
+    world.devices.get_mut(&held).unwrap().held = false;
+    run_dry(&mut world);
+    assert_eq!(world.offers.get(&held), Some(&1));
+}
+
+#[test]
+fn a_device_in_other_hands_is_waited_for() {
+    let mut world = World::new(2, 3, policy(vec![WaveTarget::Percent(100)], 2));
+    world.devices.get_mut(&device(0)).unwrap().busy = true;
+    run_dry(&mut world);
+    assert_eq!(world.rollout.state, RolloutState::Running);
+    assert_eq!(
+        world.rollout.assignments[&device(0)].state,
+        AssignmentState::Planned
+    );
+    world.devices.get_mut(&device(0)).unwrap().busy = false;
+    world.step();
+    assert_eq!(world.offered(), BTreeSet::from([device(0)]));
+}
+
+#[test]
+fn those_that_come_after_the_last_wave_have_a_pace_and_a_budget_of_their_own() {
+    let mut policy = policy(vec![WaveTarget::Count(1)], 9);
+    policy.tail.pace = pace(6);
+    policy.tail.failure_budget.count = 2;
+    let mut world = World::new(9, 3, policy);
+    for number in 1..9 {
+        world.devices.get_mut(&device(number)).unwrap().offline = true;
+        world.devices.get_mut(&device(number)).unwrap().last_seen = UnixMs(0);
+    }
+    run_dry(&mut world);
+    for _ in 0..4 {
+        world.pass(2_000);
+        run_dry(&mut world);
+    }
+    assert_eq!(world.rollout.state, RolloutState::Completed);
+    assert_eq!(world.offers.len(), 1);
+    world.join(20);
+    for one in world.devices.values_mut() {
+        one.offline = false;
+    }
+    for offered in 1..=2 {
+        world.step();
+        assert_eq!(world.offered().len(), 1, "one at a time");
+        let device = world.offered().pop_first().unwrap();
+        world.say(&device, Phase::RolledBack);
+        world.pass(10_000);
+        assert_eq!(world.offers.len(), 1 + offered);
+    }
+    world.step();
+    world.pass(1_000_000);
+    world.step();
+    assert_eq!(world.offers.len(), 3, "two failures stop it");
+    assert!(world.rollout.tail_stopped.is_some());
+    assert_eq!(world.rollout.state, RolloutState::Completed);
+    world.command(command::resume(&world.rollout));
+    assert_eq!(world.rollout.tail_stopped, None);
+    for _ in 0..20 {
+        world.step();
+        for device in world.offered() {
+            world.say(&device, Phase::Succeeded);
+        }
+        world.pass(10_000);
+    }
+    assert_eq!(
+        budget::Tally::of(&world.rollout).succeeded,
+        10,
+        "all and the one that joined"
+    );
+}
+
+#[test]
+fn failed_devices_are_tried_again_when_an_operator_says_so() {
+    let mut policy = policy(vec![WaveTarget::Percent(100)], 4);
+    policy.bake_ms = 0;
+    let mut world = World::new(4, 3, policy);
+    world.step();
+    let (bad, other) = (device(0), device(1));
+    world.say(&bad, Phase::RolledBack);
+    world.step();
+    assert!(command::retry(&world.rollout, Some(&other)).is_err());
+    world.command(command::retry(&world.rollout, Some(&bad)));
+    assert_eq!(budget::Tally::of(&world.rollout).failed, 0);
+    world.step();
+    assert_eq!(world.offers[&bad], 2);
+    world.say(&bad, Phase::RolledBack);
+    run_dry(&mut world);
+    assert_eq!(world.rollout.state, RolloutState::Completed);
+    world.command(command::retry(&world.rollout, None));
+    run_dry(&mut world);
+    assert_eq!(budget::Tally::of(&world.rollout).succeeded, 4);
+}
+
+#[test]
+fn an_emergency_keeps_its_first_wave_and_lets_all_else_go() {
+    let written: RolloutPolicy = serde_json::from_str(
+        r#"{"waves": [{"count": 1, "approval": true}, {"percent": 10}, {"percent": 50}], "maxUnavailable": 1,
+            "emergency": true, "startAt": "2030-01-01T00:00:00Z", "pace": {"perMinute": 1}}"#,
+    )
+    .unwrap();
+    let mut world = World::new(20, 3, Policy::freeze(&written, 20));
+    world.step();
+    assert_eq!(world.rollout.waves.len(), 2);
+    assert_eq!(world.offered().len(), 1, "the canary");
+    assert_eq!(world.rollout.policy.priority, Policy::EMERGENCY_PRIORITY);
+    let canary = world.offered().pop_first().unwrap();
+    world.say(&canary, Phase::Succeeded);
+    world.step();
+    assert_eq!(world.offered().len(), 19);
+}

@@ -45,6 +45,7 @@ fn offer(device: DeviceId) -> Action {
     Action::Offer {
         device,
         placement: placement(2),
+        next: None,
     }
 }
 

@@ -1,15 +1,29 @@
 //! Whatever happens, in whatever order: the rules hold, and it comes to an end.
 
 use super::*;
+use foreshore_protocol::manifest::Canary;
 
 pub(super) fn targets() -> impl Strategy<Value = Vec<WaveTarget>> {
-    proptest::collection::vec(
-        prop_oneof![
-            (1_u32..12).prop_map(WaveTarget::Count),
-            (1_u8..=100).prop_map(WaveTarget::Percent)
-        ],
-        0..5,
+    let selector = r#"{"matchLabels": {"site": "site-1"}}"#;
+    let canary = |(per_stratum, by): (u32, usize)| {
+        WaveTarget::Canary(Canary {
+            per_stratum,
+            by: ["model", "site"][..by]
+                .iter()
+                .map(|key| key.parse().unwrap())
+                .collect(),
+        })
+    };
+    let wave = prop_oneof![
+        4 => (1_u32..12).prop_map(WaveTarget::Count),
+        4 => (1_u8..=100).prop_map(WaveTarget::Percent),
+        1 => Just(WaveTarget::Selector(serde_json::from_str(selector).unwrap())),
+    ];
+    (
+        proptest::option::of((1_u32..3, 1_usize..3).prop_map(canary)),
+        proptest::collection::vec(wave, 0..5),
     )
+        .prop_map(|(canary, waves)| canary.into_iter().chain(waves).collect())
 }
 
 /// Something that happens to the world.
@@ -29,6 +43,11 @@ enum Happening {
     Pause,
     Resume,
     Abort,
+    Approve,
+    Retry(Option<usize>),
+    Held(usize, bool),
+    Busy(usize, bool),
+    Joins(usize),
 }
 
 fn phase() -> impl Strategy<Value = Phase> {
@@ -64,6 +83,11 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Pause),
         3 => Just(Resume),
         1 => Just(Abort),
+        3 => Just(Approve),
+        1 => proptest::option::of(0_usize..12).prop_map(Retry),
+        2 => (0_usize..12, any::<bool>()).prop_map(|(device, held)| Held(device, held)),
+        2 => (0_usize..12, any::<bool>()).prop_map(|(device, busy)| Busy(device, busy)),
+        1 => (12_usize..15).prop_map(Joins),
     ]
 }
 
@@ -75,29 +99,50 @@ fn policies() -> impl Strategy<Value = Policy> {
         0_u8..=100,
         1_u32..12,
         any::<bool>(),
+        proptest::option::of((1_u32..600, proptest::option::of(1_u32..5))),
+        proptest::option::of(0_u64..100_000),
+        0_u32..64,
     )
         .prop_map(
-            |(waves, max_unavailable, count, percent, min_sample, pause)| Policy {
-                max_unavailable,
-                budget: FailureBudget {
-                    count,
-                    percent,
-                    min_sample,
-                },
-                on_failure: if pause {
-                    OnFailure::Pause
-                } else {
-                    OnFailure::Rollback
-                },
-                ..policy(waves, 1)
+            |(waves, max_unavailable, count, percent, min_sample, pause, paced, start, gates)| {
+                let mut policy = Policy {
+                    pace: paced.map(|(per_minute, double_every)| Pace {
+                        per_minute,
+                        double_every,
+                        max_per_minute: None,
+                    }),
+                    start_at: start.map(|after| NOW.plus(after)),
+                    max_unavailable,
+                    budget: FailureBudget {
+                        count,
+                        percent,
+                        min_sample,
+                    },
+                    on_failure: if pause {
+                        OnFailure::Pause
+                    } else {
+                        OnFailure::Rollback
+                    },
+                    ..policy(waves, 1)
+                };
+                for (index, wave) in policy.waves.iter_mut().enumerate() {
+                    wave.approval = gates >> index & 1 == 1;
+                    wave.failure_budget =
+                        (gates >> (index + 2) & 1 == 1).then_some(FailureBudget {
+                            count: 2,
+                            percent: 100,
+                            min_sample: 1,
+                        });
+                }
+                policy
             },
         )
 }
 
 impl World {
     fn happen(&mut self, happening: &Happening) {
-        let count = self.devices.len();
-        let pick = |number: usize| device(number % count);
+        let known: Vec<_> = self.devices.keys().cloned().collect();
+        let pick = |number: usize| known[number % known.len()].clone();
         match happening {
             Happening::Says(number, phase) => self.say(&pick(*number), *phase),
             Happening::Leased(number) => self.lease(&pick(*number)),
@@ -125,6 +170,18 @@ impl World {
             Happening::Pause => self.command(command::pause(&self.rollout)),
             Happening::Resume => self.command(command::resume(&self.rollout)),
             Happening::Abort => self.command(command::abort(&self.rollout)),
+            Happening::Approve => self.command(command::approve(&self.rollout)),
+            Happening::Retry(number) => {
+                let device = number.map(pick);
+                self.command(command::retry(&self.rollout, device.as_ref()));
+            }
+            Happening::Held(number, held) => {
+                self.devices.get_mut(&pick(*number)).unwrap().held = *held
+            }
+            Happening::Busy(number, busy) => {
+                self.devices.get_mut(&pick(*number)).unwrap().busy = *busy
+            }
+            Happening::Joins(number) => self.join(*number),
         }
     }
 
@@ -134,14 +191,20 @@ impl World {
         for _ in 0..400 {
             for one in self.devices.values_mut() {
                 one.offline = false;
+                one.held = false;
+                one.busy = false;
             }
             self.pass(10_000);
             self.step();
             self.consistent();
-            if self.rollout.state.is_final() {
+            let open = |one: &Assignment| one.tail && !one.has_ended() && one.revert.is_none();
+            let tail = self.rollout.state == RolloutState::Completed
+                && self.rollout.assignments.values().any(open);
+            if self.rollout.state.is_final() && !tail {
                 return;
             }
             self.command(command::resume(&self.rollout));
+            self.command(command::approve(&self.rollout));
             for (number, one) in self.devices.clone() {
                 let told = one.desired.map(|(version, _)| version);
                 let ended = one
