@@ -459,6 +459,7 @@ impl Images {
         let found = found?;
         let (reference, image) = choose(wanted, found)?;
         let rows = self.rows(reference.repository(), image.digest).await?;
+        let signatures = self.signature_rows(&reference, &image, now).await?;
         let view = ImageView {
             reference: reference.to_string(),
             digest: image.digest,
@@ -474,10 +475,41 @@ impl Images {
             .store
             .write(move |connection| {
                 rows.record(connection)?;
+                for (rows, tagged) in &signatures {
+                    rows.record(connection)?;
+                    if let Some(tagged) = tagged {
+                        store::image::put(connection, tagged)?;
+                    }
+                }
                 Ok::<_, StoreError>(store::image::put(connection, &row)?)
             })
             .await?;
         Ok(view)
+    }
+
+    /// The rows of the signatures that came with an image, and their tags, as if they had been pushed beside it.
+    async fn signature_rows(
+        &self,
+        image: &Reference,
+        imported: &ImportedImage,
+        now: UnixMs,
+    ) -> Result<Vec<(Survey, Option<Image>)>, StoreError> {
+        let mut rows = Vec::new();
+        for signature in &imported.signatures {
+            let found = self.rows(image.repository(), signature.digest).await?;
+            let tagged = signature.tag.as_ref().map(|tag| Image {
+                view: ImageView {
+                    reference: format!("{HUB_HOST}/{}:{tag}", image.repository()),
+                    digest: signature.digest,
+                    size_bytes: found.size_bytes,
+                    platforms: Vec::new(),
+                    imported_ms: now.0,
+                },
+                media_type: signature.media_type.clone(),
+            });
+            rows.push((found, tagged));
+        }
+        Ok(rows)
     }
 
     /// The rows of an image in `repository`: its index or manifest, and what of its variants is there.

@@ -405,3 +405,80 @@ fn images_that_an_older_hub_imported_are_pulled_and_kept() {
     }
     assert_eq!(blobs(&bed), used);
 }
+
+/// What cosign attaches comes along, and devices find it where they would find what was pushed.
+#[test]
+fn signatures_in_an_archive_are_found_by_tag_and_by_what_they_are_about() {
+    let bed = Bed::start(Kind::Embedded);
+    let dir = tempfile::tempdir().unwrap();
+    let layout = layout(dir.path(), "v1");
+    let blobs = Path::new(&layout).join("blobs/sha256");
+    let put = |kind: &str, bytes: &[u8]| {
+        let digest = foreshore_protocol::Digest::of(bytes);
+        std::fs::write(blobs.join(digest.hex()), bytes).unwrap();
+        serde_json::json!({"mediaType": kind, "digest": digest, "size": bytes.len()})
+    };
+    let index_path = Path::new(&layout).join("index.json");
+    let mut index: Value = serde_json::from_slice(&std::fs::read(&index_path).unwrap()).unwrap();
+    let image = index["manifests"][0].clone();
+    let digest = image["digest"].as_str().unwrap().to_owned();
+    let manifest = "application/vnd.oci.image.manifest.v1+json";
+    let payload = serde_json::json!({"critical": {
+        "image": {"docker-manifest-digest": digest}, "type": "cosign container image signature",
+    }});
+    let simple = "application/vnd.dev.cosign.simplesigning.v1+json";
+    let mut layer = put(simple, payload.to_string().as_bytes());
+    layer["annotations"] = serde_json::json!({"dev.cosignproject.cosign/signature": "AAAA"});
+    let config = put(
+        "application/vnd.oci.image.config.v1+json",
+        b"{\"rootfs\":{\"diff_ids\":[]}}",
+    );
+    let signatures = serde_json::json!({"schemaVersion": 2, "mediaType": manifest, "config": config, "layers": [layer]});
+    let mut signatures = put(manifest, signatures.to_string().as_bytes());
+    let tag = digest.replace(':', "-") + ".sig";
+    signatures["annotations"] = serde_json::json!({"org.opencontainers.image.ref.name": tag});
+    let bundle = "application/vnd.dev.sigstore.bundle.v0.3+json";
+    let statement = base64::engine::general_purpose::STANDARD.encode("{}");
+    let envelope = serde_json::json!({"dsseEnvelope": {
+        "payload": statement, "payloadType": "application/vnd.in-toto+json", "signatures": [{"sig": "AAAA"}],
+    }});
+    let layer = put(bundle, envelope.to_string().as_bytes());
+    let config = put("application/vnd.oci.empty.v1+json", b"{}");
+    let referrer = serde_json::json!({
+        "schemaVersion": 2, "mediaType": manifest, "artifactType": bundle, "config": config,
+        "layers": [layer], "subject": image,
+    });
+    let referrer = put(manifest, referrer.to_string().as_bytes());
+    index["manifests"] = serde_json::json!([image, signatures, referrer]);
+    std::fs::write(&index_path, index.to_string()).unwrap();
+    let archive = dir.path().join("signed.tar");
+    let archive_path = archive.display().to_string();
+    run("tar", &["-C", &layout, "-cf", &archive_path, "."]);
+
+    let archive = std::fs::read(archive).unwrap();
+    let (status, view) = bed.call("POST", "/images?name=demo:v1", &archive);
+    assert_eq!(status, 201, "{view}");
+    assert_eq!(view["digest"], *digest);
+    let operator = format!("Bearer {}", bed.token());
+    let get = |path: &str| bed.request("GET", path, Some(&operator), b"");
+    let found = || {
+        let (status, listed) = get(&format!("/v2/demo/referrers/{digest}"));
+        assert_eq!(
+            (status, &listed["manifests"][0]["digest"]),
+            (200, &referrer["digest"])
+        );
+        for reference in [&*tag, referrer["digest"].as_str().unwrap()] {
+            let (status, manifest) = get(&format!("/v2/demo/manifests/{reference}"));
+            assert_eq!(status, 200, "{reference}: {manifest}");
+            for part in [&manifest["config"], &manifest["layers"][0]] {
+                let blob = part["digest"].as_str().unwrap();
+                let (status, _) = get(&format!("/v2/demo/blobs/{blob}"));
+                assert_eq!(status, 200, "{reference}: {part}");
+            }
+        }
+    };
+    found();
+    // Another import sweeps what nobody needs; this is needed.
+    bed.import("v2");
+    found();
+}
