@@ -11,6 +11,7 @@ mod conmon;
 mod crowd;
 mod delta;
 mod footprint;
+mod ledger;
 mod pull;
 
 /// Options of `bench`.
@@ -46,6 +47,8 @@ enum Part {
     Pull,
     /// Bytes of deltas between rebuilt images, and applying them
     Delta,
+    /// The list of a layer's files: time and bytes
+    Ledger,
     /// Simulated devices converged per second on one hub
     Fleet,
 }
@@ -76,6 +79,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     }
     if wanted(Part::Delta) {
         delta::run(options.programs.as_deref())?;
+    }
+    if wanted(Part::Ledger) {
+        ledger::run(options.pulls)?;
     }
     if wanted(Part::Fleet) {
         fleet()?;
