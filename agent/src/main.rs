@@ -228,12 +228,12 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             app,
             logins,
             images,
-        } => Ok(stage::run(
-            &Config::load(&at.config)?,
-            app.as_ref(),
-            &images,
-            logins,
-        )),
+        } => {
+            // The agent's own: what it says there is what operators look at.
+            log_to_stderr();
+            let config = Config::load(&at.config)?;
+            Ok(stage::run(&config, app.as_ref(), &images, logins))
+        }
         Command::CheckConfig(at) => Ok(check_config(&at.config)),
         Command::Doctor { at, output } => examine(&at.config, output),
         Command::Run(at) => run_agent(&at.config).map(|()| ExitCode::SUCCESS),
