@@ -63,6 +63,7 @@ pub fn open(config: &Config) -> Result<Store, StageError> {
     let limits = StoreConfig {
         reserve_bytes: config.disk.reserve.map(|reserve| reserve.0),
         keep_privileges: config.pull.keep_privileges,
+        deltas: config.pull.deltas,
         unpacker: Some(Unpacker {
             program: PathBuf::from("/proc/self/exe"),
             arguments: vec![unpack::SUBCOMMAND.into()],

@@ -12,7 +12,7 @@ use serde::Deserialize;
 const RATE_MIN: Bytes = Bytes(16 << 10);
 
 /// The table.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PullConfig {
     /// The most bytes a second for all images together. Default: no limit.
@@ -29,6 +29,22 @@ pub struct PullConfig {
     pub keep_privileges: bool,
     /// A docker `config.json` with logins for registries that have no `username` here.
     pub docker_config: Option<PathBuf>,
+    /// Make new layers of images that are here, where the registry has a delta for that. Default: true.
+    pub deltas: bool,
+}
+
+impl Default for PullConfig {
+    fn default() -> Self {
+        Self {
+            rate_limit: None,
+            metered: Metered::default(),
+            proxy: None,
+            no_proxy: Vec::new(),
+            keep_privileges: false,
+            docker_config: None,
+            deltas: true,
+        }
+    }
 }
 
 /// When the link costs money.
@@ -230,6 +246,14 @@ fe800000000000000000000000000000 40 00000000000000000000000000000000 00 00000000
         for text in ["metered = \"sometimes\"", "speed = 1"] {
             assert!(toml::from_str::<PullConfig>(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn deltas_are_used_unless_told_otherwise() {
+        let table = |text: &str| toml::from_str::<PullConfig>(text).unwrap();
+        assert!(table("").deltas && table("deltas = true").deltas && PullConfig::default().deltas);
+        assert!(!table("deltas = false").deltas);
+        assert!(toml::from_str::<PullConfig>("deltas = \"no\"").is_err());
     }
 
     #[test]

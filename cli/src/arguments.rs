@@ -469,11 +469,14 @@ Examples:
     List,
     /// Make deltas, so that devices that have an old image fetch little of the new one
     #[command(after_help = "\
-Works on files and asks no hub. Writes an OCI layout in which the name sha256-HEX, HEX being the digest of the
-new image's manifest, stands for the deltas; pushed beside the image under that tag, they are found by every
-device. A delta is an OCI artifact that refers to the new image; its layers are checked like any other.
+Images are files, or hub.internal/NAME:TAG in the hub. Deltas of an image in the hub go beside it, where devices
+find them. Elsewhere they go into a new OCI layout, in which the name sha256-HEX, HEX being the digest of the new
+image's manifest, stands for them; pushed beside the image under that tag, they are found by every device. A
+delta is an OCI artifact that refers to the new image; its layers are checked like any other.
 
 Examples:
+  foreshore image delta --from hub.internal/web:1.3 --to hub.internal/web:1.4
+
   skopeo copy docker://ghcr.io/acme/web:1.3 oci-archive:old.tar
   skopeo copy docker://ghcr.io/acme/web:1.4 oci-archive:new.tar
   foreshore image delta --from old.tar --to new.tar --into deltas
@@ -494,16 +497,16 @@ Example:
 /// `image delta`.
 #[derive(Debug, Args)]
 pub(crate) struct Delta {
-    /// An image that devices have: an archive or an OCI layout directory, with :NAME where it holds several; may be
-    /// given several times
-    #[arg(long, required = true, value_name = "PATH[:NAME]")]
+    /// An image that devices have: hub.internal/NAME:TAG, or an archive or an OCI layout directory, with :NAME where
+    /// it holds several; may be given several times
+    #[arg(long, required = true, value_name = "IMAGE")]
     pub(crate) from: Vec<String>,
     /// The image that they are to get
-    #[arg(long, value_name = "PATH[:NAME]")]
+    #[arg(long, value_name = "IMAGE")]
     pub(crate) to: String,
-    /// The directory to make
+    /// The directory to make, or hub.internal/NAME for a repository in the hub. Default: beside --to in the hub
     #[arg(long, value_name = "DIR")]
-    pub(crate) into: PathBuf,
+    pub(crate) into: Option<String>,
     /// Which variant, where the images have several: os/architecture[/variant]. Default: this machine's
     #[arg(long, value_name = "PLATFORM")]
     pub(crate) platform: Option<Platform>,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use foreshore_images::registry::{ClientConfig, Credentials, RegistryConfig};
 use foreshore_protocol::api::Problem;
 use serde::de::DeserializeOwned;
 use ureq::http::{Request, Response, Uri, header};
@@ -20,6 +21,8 @@ const MAX_ANSWER_BYTES: u64 = 256 << 20;
 /// The largest error answer that is read.
 const MAX_PROBLEM_BYTES: u64 = 64 << 10;
 const MAX_TOKEN_BYTES: usize = 4096;
+/// What the hub's registry is called in references.
+pub(crate) const HUB_HOST: &str = "hub.internal";
 const DEFAULT_TOKEN_FILE: &str = "/var/lib/foreshore-hub/api-token";
 
 /// A hub that can be asked.
@@ -29,6 +32,7 @@ pub(crate) struct Hub {
     url: String,
     token: String,
     token_source: String,
+    ca_file: Option<PathBuf>,
     timeout: Duration,
 }
 
@@ -63,6 +67,7 @@ impl Hub {
             url,
             token,
             token_source,
+            ca_file: arguments.ca_file.clone(),
             timeout: arguments.request_timeout,
         })
     }
@@ -70,6 +75,58 @@ impl Hub {
     /// The hub's address, as the user gave it.
     pub(crate) fn url(&self) -> &str {
         &self.url
+    }
+
+    /// How its registry is pulled from, as `hub.internal`.
+    pub(crate) fn registry(&self) -> ClientConfig {
+        let registry = RegistryConfig {
+            url: Some(self.url.clone()),
+            credentials: Some(Credentials::new("operator", self.token.clone())),
+            ca_file: self.ca_file.clone(),
+            ..RegistryConfig::default()
+        };
+        ClientConfig {
+            registries: [(HUB_HOST.to_owned(), registry)].into(),
+            ..ClientConfig::default()
+        }
+    }
+
+    /// Whether something is in its registry: HEAD of a path below `/v2`.
+    pub(crate) fn has(&self, path: &str) -> Result<bool, Failure> {
+        let request = self.asked("HEAD", &format!("/v2{path}"));
+        let request = request
+            .body(SendBody::none())
+            .map_err(|_| bad_url(&self.url))?;
+        let request = self
+            .agent
+            .configure_request(request)
+            .timeout_global(Some(self.timeout))
+            .build();
+        let answer = self.agent.run(request);
+        let answer = answer.map_err(|error| self.unreachable(&error))?;
+        match answer.status().as_u16() {
+            404 => Ok(false),
+            200 => Ok(true),
+            _ => Err(self.refused(answer)),
+        }
+    }
+
+    /// Sends a blob or manifest into its registry: a path below `/v2`.
+    pub(crate) fn push(
+        &self,
+        method: &str,
+        path: &str,
+        content_type: &str,
+        length: u64,
+        body: &mut dyn Read,
+    ) -> Result<(), Failure> {
+        let request = self
+            .asked(method, &format!("/v2{path}"))
+            .header(header::CONTENT_TYPE, content_type)
+            .header(header::CONTENT_LENGTH, length)
+            .body(SendBody::from_reader(body))
+            .map_err(|_| bad_url(&self.url))?;
+        self.run_long(request).map(drop)
     }
 
     /// GET of a path below `/api/v1`.
@@ -112,6 +169,11 @@ impl Hub {
         let request = request
             .body(SendBody::from_reader(body))
             .map_err(|_| bad_url(&self.url))?;
+        self.run_long(request)
+            .and_then(|answer| self.decode(answer))
+    }
+
+    fn run_long(&self, request: Request<SendBody<'_>>) -> Result<Response<Body>, Failure> {
         let request = self
             .agent
             .configure_request(request)
@@ -119,7 +181,6 @@ impl Hub {
             .timeout_recv_response(Some(Duration::from_secs(600)))
             .build();
         self.check(self.agent.run(request))
-            .and_then(|answer| self.decode(answer))
     }
 
     /// Opens a stream of server-sent events; reading from it fails after `quiet` without a byte.
@@ -143,9 +204,13 @@ impl Hub {
     }
 
     fn request(&self, method: &str, path: &str) -> ureq::http::request::Builder {
+        self.asked(method, &format!("/api/v1{path}"))
+    }
+
+    fn asked(&self, method: &str, path: &str) -> ureq::http::request::Builder {
         Request::builder()
             .method(method)
-            .uri(format!("{}/api/v1{path}", self.url))
+            .uri(format!("{}{path}", self.url))
             .header(header::AUTHORIZATION, format!("Bearer {}", self.token))
     }
 
@@ -236,6 +301,14 @@ impl Hub {
                 };
                 Failure::new(exit, format_args!("{place}{text}")).problem(&problem.code)
             }
+            Err(_) if registry_message(&body).is_some() => {
+                let exit = if (400..500).contains(&status) && !matches!(status, 401 | 403 | 429) {
+                    code::INPUT
+                } else {
+                    code::FAILED
+                };
+                Failure::new(exit, registry_message(&body).unwrap_or_default())
+            }
             Err(_) => {
                 // A proxy says these in place of a hub that restarts.
                 let away = matches!(status, 502..=504);
@@ -259,6 +332,13 @@ impl Hub {
             _ => failure,
         }
     }
+}
+
+/// What the hub says as a registry (OCI distribution specification, "Error Codes").
+fn registry_message(body: &[u8]) -> Option<String> {
+    let answer: serde_json::Value = serde_json::from_slice(body).ok()?;
+    let message = answer["errors"][0]["message"].as_str()?;
+    (!message.is_empty()).then(|| message.to_owned())
 }
 
 fn bad_url(url: &str) -> Failure {

@@ -24,7 +24,7 @@ use std::io::{self, Write as _};
 
 use clap::CommandFactory as _;
 
-use crate::arguments::{Arguments, Command, Image};
+use crate::arguments::{Arguments, Command};
 use crate::client::Hub;
 use crate::failure::{Outcome, code};
 
@@ -51,8 +51,7 @@ pub(crate) fn run(arguments: &Arguments) -> Outcome {
         Command::Secret(verb) => secret::run(&hub()?, verb, format, out),
         Command::Lease(verb) => lease::run(&hub()?, verb, format, out),
         Command::Device(verb) => device::run(&hub()?, verb, format, out),
-        Command::Image(Image::Delta(delta)) => delta::run(delta, format, out),
-        Command::Image(verb) => image::run(&hub()?, verb, format, out),
+        Command::Image(verb) => image::run(&hub, verb, format, out),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Arguments::command(), "foreshore", &mut script);

@@ -487,6 +487,52 @@ fn what_is_no_image_is_refused_before_anything_is_sent() {
 }
 
 #[test]
+fn a_delta_that_cannot_be_made_is_refused_before_anything_is_asked() {
+    let hub = FakeHub::start(vec![]);
+    for (line, said) in [
+        ("--to b.tar --into d", "--from"),
+        ("--from a.tar --into d", "--to"),
+        ("--from a.tar --to b.tar", "--into"),
+        (
+            "--from a.tar --to /does/not/exist --into d",
+            "/does/not/exist",
+        ),
+        ("--from a.tar --to b.tar --into d --level 99", "99"),
+        ("--from a.tar --to b.tar --into d --platform x", "'x'"),
+        (
+            "--from a.tar --to hub.internal/UP:1 --into d",
+            "hub.internal/UP:1",
+        ),
+        (
+            "--from hub.internal/web --to hub.internal/web:2 --into hub.internal/web:2",
+            "hub.internal/web",
+        ),
+    ] {
+        let output = hub.run(&format!("image delta {line}"));
+        assert_eq!(output.status.code(), Some(2), "{line}: {}", stderr(&output));
+        assert!(
+            stderr(&output).contains(said),
+            "{line}: {}",
+            stderr(&output)
+        );
+        assert!(output.stdout.is_empty());
+    }
+    assert!(hub.asked().is_empty());
+    // Who does not answer is no image that is not there.
+    let line = "image delta --from hub.internal/web:1 --to hub.internal/web:2";
+    let output = foreshore(line)
+        .env("FORESHORE_HUB", "http://127.0.0.1:1")
+        .env("FORESHORE_TOKEN", "secret-1")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
+    let hub = FakeHub::start(vec![Answer(401, "application/json", String::new())]);
+    let output = hub.run(line);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("token"));
+}
+
+#[test]
 fn deleting_without_a_terminal_needs_a_yes() {
     let hub = FakeHub::start(vec![Answer(202, "application/json", String::new())]);
     let output = hub.run("delete app web");

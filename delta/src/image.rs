@@ -73,6 +73,9 @@ pub enum DeltaMakeError {
         /// What it should be.
         expected: Digest,
     },
+    /// Old and new are the same.
+    #[error("{0} is the old image and the new one; name two that differ")]
+    Same(Digest),
     /// Where the result should go is something already.
     #[error("{} is there already; name a directory that is not", .0.display())]
     Exists(PathBuf),
@@ -140,6 +143,28 @@ impl Image {
             Some((path, name)) if !Path::new(spec).exists() => (Path::new(path), Some(name)),
             _ => (Path::new(spec), None),
         };
+        Self::read(path, path, name, platform)
+    }
+
+    /// [`Self::open`] of a layout directory with one image, which errors call `called`.
+    ///
+    /// # Errors
+    /// [`DeltaMakeError`].
+    pub fn open_as(
+        called: &str,
+        layout: &Path,
+        platform: &Platform,
+    ) -> Result<Self, DeltaMakeError> {
+        Self::read(layout, Path::new(called), None, platform)
+    }
+
+    /// The image at `place`, which errors call `path`.
+    fn read(
+        place: &Path,
+        path: &Path,
+        name: Option<&str>,
+        platform: &Platform,
+    ) -> Result<Self, DeltaMakeError> {
         let dir = tempfile::tempdir().map_err(failed("create", "a temporary directory"))?;
         let blobs = BlobDir::open(dir.path()).map_err(failed("create", &dir.path().display()))?;
         let import = |source| DeltaMakeError::Import {
@@ -147,7 +172,7 @@ impl Image {
             source,
         };
         let limits = ImportLimits::default();
-        let images = import_path(path, &blobs, &limits).map_err(import)?;
+        let images = import_path(place, &blobs, &limits).map_err(import)?;
         let root = choose(path, name, &images)?;
         let reader = Reader {
             path,
@@ -325,6 +350,12 @@ pub fn make(
     level: i32,
     output: &Path,
 ) -> Result<Vec<Report>, DeltaMakeError> {
+    if from
+        .iter()
+        .any(|old| old.manifest.digest == to.manifest.digest)
+    {
+        return Err(DeltaMakeError::Same(to.manifest.digest));
+    }
     if output.exists() {
         return Err(DeltaMakeError::Exists(output.to_owned()));
     }

@@ -202,12 +202,19 @@ fn what_cannot_be_used_is_named() {
 fn equal_images_need_no_delta() {
     let dir = tempfile::tempdir().unwrap();
     let layout = dir.path().join("images");
-    let same = image(&layout, "amd64", &[vec![("app", noise(1, 1000))]], false);
-    index(&layout, &[named(same, "v1")]);
-    let image = || open(&layout, "v1");
-    let reports = make(&[image()], &image(), 3, &dir.path().join("deltas")).unwrap();
+    let files = || -> Files { vec![("app", noise(1, 1000))] };
+    let one = image(&layout, "amd64", &[files()], false);
+    let twice = image(&layout, "amd64", &[files(), files()], false);
+    index(&layout, &[named(one, "v1"), named(twice, "v2")]);
+    let [old, new] = ["v1", "v2"].map(|name| open(&layout, name));
+    let into = dir.path().join("deltas");
+    let reports = make(&[open(&layout, "v1")], &new, 3, &into).unwrap();
     assert_eq!(
         (reports[0].artifact, &reports[0].layers[..]),
         (None, &[][..])
     );
+    let place = dir.path().join("none");
+    let same = make(&[open(&layout, "v1")], &old, 3, &place).unwrap_err();
+    assert!(matches!(same, DeltaMakeError::Same(_)), "{same}");
+    assert!(!place.exists());
 }

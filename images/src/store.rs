@@ -78,6 +78,8 @@ pub struct StoreConfig {
     pub keep_privileges: bool,
     /// A program that unpacks layers in this one's stead; `None` is this process itself.
     pub unpacker: Option<Unpacker>,
+    /// Make layers of what is here, where the registry has a delta for that. Default: yes.
+    pub deltas: bool,
 }
 
 /// Images under one directory. Cheap to open; several processes may have it open.
@@ -642,6 +644,7 @@ impl Default for StoreConfig {
             lock_wait: Duration::from_mins(10),
             keep_privileges: false,
             unpacker: None,
+            deltas: true,
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod device;
 pub mod fleet;
 pub mod hub;
 pub mod image;
+pub mod meter;
 pub mod mosquitto;
 pub mod noise;
 pub mod process;

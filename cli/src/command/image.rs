@@ -15,10 +15,16 @@ use crate::client::Hub;
 use crate::failure::{Failure, Outcome, code};
 use crate::output::{self, bytes};
 
-pub(super) fn run(hub: &Hub, verb: &Image, format: Format, out: &mut dyn Write) -> Outcome {
+/// `hub` makes it when it is needed: deltas between files need none.
+pub(super) fn run(
+    hub: &dyn Fn() -> Result<Hub, Failure>,
+    verb: &Image,
+    format: Format,
+    out: &mut dyn Write,
+) -> Outcome {
     match verb {
         Image::List => get::run(
-            hub,
+            &hub()?,
             &Get {
                 kind: GetKind::Images,
                 name: None,
@@ -28,9 +34,9 @@ pub(super) fn run(hub: &Hub, verb: &Image, format: Format, out: &mut dyn Write) 
             format,
             out,
         ),
-        Image::Delta(verb) => delta::run(verb, format, out),
+        Image::Delta(verb) => delta::run(hub, verb, format, out),
         Image::Import { source, name } => {
-            let view = import(hub, source, name.as_deref())?;
+            let view = import(&hub()?, source, name.as_deref())?;
             match format {
                 Format::Json => output::json(out, &view)?,
                 Format::Name => writeln!(out, "image/{}", output::printable(&view.reference))?,
@@ -46,7 +52,7 @@ pub(super) fn run(hub: &Hub, verb: &Image, format: Format, out: &mut dyn Write) 
             Ok(code::OK)
         }
         Image::Remove { name } => {
-            hub.order("DELETE", &format!("/images/{}", query_value(name)))?;
+            hub()?.order("DELETE", &format!("/images/{}", query_value(name)))?;
             let name = name.strip_prefix("hub.internal/").unwrap_or(name);
             match format {
                 Format::Json => {

@@ -39,6 +39,9 @@ impl Store {
         reference: &Reference,
         selected: &Selected,
     ) -> Leanings {
+        if !self.config.deltas {
+            return Leanings::new();
+        }
         let missing = self.missing(selected);
         let bytes = missing
             .values()

@@ -251,6 +251,19 @@ fn a_delta_that_makes_another_layer_is_not_believed() {
 }
 
 #[test]
+fn a_device_that_is_told_not_to_asks_for_no_deltas() {
+    let world = World::new(None);
+    let config = StoreConfig {
+        deltas: false,
+        ..StoreConfig::default()
+    };
+    let store = Store::open_with(&world.root.path().join("store"), config).unwrap();
+    world.stage(&store, world.new).unwrap();
+    assert_eq!(world.fetched(), (1, 0));
+    assert_eq!(world.server.count("referrers"), 0);
+}
+
+#[test]
 fn an_old_file_that_is_damaged_here_costs_a_whole_layer() {
     let world = World::new(None);
     for entry in fs::read_dir(world.root.path().join("store/layers")).unwrap() {
