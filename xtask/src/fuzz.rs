@@ -146,8 +146,10 @@ fn host() -> anyhow::Result<String> {
     host.map(str::to_owned).context("rustc -vV names no host")
 }
 
+/// Absolute: the programs do not run in this directory.
 fn target_directory() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| step::root().join("target"), PathBuf::from)
+    let named = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    step::root().join(named)
 }
 
 /// A directory for targets that write, in memory where that is possible: libFuzzer ends its process without tidying up.

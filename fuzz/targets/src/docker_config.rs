@@ -29,11 +29,12 @@ pub fn run(bytes: &[u8]) {
     });
     // Texts that nobody reads need not be Unicode, so this may fail where reading does not.
     let value = serde_json::from_slice::<Value>(bytes).unwrap_or_default();
+    as_secret(bytes, &value, read.as_ref().ok());
     match read {
         Ok(config) => {
             accepted();
             if value.is_object() {
-                logins(&value, &config);
+                kept(bytes, &value, &config);
             }
         }
         Err(error) => {
@@ -51,7 +52,7 @@ pub fn run(bytes: &[u8]) {
 }
 
 /// Every login that the file has in plain words is there, and nothing else is.
-fn logins(value: &Value, config: &DockerConfig) {
+fn kept(bytes: &[u8], value: &Value, config: &DockerConfig) {
     let empty = serde_json::Map::new();
     let auths = value
         .get("auths")
@@ -70,9 +71,10 @@ fn logins(value: &Value, config: &DockerConfig) {
             .count()
             == 1;
         let plain = !host.contains('/') && !host.ends_with("docker.io");
+        let once = count(bytes, host.as_bytes()) == 1;
         let text = |key: &str| entry.get(key).and_then(Value::as_str).unwrap_or_default();
         let (auth, username) = (text("auth"), text("username"));
-        if !alone || !plain {
+        if !alone || !plain || !once {
             continue;
         }
         let expected = if !auth.is_empty() {
@@ -91,6 +93,43 @@ fn logins(value: &Value, config: &DockerConfig) {
     }
     for host in config.hosts() {
         assert!(config.credentials(host).is_some());
+    }
+}
+
+fn count(bytes: &[u8], part: &[u8]) -> usize {
+    match part.len() {
+        0 => 0,
+        length => bytes.windows(length).filter(|at| *at == part).count(),
+    }
+}
+
+/// The same text as a hub's secret, where every login has to be of use: what is taken there means the same.
+fn as_secret(bytes: &[u8], value: &Value, config: Option<&DockerConfig>) {
+    let limit = (64 << 10) + 128 * bytes.len();
+    match memory::within(limit, || DockerConfig::logins(bytes)) {
+        Ok(logins) => {
+            let config = config.expect("what is taken strictly is taken");
+            assert!(logins.hosts().next().is_some());
+            assert!(logins.hosts().eq(config.hosts()));
+            for host in logins.hosts() {
+                assert_eq!(
+                    logins.credentials(host),
+                    config.credentials(host),
+                    "{host:?}"
+                );
+            }
+        }
+        Err(error) => {
+            let text = error.to_string();
+            secrets(value, &mut |secret| {
+                assert!(!text.contains(secret), "{text}")
+            });
+            let auths = value.get("auths").and_then(Value::as_object);
+            for name in auths.into_iter().flat_map(serde_json::Map::keys) {
+                let by_accident = name.len() < 12 || name.contains(' ');
+                assert!(by_accident || !text.contains(name.as_str()), "{text}");
+            }
+        }
     }
 }
 
