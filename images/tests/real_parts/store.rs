@@ -568,7 +568,7 @@ fn an_inflater_that_hangs_dies_or_is_no_match_is_an_error_and_leaves_nothing() {
             ..StoreConfig::default()
         };
         let store = Store::open_with(world.root.path(), config).unwrap();
-        let begin = std::time::Instant::now();
+        let begin = Instant::now();
         let error = world.stage(&store, image).unwrap_err();
         let text = chain(&error);
         assert!(begin.elapsed() < Duration::from_secs(20), "{inflate}");
@@ -636,7 +636,7 @@ fn an_unpacker_that_hangs_dies_or_talks_nonsense_is_an_error_and_leaves_nothing(
             ..StoreConfig::default()
         };
         let store = Store::open_with(world.root.path(), config).unwrap();
-        let begin = std::time::Instant::now();
+        let begin = Instant::now();
         let error = world.stage(&store, image).unwrap_err();
         let text = chain(&error);
         assert!(begin.elapsed() < Duration::from_secs(10), "{script}");
