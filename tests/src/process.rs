@@ -1,9 +1,10 @@
 //! Programs under test as child processes, and waiting for conditions.
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Asks `probe` until it answers `Ok`, at most `timeout`; then panics with `what` and the last answer.
@@ -197,18 +198,26 @@ pub fn signal(pid: i32, signal: i32) {
 }
 
 /// A free TCP port on loopback. Another process may take it before it is used; the programs under test
-/// bind port 0 themselves, only foreign ones need this.
+/// bind port 0 themselves, only foreign ones need this. No port is given out twice: another test's program could not have
+/// bound it yet.
 ///
 /// # Panics
 ///
 /// When loopback has none left.
 #[must_use]
 pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    listener
-        .local_addr()
-        .expect("a bound socket has an address")
-        .port()
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let listener =
+            std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+        let address = listener
+            .local_addr()
+            .expect("a bound socket has an address");
+        let mut given = GIVEN.lock().expect("nothing panics here");
+        if given.insert(address.port()) {
+            return address.port();
+        }
+    }
 }
 
 /// When a process started, in clock ticks since boot: with its id, its identity (proc_pid_stat(5), field 22).

@@ -1,9 +1,11 @@
 //! The hub's end of the line: a mosquitto and a client that assigns, listens and acknowledges.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use foreshore_protocol::frame;
@@ -33,13 +35,22 @@ pub struct Hub {
     acknowledges: Rc<Cell<bool>>,
 }
 
+/// A port that nobody listens on, and none that was given out here before: between the look and the broker's start another
+/// test could be told the same one, and would talk to the wrong broker.
+fn free_port() -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        if GIVEN.lock().unwrap().insert(port) {
+            return port;
+        }
+    }
+}
+
 impl Hub {
     pub fn start(dir: &Path, device: &DeviceId) -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        let port = free_port();
         let config = dir.join("mosquitto.conf");
         std::fs::write(
             &config,

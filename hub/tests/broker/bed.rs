@@ -1,10 +1,12 @@
 //! A broker to test: the embedded one, or mosquitto with our files.
 
+use std::collections::BTreeSet;
 use std::fs::Permissions;
 use std::io::Read as _;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use foreshore_hub::broker::mosquitto::{self, MosquittoConfig};
@@ -202,9 +204,18 @@ fn start_mosquitto(directory: &TempDir, listen: SocketAddr) -> Child {
     child
 }
 
+/// An address that nobody listens on, and none that was given out here before: between the look and the broker's start another
+/// test could be told the same one, and would talk to the wrong broker.
 fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("a bound socket")
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("a bound socket");
+        let mut given = GIVEN.lock().expect("nothing panics here");
+        if given.insert(address.port()) {
+            return address;
+        }
+    }
 }
 
 pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {

@@ -1,9 +1,11 @@
 //! A directory, a broker and a hub, gone when the test ends.
 
+use std::collections::BTreeSet;
 use std::io::Read as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -114,12 +116,17 @@ pub(crate) struct Bed {
     dir: TempDir,
 }
 
+/// A port that nobody listens on, and none that was given out here before: between the look and the broker's start another
+/// test could be told the same one, and would talk to the wrong broker.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        if GIVEN.lock().unwrap().insert(port) {
+            return port;
+        }
+    }
 }
 
 impl Bed {

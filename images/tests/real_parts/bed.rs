@@ -1,9 +1,11 @@
 //! Programs the tests run, and a registry.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use foreshore_images::registry::{Client, ClientConfig, Credentials, RegistryConfig, Timeouts};
@@ -99,15 +101,23 @@ pub(crate) enum Protection<'a> {
     Tls(&'a Path),
 }
 
+/// A port that nobody listens on, and none that was given out here before: between the look and the registry's start another
+/// test could be told the same one, and would talk to the wrong one.
+fn free_port() -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        if GIVEN.lock().unwrap().insert(port) {
+            return port;
+        }
+    }
+}
+
 impl Registry {
     pub(crate) fn start(protection: &Protection<'_>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
-        let host = format!("127.0.0.1:{port}");
+        let host = format!("127.0.0.1:{}", free_port());
         let tls = match protection {
             Protection::Tls(dir) => format!(
                 ", tls: {{certificate: {0}/cert.pem, key: {0}/key.pem}}",
