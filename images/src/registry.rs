@@ -29,6 +29,7 @@ use ureq::{Agent, Body};
 
 use self::ask::{Ask, Question, content_length, header_text, is_vague, is_web_page, media_type};
 use self::auth::{Challenge, TOKEN_BYTES_MAX};
+use self::config::Proof;
 pub use self::config::{ClientConfig, ConfigError, Credentials, RegistryConfig, Timeouts};
 pub use self::docker::{DockerConfig, DockerConfigError, LoginProblem, LoginsError};
 pub use self::entry::RegistryEntry;
@@ -304,16 +305,24 @@ impl Client {
             .collect();
         for challenge in &challenges {
             if let Challenge::Bearer { realm, service } = challenge {
+                if let Some(Credentials(Proof::AccessToken(token))) = &endpoint.credentials {
+                    return Ok(Some(format!("Bearer {token}")));
+                }
                 return self
                     .token(ask, endpoint, realm, service.as_deref())
                     .map(Some);
             }
         }
-        let basic = challenges
-            .contains(&Challenge::Basic)
-            .then_some(endpoint.credentials.as_ref())
-            .flatten();
-        Ok(basic.map(|credentials| auth::basic(&credentials.username, &credentials.password)))
+        if !challenges.contains(&Challenge::Basic) {
+            return Ok(None);
+        }
+        Ok(match &endpoint.credentials {
+            Some(Credentials(Proof::Password { username, password })) => {
+                Some(auth::basic(username, password))
+            }
+            // A token is no password.
+            Some(Credentials(Proof::RefreshToken(_) | Proof::AccessToken(_))) | None => None,
+        })
     }
 
     fn token(
@@ -333,37 +342,40 @@ impl Client {
                 false,
             ));
         }
-        let basic = match &endpoint.credentials {
-            Some(_)
-                if !auth::may_have_credentials(
-                    &endpoint.origin,
-                    &origin,
-                    &endpoint.token_hosts,
-                ) =>
-            {
-                let problem = format!(
-                    "which is another host: the credentials are not sent there; if that is right, add \"{}\" to \
-                     token_hosts of this registry",
-                    origin.hostname()
-                );
-                return Err(ask.token(realm, problem, false));
-            }
-            Some(credentials) => Some(auth::basic(&credentials.username, &credentials.password)),
-            None => None,
-        };
+        let proof = endpoint.credentials.as_ref().map(|it| &it.0);
+        let trusted = auth::may_have_credentials(&endpoint.origin, &origin, &endpoint.token_hosts);
+        if proof.is_some() && !trusted {
+            let problem = format!(
+                "which is another host: the credentials are not sent there; if that is right, add \"{}\" to \
+                 token_hosts of this registry",
+                origin.hostname()
+            );
+            return Err(ask.token(realm, problem, false));
+        }
         let same_machine = origin.hostname() == endpoint.origin.hostname();
         let agent = if same_machine {
             &endpoint.agent
         } else {
             self.agent_for(&origin)
         };
-        let url = auth::token_url(realm, service, ask.repository);
-        let question = Question {
-            path: "",
-            accept: "application/json",
-            offset: 0,
+        let response = if let Some(Proof::RefreshToken(token)) = proof {
+            let form = auth::token_form(token, service, ask.repository);
+            ask.send(agent, realm, form)?
+        } else {
+            let basic = match proof {
+                Some(Proof::Password { username, password }) => {
+                    Some(auth::basic(username, password))
+                }
+                Some(Proof::RefreshToken(_) | Proof::AccessToken(_)) | None => None,
+            };
+            let url = auth::token_url(realm, service, ask.repository);
+            let question = Question {
+                path: "",
+                accept: "application/json",
+                offset: 0,
+            };
+            ask.call(agent, &url, &question, basic.as_deref())?
         };
-        let response = ask.call(agent, &url, &question, basic.as_deref())?;
         let status = response.status().as_u16();
         match status {
             200 => {}

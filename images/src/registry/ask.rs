@@ -36,10 +36,7 @@ impl Ask<'_> {
         question: &Question<'_>,
         authorization: Option<&str>,
     ) -> Result<Response<Body>, FetchError> {
-        let left = self.until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(self.timed_out());
-        }
+        let left = self.left()?;
         let mut request = agent
             .get(url)
             .header(header::ACCEPT, question.accept)
@@ -56,13 +53,41 @@ impl Ask<'_> {
             .timeout_global(Some(left))
             .build()
             .call()
-            .map_err(|error| {
-                if is_timeout(&error) {
-                    self.timed_out()
-                } else {
-                    self.unreachable(error.into())
-                }
-            })
+            .map_err(|error| self.unanswered(error))
+    }
+
+    /// One form sent, one answer, whatever it says.
+    pub(super) fn send(
+        &self,
+        agent: &Agent,
+        url: &str,
+        form: impl IntoIterator<Item = (&'static str, String)>,
+    ) -> Result<Response<Body>, FetchError> {
+        let left = self.left()?;
+        agent
+            .post(url)
+            .header(header::ACCEPT, "application/json")
+            .config()
+            .timeout_global(Some(left))
+            .build()
+            .send_form(form)
+            .map_err(|error| self.unanswered(error))
+    }
+
+    fn left(&self) -> Result<Duration, FetchError> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(self.timed_out());
+        }
+        Ok(left)
+    }
+
+    fn unanswered(&self, error: ureq::Error) -> FetchError {
+        if is_timeout(&error) {
+            self.timed_out()
+        } else {
+            self.unreachable(error.into())
+        }
     }
 
     pub(super) fn checked(&self, response: Response<Body>) -> Result<Response<Body>, FetchError> {

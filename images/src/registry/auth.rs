@@ -118,11 +118,28 @@ pub(super) fn token_url(realm: &str, service: Option<&str>, repository: &str) ->
     if let Some(service) = service {
         url += &format!("service={}&", percent_encoded(service));
     }
-    url += &format!(
-        "scope={}",
-        percent_encoded(&format!("repository:{repository}:pull"))
-    );
+    url += &format!("scope={}", percent_encoded(&scope(repository)));
     url
+}
+
+/// What is sent to have a refresh token changed for one to pull from `repository` (RFC 6749, section 6; distribution
+/// project, "Oauth2 Token Authentication").
+pub(super) fn token_form(
+    refresh_token: &str,
+    service: Option<&str>,
+    repository: &str,
+) -> [(&'static str, String); 5] {
+    [
+        ("grant_type", "refresh_token".to_owned()),
+        ("service", service.unwrap_or_default().to_owned()),
+        ("client_id", "foreshore".to_owned()),
+        ("scope", scope(repository)),
+        ("refresh_token", refresh_token.to_owned()),
+    ]
+}
+
+fn scope(repository: &str) -> String {
+    format!("repository:{repository}:pull")
 }
 
 fn percent_encoded(text: &str) -> String {

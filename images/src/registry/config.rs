@@ -39,7 +39,7 @@ pub struct RegistryConfig {
     pub url: Option<String>,
     /// Speak HTTP instead of HTTPS.
     pub plain_http: bool,
-    /// User name and password; sent to this registry and its token server only.
+    /// Sent to this registry and its token server only.
     pub credentials: Option<Credentials>,
     /// PEM file with the certificates to trust for this registry, instead of the built-in (Mozilla) ones.
     pub ca_file: Option<PathBuf>,
@@ -54,11 +54,21 @@ pub struct RegistryConfig {
     pub token_hosts: Vec<String>,
 }
 
-/// A user name and a password. `Debug` hides the password.
+/// What a registry or its token server is shown. `Debug` hides all of it but a user name.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Credentials {
-    pub(super) username: String,
-    pub(super) password: String,
+pub struct Credentials(pub(super) Proof);
+
+/// How somebody shows who they are.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) enum Proof {
+    Password {
+        username: String,
+        password: String,
+    },
+    /// Stands for a password at the token server (distribution project, "Oauth2 Token Authentication").
+    RefreshToken(String),
+    /// Is what the token server would give.
+    AccessToken(String),
 }
 
 /// How long anything may take.
@@ -117,18 +127,34 @@ impl Credentials {
     /// Credentials for HTTP basic authentication or a token server.
     #[must_use]
     pub fn new(username: impl Into<String>, password: impl Into<String>) -> Self {
-        Self {
+        Self(Proof::Password {
             username: username.into(),
             password: password.into(),
-        }
+        })
+    }
+
+    /// An identity token, which stands for a password at the token server.
+    #[must_use]
+    pub fn refresh_token(token: impl Into<String>) -> Self {
+        Self(Proof::RefreshToken(token.into()))
+    }
+
+    /// A bearer token for the registry itself; it is not renewed when it has run out.
+    #[must_use]
+    pub fn access_token(token: impl Into<String>) -> Self {
+        Self(Proof::AccessToken(token.into()))
     }
 }
 
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials")
-            .field("username", &self.username)
-            .finish_non_exhaustive()
+        let mut shown = f.debug_struct("Credentials");
+        match &self.0 {
+            Proof::Password { username, .. } => shown.field("username", username),
+            Proof::RefreshToken(_) => shown.field("kind", &"refresh token"),
+            Proof::AccessToken(_) => shown.field("kind", &"access token"),
+        };
+        shown.finish_non_exhaustive()
     }
 }
 
@@ -201,16 +227,21 @@ mod tests {
 
     #[test]
     fn debug_shows_no_password() {
-        let credentials = Credentials::new("user", "secret-password");
-        let registry = RegistryConfig {
-            credentials: Some(credentials),
-            ..RegistryConfig::default()
-        };
-        let config = ClientConfig {
-            registries: [("h".to_owned(), registry)].into(),
-            ..ClientConfig::default()
-        };
-        assert!(!format!("{config:?}").contains("secret"));
-        assert!(!format!("{:?}", Client::new(config).unwrap()).contains("secret"));
+        for credentials in [
+            Credentials::new("user", "secret-password"),
+            Credentials::refresh_token("secret-token"),
+            Credentials::access_token("secret-token"),
+        ] {
+            let registry = RegistryConfig {
+                credentials: Some(credentials),
+                ..RegistryConfig::default()
+            };
+            let config = ClientConfig {
+                registries: [("h".to_owned(), registry)].into(),
+                ..ClientConfig::default()
+            };
+            assert!(!format!("{config:?}").contains("secret"));
+            assert!(!format!("{:?}", Client::new(config).unwrap()).contains("secret"));
+        }
     }
 }

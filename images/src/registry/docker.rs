@@ -95,7 +95,7 @@ pub enum LoginProblem {
     Twice,
     /// Its `auth` does not decode.
     Auth,
-    /// It is a token that stands for a password.
+    /// Its token has characters that cannot stand in a request.
     Token,
     /// It holds nothing to log in with.
     Nothing,
@@ -108,10 +108,10 @@ impl fmt::Display for LoginProblem {
             Self::Part => "is for a part of a registry; write it for the whole of one, as HOST or HOST:PORT",
             Self::Twice => "is for a registry that has one already; keep one",
             Self::Auth => "has an \"auth\" that is not USERNAME:PASSWORD in base64",
-            Self::Token => {
-                "is an identity or registry token, which only docker can use; log in with a password or an access token"
+            Self::Token => "has a token with spaces or other characters that no token has; log in again",
+            Self::Nothing => {
+                "has neither \"auth\" nor \"username\" and \"password\", nor an \"identitytoken\" or a \"registrytoken\""
             }
-            Self::Nothing => "has neither \"auth\" nor \"username\" and \"password\"",
         })
     }
 }
@@ -170,8 +170,22 @@ struct Entry {
 impl Entry {
     /// What to log in with; `None` when there is nothing.
     fn credentials(self) -> Result<Option<Credentials>, LoginProblem> {
-        if !self.identitytoken.is_empty() || !self.registrytoken.is_empty() {
-            return Err(LoginProblem::Token);
+        // As docker has them: the password beside an identity token is empty or that of a login before.
+        for (token, as_credentials) in [
+            (
+                self.registrytoken,
+                Credentials::access_token as fn(String) -> Credentials,
+            ),
+            (self.identitytoken, Credentials::refresh_token),
+        ] {
+            if !token.is_empty() {
+                let sound = token.bytes().all(|byte| byte.is_ascii_graphic());
+                return if sound {
+                    Ok(Some(as_credentials(token)))
+                } else {
+                    Err(LoginProblem::Token)
+                };
+            }
         }
         if self.auth.is_empty() {
             let named = !self.username.is_empty();
@@ -257,7 +271,7 @@ impl DockerConfig {
         Ok(Self { credentials })
     }
 
-    /// User name and password for a registry, by its name in references.
+    /// How to log in at a registry, by its name in references.
     #[must_use]
     pub fn credentials(&self, host: &str) -> Option<&Credentials> {
         self.credentials.get(host)
@@ -343,6 +357,8 @@ mod tests {
                 "registry.lan:5000": {{"auth": "{encoded}"}},
                 "https://index.docker.io/v1/refresh-token": {{"username": "u", "password": "token"}},
                 "ghcr.io/org": {{"username": "org", "password": "other"}},
+                "cloud.lan": {{"auth": "MDAwMDAwMDA6", "identitytoken": "refresh.me"}},
+                "ci.lan": {{"registrytoken": "bear.me"}},
                 "kept.elsewhere": {{}}
             }}, "credsStore": "desktop", "HttpHeaders": {{"a": "b"}}}}"#
         );
@@ -354,8 +370,16 @@ mod tests {
             config.credentials("ghcr.io"),
             Some(&Credentials::new("u", "p"))
         );
+        assert_eq!(
+            config.credentials("cloud.lan"),
+            Some(&Credentials::refresh_token("refresh.me"))
+        );
+        assert_eq!(
+            config.credentials("ci.lan"),
+            Some(&Credentials::access_token("bear.me"))
+        );
         assert_eq!(config.credentials("kept.elsewhere"), None);
-        assert_eq!(config.hosts().count(), 3);
+        assert_eq!(config.hosts().count(), 5);
         assert_eq!(DockerConfig::parse(b"{}").unwrap().hosts().count(), 0);
     }
 
@@ -373,8 +397,8 @@ mod tests {
                 "at \"h\" has an \"auth\"",
             ),
             (
-                r#"{"auths": {"h": {"identitytoken": "secret"}}}"#,
-                "identity",
+                r#"{"auths": {"h": {"identitytoken": "secret\n"}}}"#,
+                "at \"h\" has a token",
             ),
             (r#"{"auths": {"h": {"auth": {"secret": 1}}}}"#, "line 1"),
         ] {
@@ -454,11 +478,11 @@ mod tests {
                 login(1, LoginProblem::Auth),
             ),
             (
-                r#"{"auths": {"a.b": {"auth": "YTpi", "identitytoken": "hunter2"}}}"#,
+                r#"{"auths": {"a.b": {"auth": "YTpi", "identitytoken": "hunter 2"}}}"#,
                 login(1, LoginProblem::Token),
             ),
             (
-                r#"{"auths": {"a.b": {"registrytoken": "hunter2"}}}"#,
+                r#"{"auths": {"a.b": {"registrytoken": "hünter2"}}}"#,
                 login(1, LoginProblem::Token),
             ),
             (
@@ -501,14 +525,9 @@ mod tests {
         for logins in [one, two] {
             logins.unwrap().fill(&mut client);
         }
-        let name = |host: &str| {
-            &client.registries[host]
-                .credentials
-                .as_ref()
-                .unwrap()
-                .username
-        };
-        assert_eq!(["a.b", "c.d", "e.f"].map(name), ["1", "own", "2"]);
+        let login = |host: &str| client.registries[host].credentials.clone().unwrap();
+        let expected = ["1", "own", "2"].map(|name| Credentials::new(name, "x"));
+        assert_eq!(["a.b", "c.d", "e.f"].map(login), expected);
         assert!(client.registries["e.f"].plain_http);
         assert!(Client::new(client).is_ok());
     }

@@ -131,6 +131,57 @@ fn tokens_are_fetched_used_and_fetched_again_when_they_are_old() {
     }
 }
 
+#[test]
+fn identity_tokens_are_changed_for_others_and_registry_tokens_used_as_they_are() {
+    let (blobs, image, _) = simple();
+    let tokens = Server::start("127.0.0.1", |request| {
+        let form = "grant_type=refresh_token&service=s&client_id=foreshore&scope=repository%3Aacme%2Fapp%3Apull&refresh_token=re%2Ffresh";
+        if request.path == "/token" && request.body == form {
+            ok("application/json", br#"{"access_token":"t"}"#.to_vec())
+        } else {
+            status(400)
+        }
+    });
+    let challenge = format!(
+        "Bearer realm=\"http://{}/token\",service=\"s\"",
+        tokens.host
+    );
+    let server = Server::start("127.0.0.1", move |request| {
+        if request.authorization.as_deref() == Some("Bearer t") {
+            honest(&blobs, request)
+        } else {
+            with_header(401, "WWW-Authenticate", &challenge)
+        }
+    });
+    let with = |credentials| {
+        let client = client_for(
+            &server.host,
+            RegistryConfig {
+                credentials: Some(credentials),
+                ..RegistryConfig::default()
+            },
+        );
+        client.resolve(&reference(&server, image))
+    };
+
+    with(Credentials::refresh_token("re/fresh")).unwrap();
+    assert_eq!(tokens.requests().len(), 1);
+    assert_eq!(tokens.requests()[0].authorization, None);
+
+    let error = with(Credentials::refresh_token("stale")).unwrap_err();
+    assert!(chain(&error).contains("HTTP 400"), "{}", chain(&error));
+    assert!(!chain(&error).contains("stale"));
+
+    with(Credentials::access_token("t")).unwrap();
+    assert_eq!(tokens.requests().len(), 2, "nobody was asked for it");
+    let error = with(Credentials::access_token("old")).unwrap_err();
+    assert!(
+        matches!(error, FetchError::Denied { .. }),
+        "{}",
+        chain(&error)
+    );
+}
+
 /// Passes requests on and writes the realm into challenges.
 fn front_of(upstream: &str, realm: &str) -> Server {
     let (upstream, realm) = (upstream.to_owned(), realm.to_owned());

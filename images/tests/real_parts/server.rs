@@ -1,6 +1,6 @@
 //! A small HTTP server that says whatever a test wants it to.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,6 +15,8 @@ pub(crate) struct Request {
     pub(crate) authorization: Option<String>,
     /// The first byte that is asked for.
     pub(crate) from: Option<usize>,
+    /// What was sent with it.
+    pub(crate) body: String,
 }
 
 /// What is answered.
@@ -148,13 +150,15 @@ pub(crate) fn ranged(bytes: &[u8], request: &Request, most: usize) -> Reply {
 }
 
 fn answer(stream: &TcpStream, handler: &Handler, log: &Mutex<Vec<Request>>, stop: &AtomicBool) {
-    let mut lines = BufReader::new(stream).lines();
+    let mut reader = BufReader::new(stream);
+    let mut lines = reader.by_ref().lines();
     let Some(Ok(first)) = lines.next() else {
         return;
     };
     let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
     let mut authorization = None;
     let mut from = None;
+    let mut length = 0;
     for line in lines {
         let Ok(line) = line else { return };
         if line.is_empty() {
@@ -168,11 +172,19 @@ fn answer(stream: &TcpStream, handler: &Handler, log: &Mutex<Vec<Request>>, stop
         if let Some(range) = line.to_ascii_lowercase().strip_prefix("range: bytes=") {
             from = range.trim_end_matches('-').parse().ok();
         }
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length: ") {
+            length = value.parse().unwrap_or(0);
+        }
+    }
+    let mut body = String::new();
+    if reader.take(length).read_to_string(&mut body).is_err() {
+        return;
     }
     let request = Request {
         path,
         authorization,
         from,
+        body,
     };
     log.lock().unwrap().push(request.clone());
     // The client may hang up at any point; that is its right.
