@@ -5,13 +5,16 @@ use std::process::Command;
 use anyhow::{Context as _, ensure};
 use clap::Args;
 
+use self::docker::Docker;
 use crate::{packages, step};
 
 mod conmon;
 mod crowd;
 mod delta;
+mod docker;
 mod footprint;
 mod ledger;
+mod mounts;
 mod pull;
 
 /// Options of `bench`.
@@ -43,7 +46,7 @@ enum Part {
     Footprint,
     /// Idle wake-ups and bytes written with 1, 10 and 50 containers, an update, re-adoption, a probe's command
     Crowd,
-    /// Pulling and unpacking an image beside podman, skopeo and umoci
+    /// Pulling and unpacking an image beside docker, podman, skopeo and umoci
     Pull,
     /// Bytes of deltas between rebuilt images, and applying them
     Delta,
@@ -121,7 +124,14 @@ fn lifecycle(count: u32) -> anyhow::Result<()> {
     // our own; every runtime runs in the same one.
     let script =
         "mountpoint -q /sys/fs/cgroup/unified && umount /sys/fs/cgroup/unified; exec \"$@\"";
+    let dir = tempfile::tempdir()?;
+    let docker = Docker::start(&dir.path().join("docker"))
+        .inspect_err(|error| eprintln!("docker: left out: {error:#}"))
+        .ok();
     let mut command = Command::new("unshare");
+    if let Some(docker) = &docker {
+        command.env("DOCKER_HOST", docker.address());
+    }
     command
         .args([
             "--mount",
@@ -143,7 +153,9 @@ fn lifecycle(count: u32) -> anyhow::Result<()> {
         ])
         .env("FORESHORE_BENCH_COUNT", count.to_string())
         .current_dir(step::root());
-    step::run("container lifecycle", &mut command)
+    step::run("container lifecycle", &mut command)?;
+    drop(docker);
+    mounts::clean(dir.path())
 }
 
 fn fleet() -> anyhow::Result<()> {

@@ -154,6 +154,31 @@ pub(crate) const FOR_FUZZ: &[Package] = &[
 /// What `cargo xtask bench` compares with.
 pub(crate) const FOR_BENCH: &[Package] = &[
     Package {
+        name: "docker.io",
+        file: "/usr/sbin/dockerd",
+        why: "a peer in the container lifecycle, in memory and in pulling",
+    },
+    Package {
+        name: "podman",
+        file: "/usr/bin/podman",
+        why: "a peer in pulling",
+    },
+    Package {
+        name: "skopeo",
+        file: "/usr/bin/skopeo",
+        why: "a peer in pulling",
+    },
+    Package {
+        name: "umoci",
+        file: "/usr/bin/umoci",
+        why: "makes the image that is pulled, and unpacks it as a peer",
+    },
+    Package {
+        name: "docker-registry",
+        file: "/usr/bin/docker-registry",
+        why: "where it is pulled from",
+    },
+    Package {
         name: "rdiff",
         file: "/usr/bin/rdiff",
         why: "a peer of deltas",

@@ -10,6 +10,9 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
 use super::conmon::Conmon;
+use super::docker::Docker;
+use super::mounts;
+use super::pull::children;
 use crate::demo::image::{self, Version};
 use crate::demo::interrupt::{self, wait_for};
 use crate::demo::process::Process;
@@ -114,12 +117,7 @@ fn measure(stage: &mut Stage, idle_secs: u64) -> anyhow::Result<()> {
         Ok(conmon) => report("conmon, per container", conmon.process)?,
         Err(why) => println!("{:<38} left out: {why:#}", "conmon, per container"),
     }
-    for peer in ["containerd-shim", "dockerd", "containerd"] {
-        match find(peer) {
-            Some(process) => report(&format!("{peer} (as it runs here)"), process)?,
-            None => println!("{peer:<38} does not run here"),
-        }
-    }
+    docker(&stage.dir.join("dockerd"))?;
     let seconds = begin.elapsed().as_secs_f64();
     let rate = f64::from(u32::try_from(wakes).unwrap_or(u32::MAX)) / seconds;
     println!(
@@ -189,16 +187,27 @@ pub(super) fn switches(process: Process) -> anyhow::Result<u64> {
     Ok(total)
 }
 
-/// A process by its name (proc_pid_comm(5) cuts it at 15 bytes).
-fn find(name: &str) -> Option<Process> {
-    let name = &name[..name.len().min(15)];
-    let all = fs::read_dir("/proc").ok()?.flatten();
-    all.filter_map(|entry| {
-        let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
-        (comm.trim() == name).then_some(())?;
-        Process::of(entry.file_name().to_str()?.parse().ok()?)
-    })
-    .next()
+fn running(pid: u32) -> Option<Process> {
+    Process::of(pid.try_into().ok()?)
+}
+
+/// Docker's daemon, and the one below it, with nothing to run.
+fn docker(dir: &Path) -> anyhow::Result<()> {
+    let docker = match Docker::start(dir) {
+        Ok(docker) => docker,
+        Err(why) => {
+            println!("{:<38} left out: {why:#}", "dockerd and containerd");
+            return Ok(());
+        }
+    };
+    let daemon = running(docker.pid()).context("dockerd does not run")?;
+    report("dockerd, idle", daemon)?;
+    for child in children(docker.pid()) {
+        let containerd = running(child).context("containerd does not run")?;
+        report("containerd, idle", containerd)?;
+    }
+    drop(docker);
+    mounts::clean(dir)
 }
 
 pub(super) fn target_dir() -> anyhow::Result<PathBuf> {

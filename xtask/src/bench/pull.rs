@@ -1,5 +1,5 @@
 //! Pulling and unpacking one image from a registry on this machine: wall time, CPU time and memory of the device's staging
-//! beside `podman pull` and `skopeo copy` with `umoci unpack`; and what a pull costs that was killed in the middle.
+//! beside `docker pull`, `podman pull` and `skopeo copy` with `umoci unpack`; and what a pull costs that was killed in the middle.
 //!
 //! The image is made of this machine's own programs, libraries and documentation, so that it compresses as images do.
 //! Every round begins with a cold store and, where the machine allows it, an empty page cache.
@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 
+use super::docker::Docker;
 use super::footprint;
+use super::mounts::clean;
 use crate::demo::interrupt::wait_for;
 
 /// What each layer is made of, and how much of it at most, in MiB.
@@ -32,6 +34,23 @@ struct Figures {
     cpu: Duration,
     /// The largest resident set that all its processes had together, in bytes, as seen every few milliseconds.
     memory: u64,
+}
+
+/// One pull, ready to begin.
+struct Pull {
+    /// Run one after the other.
+    commands: Vec<Command>,
+    /// What does the work for them.
+    daemon: Option<Docker>,
+}
+
+impl Pull {
+    const fn by(commands: Vec<Command>) -> Self {
+        Self {
+            commands,
+            daemon: None,
+        }
+    }
 }
 
 /// Ends a process.
@@ -71,9 +90,9 @@ pub(super) fn run(programs: Option<&Path>, rounds: u32) -> anyhow::Result<()> {
             .count(),
     );
     let config = agent_config(dir, &host)?;
-    type Peer<'p> = (&'p str, Box<dyn Fn(&Path) -> Vec<Command> + 'p>);
+    type Peer<'p> = (&'p str, Box<dyn Fn(&Path) -> anyhow::Result<Pull> + 'p>);
     let image = format!("{host}/bench@{}", digest.trim());
-    let peers: [Peer<'_>; 3] = [
+    let peers: [Peer<'_>; 4] = [
         (
             "foreshore-agent stage",
             Box::new(|_| {
@@ -83,7 +102,17 @@ pub(super) fn run(programs: Option<&Path>, rounds: u32) -> anyhow::Result<()> {
                     .arg("--config")
                     .arg(&config)
                     .arg(&image);
-                vec![command]
+                Ok(Pull::by(vec![command]))
+            }),
+        ),
+        (
+            "docker pull (overlay2)",
+            Box::new(|store| {
+                let docker = Docker::start(store)?;
+                Ok(Pull {
+                    commands: vec![docker.command(&["pull", "--quiet", &image])],
+                    daemon: Some(docker),
+                })
             }),
         ),
         (
@@ -97,7 +126,7 @@ pub(super) fn run(programs: Option<&Path>, rounds: u32) -> anyhow::Result<()> {
                     .arg(store.join("run"))
                     .args(["--storage-driver", "overlay", "pull", "-q"])
                     .args(["--tls-verify=false", &image]);
-                vec![command]
+                Ok(Pull::by(vec![command]))
             }),
         ),
         (
@@ -113,7 +142,7 @@ pub(super) fn run(programs: Option<&Path>, rounds: u32) -> anyhow::Result<()> {
                     .args(["unpack", "--image"])
                     .arg(format!("{}:v1", layout.display()))
                     .arg(store.join("bundle"));
-                vec![copy, unpack]
+                Ok(Pull::by(vec![copy, unpack]))
             }),
         ),
     ];
@@ -122,7 +151,7 @@ pub(super) fn run(programs: Option<&Path>, rounds: u32) -> anyhow::Result<()> {
         for ((name, commands), taken) in peers.iter().zip(&mut taken) {
             let store = dir.join("store");
             fs::create_dir(&store)?;
-            let figures = measure(commands(&store));
+            let figures = commands(&store).and_then(measure);
             clean(&store)?;
             clean(&dir.join("state"))?;
             match figures {
@@ -155,7 +184,9 @@ pub(super) fn run(programs: Option<&Path>, rounds: u32) -> anyhow::Result<()> {
             memory / MIB
         );
     }
-    println!("docker pull: left out, no daemon is started here");
+    println!(
+        "docker: without the time its daemon takes to start; CPU and memory with the daemon's"
+    );
     Ok(())
 }
 
@@ -259,12 +290,14 @@ fn agent_config(dir: &Path, host: &str) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-/// Runs the commands one after the other.
-fn measure(commands: Vec<Command>) -> anyhow::Result<Figures> {
+fn measure(pull: Pull) -> anyhow::Result<Figures> {
+    let Pull { commands, daemon } = pull;
+    let daemon = daemon.as_ref().map(Docker::pid);
     finish(&mut Command::new("sync"))?;
     // Not everywhere allowed; the same for all then.
     let _warm = fs::write("/proc/sys/vm/drop_caches", "3");
-    let before = children_time();
+    let spent = || children_time() + daemon.map_or(Duration::ZERO, tree_time);
+    let before = spent();
     let begin = Instant::now();
     let mut memory = 0;
     for mut command in commands {
@@ -284,7 +317,7 @@ fn measure(commands: Vec<Command>) -> anyhow::Result<Figures> {
             if let Some(status) = child.0.try_wait()? {
                 break status;
             }
-            memory = memory.max(resident(child.0.id()));
+            memory = memory.max(resident(child.0.id()) + daemon.map_or(0, resident));
             std::thread::sleep(Duration::from_millis(5));
         };
         drop(listener);
@@ -299,7 +332,7 @@ fn measure(commands: Vec<Command>) -> anyhow::Result<Figures> {
     let wall = begin.elapsed();
     Ok(Figures {
         wall,
-        cpu: children_time().saturating_sub(before),
+        cpu: spent().saturating_sub(before),
         memory,
     })
 }
@@ -313,7 +346,25 @@ fn resident(pid: u32) -> u64 {
             line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()
         })
         .unwrap_or(0);
-    let children: u64 = fs::read_dir(format!("/proc/{pid}/task"))
+    own * 1024 + children(pid).into_iter().map(resident).sum::<u64>()
+}
+
+/// User and system time of a process, its living children and those that it has waited for: fields 14 to 17 of
+/// proc_pid_stat(5), in hundredths of a second.
+fn tree_time(pid: u32) -> Duration {
+    let own: u64 = fs::read_to_string(format!("/proc/{pid}/stat"))
+        .ok()
+        .and_then(|text| {
+            let (_, fields) = text.rsplit_once(") ")?;
+            let times = fields.split(' ').skip(11).take(4);
+            Some(times.filter_map(|field| field.parse::<u64>().ok()).sum())
+        })
+        .unwrap_or(0);
+    Duration::from_millis(own * 10) + children(pid).into_iter().map(tree_time).sum::<Duration>()
+}
+
+pub(super) fn children(pid: u32) -> Vec<u32> {
+    fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten()
         .flatten()
@@ -323,9 +374,7 @@ fn resident(pid: u32) -> u64 {
                 .filter_map(|pid| pid.parse::<u32>().ok())
                 .collect::<Vec<_>>()
         })
-        .map(resident)
-        .sum();
-    own * 1024 + children
+        .collect()
 }
 
 /// User and system time of all children that were waited for, getrusage(2).
@@ -342,21 +391,6 @@ fn children_time() -> Duration {
             + Duration::from_micros(value.tv_usec.try_into().unwrap_or(0))
     };
     time(usage.ru_utime) + time(usage.ru_stime)
-}
-
-fn clean(path: &Path) -> anyhow::Result<()> {
-    // podman leaves its overlay directory mounted upon itself.
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    for line in mounts.lines().rev() {
-        let point = line.split(' ').nth(4).unwrap_or_default();
-        if Path::new(point).starts_with(path) {
-            finish(Command::new("umount").arg(point))?;
-        }
-    }
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
-        _ => Ok(()),
-    }
 }
 
 fn output(command: &mut Command) -> anyhow::Result<String> {
