@@ -41,6 +41,50 @@ impl Bed {
 
     /// Starts it with a job; the blob is for the caller to write.
     fn start(&self) -> Child {
+        let mut child = self.run(&mut Command::new(env!("CARGO_BIN_EXE_foreshore-agent")));
+        self.give_job(&mut child);
+        child
+    }
+
+    /// Where no user namespace and no PID namespace can be made: in a user namespace that is allowed none
+    /// (`/proc/sys/user`, namespaces(7)).
+    fn start_where_namespaces_are_refused(&self) -> Child {
+        let limits = "echo 0 > /proc/sys/user/max_user_namespaces && echo 0 > /proc/sys/user/max_pid_namespaces";
+        let inner = format!("{limits} && exec \"$@\"");
+        // The first shell has no rights, because nobody has written yet who is root there.
+        let outer = "read mapped && exec sh -c \"$@\"";
+        let mut command = Command::new("unshare");
+        command
+            .args(["--user", "--mount", "sh", "-c", outer, "sh", &inner, "sh"])
+            .arg(env!("CARGO_BIN_EXE_foreshore-agent"));
+        let mut child = self.run(&mut command);
+        let own = fs::read_link("/proc/self/ns/user").unwrap();
+        wait_for("the user namespace", || {
+            let theirs = fs::read_link(format!("/proc/{}/ns/user", child.id()));
+            theirs.is_ok_and(|theirs| theirs != own)
+        });
+        for map in ["uid_map", "gid_map"] {
+            fs::write(format!("/proc/{}/{map}", child.id()), "0 0 100000").unwrap();
+        }
+        let input = child.stdin.as_mut().unwrap();
+        input.write_all(b"mapped\n").unwrap();
+        self.give_job(&mut child);
+        child
+    }
+
+    fn run(&self, command: &mut Command) -> Child {
+        command
+            .arg("unpack")
+            .arg(self.root())
+            .arg(self.target())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    fn give_job(&self, child: &mut Child) {
         let job = Job {
             target: self.target(),
             lowers: vec![LowerLayer {
@@ -56,20 +100,10 @@ impl Bed {
             keep_privileges: false,
             opaque_later: true,
         };
-        let mut child = Command::new(env!("CARGO_BIN_EXE_foreshore-agent"))
-            .arg("unpack")
-            .arg(self.root())
-            .arg(self.target())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
         let text = serde_json::to_vec(&job).unwrap();
         let input = child.stdin.as_mut().unwrap();
         input.write_all(&(text.len() as u64).to_le_bytes()).unwrap();
         input.write_all(&text).unwrap();
-        child
     }
 
     /// What it answers to a whole blob.
@@ -344,6 +378,35 @@ fn owners_modes_and_whiteouts_come_out_right_and_privileges_do_not() {
     let mut file = fs::File::open(bed.target().join("hard")).unwrap();
     file.read_to_string(&mut content).unwrap();
     assert_eq!(content, "content");
+}
+
+#[test]
+fn where_namespaces_are_refused_it_says_so_and_works_without() {
+    use tar::EntryType as Kind;
+    let bed = Bed::new();
+    fs::create_dir(bed.root().join("layers/below/gone")).unwrap();
+    let blob = archive(&[
+        entry(Kind::Regular, "su", "", 0o4755, b"program"),
+        entry(Kind::Char, "null", "", 0o666, b""),
+        entry(Kind::Regular, ".wh.gone", "", 0o644, b""),
+        entry(Kind::Symlink, "up", "../..", 0o777, b""),
+        entry(Kind::Regular, "up/escaped", "", 0o644, b"x"),
+    ]);
+    let mut child = bed.start_where_namespaces_are_refused();
+    child.stdin.take().unwrap().write_all(&blob).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("no PID namespace"), "{said}");
+    assert!(said.contains("no user namespace"), "{said}");
+    let answer: Value = serde_json::from_slice(&output.stdout).expect(&said);
+    assert!(answer["Done"].is_object(), "{answer}");
+    let meta = |name: &str| fs::symlink_metadata(bed.target().join(name)).unwrap();
+    assert_eq!(meta("su").permissions().mode() & 0o7777, 0o755);
+    assert_eq!((meta("su").uid(), meta("su").gid()), (70_000, 7));
+    assert!(meta("gone").file_type().is_char_device() && meta("gone").rdev() == 0);
+    assert!(fs::symlink_metadata(bed.target().join("null")).is_err());
+    assert!(meta("escaped").is_file(), "what leads out ends at the root");
+    assert!(!bed.root().join("escaped").exists() && !bed.dir.path().join("escaped").exists());
 }
 
 #[test]

@@ -4,8 +4,10 @@ use crate::sys;
 
 /// The longest piece of a line that becomes one entry, and how much is read at a time.
 pub(crate) const PIECE: usize = 4096;
-/// `2026-11-21T02:35:29.123456789Z` + ` stdout ` + `F ` + newline.
-const FRAME: usize = 30 + 8 + 2 + 1;
+/// `2026-11-21T02:35:29.123456789Z`.
+const TIME: usize = 30;
+/// The time + ` stdout ` + `F ` + newline.
+const FRAME: usize = TIME + 8 + 2 + 1;
 /// Room for the longest entry.
 pub(crate) const GATHER: usize = PIECE + FRAME;
 const NAME: usize = 128;
@@ -57,6 +59,7 @@ impl Stream {
                 return 0;
             }
         };
+        log.stamp();
         let end = self.held + count;
         let mut start = 0;
         for index in self.held..end {
@@ -94,6 +97,10 @@ pub(crate) struct Log {
     max_file: u64,
     /// Whether the last write stopped in the middle of an entry.
     torn: bool,
+    /// What entries bear as their time.
+    time: [u8; TIME],
+    /// How many bytes of entries came since [`Log::take_load`].
+    load: usize,
     filled: usize,
     out: &'static mut [u8; GATHER],
 }
@@ -115,16 +122,31 @@ impl Log {
             max_size: max_size.max(1),
             max_file: max_file.max(1),
             torn: false,
+            time: [0; TIME],
+            load: 0,
             filled: 0,
             out,
         };
+        log.stamp();
         log.open();
         log
+    }
+
+    /// Takes the time for the entries that follow: once for what was read at once, because asking for each of two
+    /// thousand short lines costs more than copying them.
+    pub(crate) fn stamp(&mut self) {
+        timestamp(sys::now(), &mut self.time);
+    }
+
+    /// How many bytes of entries came since this was last asked.
+    pub(crate) fn take_load(&mut self) -> usize {
+        core::mem::take(&mut self.load)
     }
 
     /// Adds an entry; `text` has at most [`PIECE`] bytes.
     pub(crate) fn entry(&mut self, tag: &[u8], full: bool, text: &[u8]) {
         let length = text.len() + FRAME;
+        self.load += length;
         if self.filled + length > self.out.len() {
             self.flush();
         }
@@ -133,8 +155,7 @@ impl Log {
             self.flush();
             self.rotate();
         }
-        let mut time = [0_u8; 30];
-        timestamp(sys::now(), &mut time);
+        let time = self.time;
         self.push(&time);
         self.push(tag);
         self.push(if full { b"F " } else { b"P " });
@@ -238,7 +259,7 @@ pub(crate) fn decimal(mut value: u64, out: &mut [u8; 24]) -> usize {
 }
 
 /// Writes `YYYY-MM-DDTHH:MM:SS.nnnnnnnnnZ` (RFC 3339).
-fn timestamp((seconds, nanoseconds): (i64, i64), out: &mut [u8; 30]) {
+fn timestamp((seconds, nanoseconds): (i64, i64), out: &mut [u8; TIME]) {
     let (days, second) = (seconds.div_euclid(86400), seconds.rem_euclid(86400));
     // Days to civil date, after Howard Hinnant, "chrono-compatible low-level date algorithms".
     let z = days + 719_468;
