@@ -10,6 +10,7 @@
 //! | [`change`] | the transaction at hand and what follows from it |
 //! | [`apps`] | apply, plan, undo, delete |
 //! | [`rollouts`] | opening, advancing and commanding rollouts |
+//! | [`lives`] | rollouts that are kept in memory |
 //! | [`membership`] | which device an app selects, and what newcomers get |
 //! | [`disruption_budgets`] | disruption budgets, and whom they hold for |
 //! | [`leases`] | whose turn it is to switch |
@@ -41,12 +42,14 @@ pub mod explain;
 pub mod images;
 pub mod ingest;
 pub mod leases;
+pub mod lives;
 pub mod membership;
 pub mod releases;
 pub mod rollouts;
 pub mod secrets;
 
 pub use change::{Change, Effects};
+use lives::Lives;
 
 /// How often devices send a beacon: 15 minutes.
 pub const BEACON_INTERVAL_MS: u32 = 15 * 60_000;
@@ -247,6 +250,8 @@ struct Inner {
     store: Store,
     clock: HubClock,
     listening: Mutex<Listening>,
+    /// Used by changes alone, and these come one after the other.
+    lives: Mutex<Lives>,
     dirty: Mutex<BTreeSet<AppName>>,
     /// Leases that devices are to be sent. One that is lost is not missed: its device asks again.
     leases: Mutex<BTreeMap<(DeviceId, AppName), Lease>>,
@@ -272,6 +277,7 @@ impl Controller {
                 store,
                 clock,
                 listening: Mutex::default(),
+                lives: Mutex::default(),
                 dirty: Mutex::default(),
                 leases: Mutex::default(),
                 lease_ttl_ms: u64::try_from(lease_ttl.as_millis()).unwrap_or(u64::MAX),
@@ -368,15 +374,27 @@ impl Controller {
         T: Send + 'static,
     {
         let (now, listening) = (self.now(), self.listening());
+        let controller = self.clone();
         let run = move |connection: &Connection| {
+            let inner = &controller.inner;
+            let mut lives = lock(&inner.lives);
+            lives.begin(inner.store.undone());
             let mut change = Change {
                 connection,
                 now,
                 listening,
+                lives: &mut lives,
                 effects: Effects::default(),
             };
-            let value = work(&mut change)?;
-            Ok((value, change.effects))
+            let done = work(&mut change).map(|value| (value, change.effects));
+            let done = done.and_then(|done| {
+                check_kept(&mut lives, connection)?;
+                Ok(done)
+            });
+            if done.is_err() {
+                lives.fail();
+            }
+            done
         };
         let (value, effects) = self.inner.store.write::<_, ControlError, _>(run).await?;
         self.follow(effects);
@@ -448,6 +466,8 @@ impl Controller {
         let dirty = std::mem::take(&mut *lock(&self.inner.dirty));
         let again = dirty.clone();
         let apps = self.change(move |change| {
+            // Also if no rollout is looked at: notes must not pile up.
+            change.lives.sync(change.connection)?;
             let (due, _) = store::rollout::due(change.connection, change.now)?;
             let apps: BTreeSet<AppName> = dirty.into_iter().chain(due).collect();
             Ok(store::rollout::by_precedence(change.connection, apps)?)
@@ -526,6 +546,7 @@ impl Controller {
                 change.touch_live()?;
             }
             leases::keep_house(change)?;
+            change.lives.tidy();
             let since = UnixMs(change.now.0.saturating_sub(store::event::KEEP_MS));
             store::event::prune(change.connection, store::event::KEEP, since)?;
             for app in store::app::list(change.connection)? {
@@ -544,6 +565,16 @@ impl Controller {
             );
         }
     }
+}
+
+/// In debug builds, what is kept of small fleets in memory is compared with what is stored, after every change.
+fn check_kept(lives: &mut Lives, connection: &Connection) -> rusqlite::Result<()> {
+    const SMALL: usize = 50;
+    if cfg!(debug_assertions) && lives.devices() <= SMALL {
+        let wrong = lives.discrepancy(connection)?;
+        assert!(wrong.is_none(), "{}", wrong.unwrap_or_default());
+    }
+    Ok(())
 }
 
 /// A panic while one of these small locks is held leaves nothing half-done in it.

@@ -18,6 +18,7 @@
 //! | [`release`] | which releases are still needed |
 //! | [`disruption_budget`] | disruption budgets and whom they hold for |
 //! | [`lease`] | who may switch, and who waits for it |
+//! | [`news`] | of which devices something changed |
 //! | [`secret`] | secrets, the keys of devices, and what each device is sent |
 //! | [`event`] | what happened |
 //! | [`image`] | tags of the hub's own images |
@@ -26,6 +27,7 @@
 //! | [`column`](mod@column) | between SQL and Rust types |
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
@@ -41,6 +43,7 @@ pub mod disruption_budget;
 pub mod event;
 pub mod image;
 pub mod lease;
+pub mod news;
 pub mod registry;
 pub mod release;
 pub mod rollout;
@@ -137,6 +140,7 @@ type Job = Box<dyn FnOnce(Option<&Connection>) -> (bool, Answer) + Send>;
 pub struct Store {
     jobs: mpsc::Sender<Job>,
     readers: Arc<Readers>,
+    undone: Arc<AtomicU64>,
 }
 
 struct Readers {
@@ -190,17 +194,32 @@ impl Store {
         let mut connection = Connection::open(path).map_err(open)?;
         configure(&connection).map_err(open)?;
         schema::migrate(&mut connection)?;
+        news::watch(&connection).map_err(open)?;
+        let undone = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&undone);
         let (jobs, queue) = mpsc::channel::<Job>();
         let writer = std::thread::Builder::new()
             .name("store-writer".to_owned())
-            .spawn(move || write_all(connection, &queue))
+            .spawn(move || write_all(connection, &queue, &count))
             .expect("a thread can be spawned while the program starts");
         let readers = Arc::new(Readers {
             path: path.to_owned(),
             permits: Arc::new(Semaphore::new(READERS)),
             idle: Mutex::new(Vec::new()),
         });
-        Ok((Self { jobs, readers }, Writer(writer)))
+        let store = Self {
+            jobs,
+            readers,
+            undone,
+        };
+        Ok((store, Writer(writer)))
+    }
+
+    /// Grows whenever changes were undone that had seemed to succeed: their batch was not committed, or they panicked.
+    /// Read within a change, it says whether that happened to one before.
+    #[must_use]
+    pub fn undone(&self) -> u64 {
+        self.undone.load(Ordering::Acquire)
     }
 
     /// Runs `change` in a transaction and returns after its commit. When it returns an error, nothing of
@@ -337,11 +356,12 @@ fn configure(connection: &Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-fn write_all(mut connection: Connection, queue: &mpsc::Receiver<Job>) {
+fn write_all(mut connection: Connection, queue: &mpsc::Receiver<Job>, undone: &AtomicU64) {
     while let Ok(first) = queue.recv() {
         let mut answers = Vec::new();
-        let failed = write_batch(&mut connection, first, queue, &mut answers).err();
+        let failed = write_batch(&mut connection, first, queue, &mut answers, undone).err();
         if let Some(error) = &failed {
+            undone.fetch_add(1, Ordering::AcqRel);
             tracing::error!(%error, "failed to commit a batch of changes");
         }
         for answer in answers {
@@ -358,6 +378,7 @@ fn write_batch(
     first: Job,
     queue: &mpsc::Receiver<Job>,
     answers: &mut Vec<Answer>,
+    undone: &AtomicU64,
 ) -> rusqlite::Result<()> {
     let begun = connection.transaction_with_behavior(TransactionBehavior::Immediate);
     let transaction = match begun {
@@ -376,6 +397,9 @@ fn write_batch(
         let done =
             std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(Some(&transaction))));
         // The caller of one that panicked learns of it as its channel closes.
+        if done.is_err() {
+            undone.fetch_add(1, Ordering::AcqRel);
+        }
         let keep = done.is_ok_and(|(keep, answer)| {
             answers.push(answer);
             keep
@@ -403,6 +427,7 @@ pub(crate) mod tests {
             .pragma_update(None, "foreign_keys", true)
             .unwrap();
         schema::migrate(&mut connection).unwrap();
+        news::watch(&connection).unwrap();
         connection
     }
 
@@ -488,6 +513,7 @@ pub(crate) mod tests {
         for result in [first, second] {
             assert!(matches!(result, Err(StoreError::Full)), "{result:?}");
         }
+        assert!(store.undone() > 0, "who keeps something in memory is told");
         limit(1 << 20).await.unwrap();
         fill("t-after").await.unwrap();
         assert_eq!(store.read(keys).await.unwrap(), 2);

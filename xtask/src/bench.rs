@@ -16,6 +16,7 @@ mod footprint;
 mod ledger;
 mod mounts;
 mod pull;
+mod rollout;
 
 /// Options of `bench`.
 #[derive(Debug, Args)]
@@ -29,6 +30,9 @@ pub(crate) struct Options {
     /// Rounds of pulling an image; peers are interleaved within each
     #[arg(long, default_value_t = 5)]
     pulls: u32,
+    /// Reports of devices in a rollout, for each number of devices
+    #[arg(long, default_value_t = 2_000)]
+    reports: u32,
     /// Take agent, hub and command line from this directory instead of building them
     #[arg(long)]
     programs: Option<std::path::PathBuf>,
@@ -52,6 +56,8 @@ enum Part {
     Delta,
     /// The list of a layer's files: time and bytes
     Ledger,
+    /// A device's report in rollouts of 1,000, 10,000 and 100,000 devices
+    Rollout,
     /// Simulated devices converged per second on one hub
     Fleet,
 }
@@ -85,6 +91,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     }
     if wanted(Part::Ledger) {
         ledger::run(options.pulls)?;
+    }
+    if wanted(Part::Rollout) {
+        rollout::run(options.reports)?;
     }
     if wanted(Part::Fleet) {
         fleet()?;

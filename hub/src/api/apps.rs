@@ -12,6 +12,7 @@ use rusqlite::Connection;
 
 use super::{Failure, Hub, Segment};
 use crate::controller::apps::{self, Resolved};
+use crate::controller::lives::Lives;
 use crate::controller::{Change, ControlError, Effects, secrets};
 use crate::store::{self, app::AppRow};
 
@@ -155,6 +156,7 @@ pub async fn plan(
             connection,
             now,
             listening,
+            lives: &mut Lives::default(),
             effects: Effects::default(),
         };
         apps::plan(&change, &resolved, seed)

@@ -7,6 +7,7 @@ use foreshore_protocol::{AppName, DeviceId, ServiceName};
 use rusqlite::Connection;
 
 use super::Listening;
+use super::lives::Lives;
 use crate::rollout::UnixMs;
 use crate::store::{self, event::NewEvent};
 
@@ -19,6 +20,8 @@ pub struct Change<'a> {
     pub now: UnixMs,
     /// What the hub hears.
     pub listening: Listening,
+    /// The rollouts that are kept in memory.
+    pub lives: &'a mut Lives,
     /// What follows.
     pub effects: Effects,
 }

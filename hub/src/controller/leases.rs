@@ -12,11 +12,8 @@ use rusqlite::Connection;
 
 use super::{Change, ControlError};
 use crate::lease::{Asking, Bound, Entry, FRESH_MS, Held, Limit, Queued, Reply, choose};
-use crate::rollout::{Placement, Policy, Rollout, UnixMs};
+use crate::rollout::{Placement, Policy, Pulse, Rollout, UnixMs};
 use crate::store;
-
-/// How far back devices count for whether the fleet is dark: an hour.
-const PULSE_MS: u64 = 3_600_000;
 
 /// A request that was not repeated for so long lost its place in the queue: 15 minutes.
 const FORGET_MS: u64 = 15 * 60_000;
@@ -213,7 +210,7 @@ fn hears_the_fleet(change: &Change<'_>) -> rusqlite::Result<bool> {
     if !listening.since.is_some_and(settled) {
         return Ok(false);
     }
-    let since = UnixMs(change.now.0.saturating_sub(PULSE_MS));
+    let since = Pulse::since(change.now);
     Ok(!store::rollout::pulse(change.connection, since)?.mostly_dark())
 }
 
@@ -243,8 +240,8 @@ enum Room {
     Closed,
     /// It is over, or there is none: nothing.
     Open,
-    /// So many of these devices at once.
-    Limited(Limit, BTreeSet<DeviceId>),
+    /// So many of the devices of this rollout at once.
+    Limited(Limit, u64),
 }
 
 impl Room {
@@ -262,26 +259,20 @@ impl Room {
         if !runs || header.frozen {
             return Ok(Self::Closed);
         }
-        let Some(rollout) = store::rollout::get(connection, header.id)? else {
-            return Ok(Self::Open);
-        };
         let limit = Limit {
-            max: usize::try_from(rollout.policy.max_unavailable).unwrap_or(usize::MAX),
-            unavailable: busy(connection, &rollout)?,
+            max: usize::try_from(header.policy.max_unavailable).unwrap_or(usize::MAX),
+            unavailable: busy(connection, &header)?,
             lost: BTreeSet::new(),
         };
-        Ok(Self::Limited(
-            limit,
-            rollout.assignments.into_keys().collect(),
-        ))
+        Ok(Self::Limited(limit, header.id))
     }
 }
 
 /// The devices of a rollout that may be switching. One that was only offered the release and is under a budget may
 /// not: it asks first.
-fn busy(connection: &Connection, rollout: &Rollout) -> rusqlite::Result<BTreeSet<DeviceId>> {
+fn busy(connection: &Connection, header: &Rollout) -> rusqlite::Result<BTreeSet<DeviceId>> {
     let mut busy = BTreeSet::new();
-    for (device, assignment) in &rollout.assignments {
+    for (device, assignment) in store::rollout::holding_slots(connection, header.id)? {
         let asks_first = match assignment.state {
             AssignmentState::Offered => true,
             AssignmentState::Device(phase) => matches!(
@@ -293,18 +284,16 @@ fn busy(connection: &Connection, rollout: &Rollout) -> rusqlite::Result<BTreeSet
             | AssignmentState::Deferred
             | AssignmentState::Reverted => false,
         };
-        let holds = assignment.holds_slot()
-            && (!asks_first || store::disruption_budget::bounds_of(connection, device)?.is_empty());
-        if holds {
-            busy.insert(device.clone());
+        if !asks_first || store::disruption_budget::bounds_of(connection, &device)?.is_empty() {
+            busy.insert(device);
         }
     }
-    let leased = store::lease::leased(connection, &rollout.app)?;
-    let takes_part = |device: &DeviceId| {
-        let part = rollout.assignments.get(device);
-        part.is_some_and(|assignment| !assignment.has_ended())
-    };
-    busy.extend(leased.into_keys().filter(takes_part));
+    for device in store::lease::leased(connection, &header.app)?.into_keys() {
+        let part = store::rollout::assignment(connection, header.id, &device)?;
+        if part.is_some_and(|assignment| !assignment.has_ended()) {
+            busy.insert(device);
+        }
+    }
     Ok(busy)
 }
 
@@ -321,10 +310,12 @@ fn bounds(
         .collect();
     match room {
         Room::Closed => return Ok(None),
-        Room::Limited(_, devices) if devices.contains(device) => {
-            bounds.push(Bound::Rollout(app.clone()));
+        Room::Limited(_, rollout) => {
+            if store::rollout::assignment(connection, *rollout, device)?.is_some() {
+                bounds.push(Bound::Rollout(app.clone()));
+            }
         }
-        Room::Limited(..) | Room::Open => {}
+        Room::Open => {}
     }
     Ok(Some(bounds))
 }

@@ -13,7 +13,7 @@ use foreshore_protocol::message::MAX_APPS;
 use foreshore_protocol::{AppName, DeviceId};
 
 use super::{Change, ControlError, disruption_budgets, rollouts};
-use crate::rollout::{Action, Placement, Revert, Rollout, joiner_release};
+use crate::rollout::{Action, Placement, Revert, joiner_release};
 use crate::store::{self, app::AppRow};
 
 /// What becomes of an app that a device has no room for.
@@ -48,9 +48,8 @@ pub fn check_room(
 ///
 /// When a device has no room for the app, or the store fails.
 pub fn refresh_app(change: &mut Change<'_>, app: &AppRow) -> Result<(), ControlError> {
-    let mut live = None;
     for (device, labels) in store::device::all_labels(change.connection)? {
-        set(change, app, &device, &labels, Beyond::Refused, &mut live)?;
+        set(change, app, &device, &labels, Beyond::Refused)?;
     }
     Ok(())
 }
@@ -74,7 +73,7 @@ pub fn refresh_device(
         .into_iter()
         .partition(|app| selects(app, &labels));
     for app in go.iter().chain(&come) {
-        set(change, app, device, &labels, beyond, &mut None)?;
+        set(change, app, device, &labels, beyond)?;
     }
     Ok(disruption_budgets::refresh_device(change, device, &labels)?)
 }
@@ -89,7 +88,6 @@ fn set(
     device: &DeviceId,
     labels: &Labels,
     beyond: Beyond,
-    live: &mut Option<Option<Rollout>>,
 ) -> Result<(), ControlError> {
     let selected = selects(app, labels);
     let name = app.name();
@@ -113,40 +111,38 @@ fn set(
         if store::desired::remove(change.connection, device, name)?.is_some() {
             change.effects.publish = true;
         }
-        leave_rollout(change, name, device, live)
+        leave_rollout(change, name, device)
     }
 }
 
 /// Takes a device that is no longer selected out of the app's live rollout, in the same transaction: were
 /// that left to the next look at the fleet, a device that is selected again before it would keep its part
 /// in the rollout without having the release, and one that stays away could be given an old release back.
-/// `live` keeps the rollout from one device to the next.
 fn leave_rollout(
     change: &mut Change<'_>,
     app: &AppName,
     device: &DeviceId,
-    live: &mut Option<Option<Rollout>>,
 ) -> Result<(), ControlError> {
-    if live.is_none() {
-        let newest = store::rollout::newest(change.connection, app)?;
-        *live = Some(newest.filter(|rollout| !rollout.state.is_final()));
-    }
-    let Some(Some(rollout)) = live else {
+    let Some((id, false)) = store::rollout::newest_id(change.connection, app)? else {
         return Ok(());
     };
-    let takes_part = rollout
-        .assignments
-        .get(device)
-        .is_some_and(|assignment| assignment.revert != Some(Revert::Gone));
-    if !takes_part {
-        return Ok(());
-    }
-    let gone = Action::Reverted {
-        device: device.clone(),
-        revert: Revert::Gone,
-        message: Some("the app no longer selects it".to_owned()),
-    };
-    rollouts::act(change, rollout, &[gone])
+    rollouts::with(change, id, |change, live| {
+        let rollout = &mut live.rollout;
+        let takes_part = rollout
+            .assignments
+            .get(device)
+            .is_some_and(|assignment| assignment.revert != Some(Revert::Gone));
+        if !takes_part {
+            return Ok(());
+        }
+        let gone = Action::Reverted {
+            device: device.clone(),
+            revert: Revert::Gone,
+            message: Some("the app no longer selects it".to_owned()),
+        };
+        rollouts::act(change, rollout, &[gone])
+    })?;
+    Ok(())
 }
 
 fn place_newcomer(
@@ -179,9 +175,8 @@ fn join(
     rollout: u64,
     devices: impl IntoIterator<Item = (DeviceId, Option<Placement>)>,
 ) -> Result<(), ControlError> {
-    let Some(mut rollout) = store::rollout::get(change.connection, rollout)? else {
-        return Ok(());
-    };
+    let devices: Vec<_> = devices.into_iter().collect();
+    let joined: Vec<DeviceId> = devices.iter().map(|(device, _)| device.clone()).collect();
     let actions: Vec<_> = devices
         .into_iter()
         .map(|(device, previous)| Action::Tail {
@@ -189,8 +184,13 @@ fn join(
             anew: Some(previous),
         })
         .collect();
-    change.effects.dirty.insert(rollout.app.clone());
-    rollouts::act(change, &mut rollout, &actions)
+    rollouts::with(change, rollout, |change, live| {
+        change.effects.dirty.insert(live.rollout.app.clone());
+        rollouts::act(change, &mut live.rollout, &actions)?;
+        // Nothing was noted of those that had no part in it.
+        Ok(live.read_missing(change.connection, &joined)?)
+    })?;
+    Ok(())
 }
 
 fn place(

@@ -1,12 +1,15 @@
 //! Opening, advancing and commanding rollouts: the engine's decisions, carried out in the transaction at hand.
 
+use std::collections::BTreeSet;
+
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
 use foreshore_protocol::manifest::RolloutPolicy;
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 
+use super::lives::Live;
 use super::{Change, ControlError, membership};
 use crate::rollout::{
-    self, Action, Fleet, Opening, Policy, Refused, Rollout, StateName, advance, command,
+    self, Action, News, Opening, Policy, Refused, Rollout, StateName, advance_by, command,
 };
 use crate::store;
 
@@ -24,11 +27,17 @@ pub fn open(
     seed: u64,
 ) -> Result<u64, ControlError> {
     let id = store::rollout::next_id(change.connection)?;
-    let mut before = store::rollout::newest(change.connection, app)?;
+    // Whatever it is, it is over now, and is not kept.
+    let mut before = match store::rollout::newest_id(change.connection, app)? {
+        Some((newest, _)) => change.lives.take(change.connection, newest)?,
+        None => None,
+    };
     if let Some(before) = &before {
-        store::rollout::put_wake(change.connection, before.id, None)?;
+        store::rollout::put_wake(change.connection, before.rollout.id, None)?;
     }
-    if let Some(live) = before.as_mut().filter(|rollout| !rollout.state.is_final()) {
+    if let Some(live) = before.as_mut().map(|live| &mut live.rollout)
+        && !live.state.is_final()
+    {
         let actions = command::supersede(live, id)?;
         act(change, live, &actions)?;
     }
@@ -42,7 +51,7 @@ pub fn open(
         seed,
         policy: Policy::freeze(policy, members.len()),
         members,
-        before: before.as_ref(),
+        before: before.as_ref().map(|live| &live.rollout),
         now: change.now,
     });
     store::rollout::insert(change.connection, &rollout)?;
@@ -54,29 +63,81 @@ pub fn open(
         .record(message)?;
     store::desired::enqueue_release(change.connection, &to)?;
     change.effects.publish = true;
+    change.lives.sync(change.connection)?;
+    let live = Live::of(change.connection, rollout)?;
+    change.lives.put(live);
     advance_newest(change, app)?;
     Ok(id)
 }
 
-/// Lets the engine look at the newest rollout of an app and does what it says.
+/// Lets the engine look at what is new of the newest rollout of an app, and does what it says.
 ///
 /// # Errors
 ///
 /// When the store fails.
 pub fn advance_newest(change: &mut Change<'_>, app: &AppName) -> Result<(), ControlError> {
-    let Some(mut rollout) = store::rollout::newest(change.connection, app)? else {
+    let Some((id, ended)) = store::rollout::newest_id(change.connection, app)? else {
         return Ok(());
     };
-    let fleet = Fleet {
-        devices: store::rollout::facts(change.connection, &rollout)?,
-        pulse: store::rollout::pulse(change.connection, rollout.pulse_since())?,
-        listening_since: change.listening.since,
-        settle_ms: change.listening.settle_ms,
-    };
-    let step = advance(&rollout, &fleet, change.now);
-    act(change, &mut rollout, &step.actions)?;
-    store::rollout::put_wake(change.connection, rollout.id, step.wake_at)?;
+    if ended && !change.lives.has(id) && is_given_up(change, app)? {
+        // Nothing is decided any more, so it need not be loaded.
+        store::rollout::put_wake(change.connection, id, None)?;
+        return Ok(());
+    }
+    with(change, id, |change, live| {
+        let rollout = &mut live.rollout;
+        live.fleet.pulse = store::rollout::pulse(change.connection, rollout.pulse_since())?;
+        live.fleet.listening_since = change.listening.since;
+        live.fleet.settle_ms = change.listening.settle_ms;
+        let news = std::mem::replace(&mut live.news, News::Devices(BTreeSet::new()));
+        let step = advance_by(rollout, &live.fleet, &news, change.now);
+        act(change, rollout, &step.actions)?;
+        if live.wake_at != Some(step.wake_at) {
+            store::rollout::put_wake(change.connection, id, step.wake_at)?;
+            live.wake_at = Some(step.wake_at);
+        }
+        Ok(())
+    })?;
     Ok(())
+}
+
+/// Whether the newest rollout of an app ended otherwise than by completing.
+fn is_given_up(change: &Change<'_>, app: &AppName) -> rusqlite::Result<bool> {
+    let header = store::rollout::newest_header(change.connection, app)?;
+    Ok(header.is_some_and(|rollout| match rollout.state {
+        RolloutState::Aborted | RolloutState::RolledBack | RolloutState::Superseded => true,
+        RolloutState::Completed
+        | RolloutState::Scheduled
+        | RolloutState::Running
+        | RolloutState::Paused
+        | RolloutState::RollingBack
+        | RolloutState::RollbackPaused => false,
+    }))
+}
+
+/// Changes a rollout, and lets in those that waited for its end if that ends it; `None`: there is none of that id.
+///
+/// # Errors
+///
+/// What `work` returns, or when the store fails.
+pub(super) fn with<T>(
+    change: &mut Change<'_>,
+    id: u64,
+    work: impl FnOnce(&mut Change<'_>, &mut Live) -> Result<T, ControlError>,
+) -> Result<Option<T>, ControlError> {
+    let Some(mut live) = change.lives.take(change.connection, id)? else {
+        return Ok(None);
+    };
+    let ended_before = live.rollout.state.is_final();
+    // One that fails is not put back, and the whole change is undone.
+    let done = work(change, &mut live)?;
+    let app = live.rollout.app.clone();
+    let ended = live.rollout.state.is_final() && !ended_before;
+    change.lives.put(live);
+    if ended {
+        membership::settle(change, &app)?;
+    }
+    Ok(Some(done))
 }
 
 /// A command of an operator.
@@ -100,17 +161,19 @@ pub enum Command {
 ///
 /// When there is no such rollout, its state does not allow it, or the store fails.
 pub fn command(change: &mut Change<'_>, id: u64, command: Command) -> Result<(), ControlError> {
-    let mut rollout =
-        store::rollout::get(change.connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
-    let actions = match command {
-        Command::Pause => command::pause(&rollout),
-        Command::Resume => command::resume(&rollout),
-        Command::Approve => command::approve(&rollout),
-        Command::Retry(device) => command::retry(&rollout, device.as_ref()),
-        Command::Abort => command::abort(&rollout),
-    }?;
-    act(change, &mut rollout, &actions)?;
-    let app = rollout.app.clone();
+    let app = with(change, id, |change, live| {
+        let rollout = &mut live.rollout;
+        let actions = match command {
+            Command::Pause => command::pause(rollout),
+            Command::Resume => command::resume(rollout),
+            Command::Approve => command::approve(rollout),
+            Command::Retry(device) => command::retry(rollout, device.as_ref()),
+            Command::Abort => command::abort(rollout),
+        }?;
+        act(change, rollout, &actions)?;
+        Ok(rollout.app.clone())
+    })?;
+    let app = app.ok_or(ControlError::UnknownRollout(id))?;
     advance_newest(change, &app)
 }
 
@@ -121,7 +184,7 @@ pub fn command(change: &mut Change<'_>, id: u64, command: Command) -> Result<(),
 /// When there is no such rollout, it has ended, or the store fails.
 pub fn override_locks(change: &mut Change<'_>, id: u64) -> Result<(), ControlError> {
     let rollout =
-        store::rollout::get(change.connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
+        store::rollout::header(change.connection, id)?.ok_or(ControlError::UnknownRollout(id))?;
     if rollout.state.is_final() {
         let state = StateName(rollout.state);
         return Err(Refused::Final { id, state }.into());
@@ -145,21 +208,22 @@ pub fn override_locks(change: &mut Change<'_>, id: u64) -> Result<(), ControlErr
 ///
 /// When the store fails.
 pub fn stop(change: &mut Change<'_>, app: &AppName, why: &str) -> Result<(), ControlError> {
-    let Some(mut rollout) = store::rollout::newest(change.connection, app)? else {
+    let Some((id, false)) = store::rollout::newest_id(change.connection, app)? else {
         return Ok(());
     };
-    if rollout.state.is_final() {
-        return Ok(());
-    }
     let end = Action::Enter {
         state: RolloutState::Aborted,
         cause: Some(rollout::Cause::Operator),
         message: Some(why.to_owned()),
     };
-    act(change, &mut rollout, &[end])
+    with(change, id, |change, live| {
+        act(change, &mut live.rollout, &[end])
+    })?;
+    Ok(())
 }
 
-/// Carries out actions: desired states and their outbox rows first, then the records that changed, then events.
+/// Carries out actions: desired states and their outbox rows first, then the records that changed, then events. What
+/// follows from the end of a rollout is for the caller ([`with`]).
 ///
 /// # Errors
 ///
@@ -169,7 +233,6 @@ pub fn act(
     rollout: &mut Rollout,
     actions: &[Action],
 ) -> Result<(), ControlError> {
-    let ended_before = rollout.state.is_final();
     for action in actions {
         let written = write_desired(change, &rollout.app, action)?;
         let held = |rollout: &Rollout| {
@@ -188,9 +251,6 @@ pub fn act(
             change.effects.dirty.extend(waiting);
         }
         announce(change, rollout, action)?;
-    }
-    if rollout.state.is_final() && !ended_before {
-        membership::settle(change, &rollout.app)?;
     }
     Ok(())
 }

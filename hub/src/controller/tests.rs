@@ -17,10 +17,12 @@ use super::*;
 use crate::store::tests::memory;
 
 mod bounds;
+mod kept;
 
 struct Hub {
     connection: Connection,
     now: UnixMs,
+    lives: Lives,
 }
 
 fn device(name: &str) -> DeviceId {
@@ -63,6 +65,7 @@ impl Hub {
         Self {
             connection: memory(),
             now: UnixMs(1_000_000_000_000),
+            lives: Lives::default(),
         }
     }
 
@@ -70,6 +73,29 @@ impl Hub {
         &mut self,
         work: impl FnOnce(&mut Change<'_>) -> Result<T, ControlError>,
     ) -> Result<T, ControlError> {
+        self.lives.begin(0);
+        let changed = self.try_change(work);
+        match &changed {
+            Ok(_) => self.connection.execute_batch("RELEASE change").unwrap(),
+            Err(_) => {
+                self.lives.fail();
+                self.connection
+                    .execute_batch("ROLLBACK TO change; RELEASE change")
+                    .unwrap();
+            }
+        }
+        // What is kept in memory is what is stored, after every change of every test.
+        let wrong = self.lives.discrepancy(&self.connection).unwrap();
+        assert_eq!(wrong, None, "{}", wrong.as_deref().unwrap_or_default());
+        assert_eq!(counted(&self.connection), recounted(&self.connection));
+        changed
+    }
+
+    fn try_change<T>(
+        &mut self,
+        work: impl FnOnce(&mut Change<'_>) -> Result<T, ControlError>,
+    ) -> Result<T, ControlError> {
+        self.connection.execute_batch("SAVEPOINT change").unwrap();
         let mut change = Change {
             connection: &self.connection,
             now: self.now,
@@ -77,6 +103,7 @@ impl Hub {
                 since: Some(UnixMs(0)),
                 settle_ms: 0,
             },
+            lives: &mut self.lives,
             effects: Effects::default(),
         };
         let value = work(&mut change)?;
@@ -197,6 +224,29 @@ impl Hub {
             .map(|event| event.kind)
             .collect()
     }
+}
+
+/// Connected devices, and others by the hour in which they were heard of, as triggers count them.
+fn counted(connection: &Connection) -> Vec<(bool, u64, u64)> {
+    rows(
+        connection,
+        "SELECT online, hour, devices FROM pulse ORDER BY 1, 2",
+    )
+}
+
+/// The same, counted one by one.
+fn recounted(connection: &Connection) -> Vec<(bool, u64, u64)> {
+    rows(
+        connection,
+        "SELECT online, iif(online, 0, last_seen_ms / 3600000), count(*) FROM device
+         WHERE online OR last_seen_ms IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 2",
+    )
+}
+
+fn rows(connection: &Connection, query: &str) -> Vec<(bool, u64, u64)> {
+    let mut statement = connection.prepare(query).unwrap();
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)));
+    rows.unwrap().collect::<rusqlite::Result<_>>().unwrap()
 }
 
 fn presence(session: u64, boot: u64, online: bool) -> Presence {
@@ -531,6 +581,7 @@ fn a_device_that_leaves_a_rollout_and_comes_back_in_one_breath_is_out_of_it() {
     hub.obey("b", Phase::Activating);
     // Out and in again before the rollout is looked at.
     role(&hub, "b", "other");
+    let mut lives = std::mem::take(&mut hub.lives);
     let connection = &hub.connection;
     let mut change = Change {
         connection,
@@ -539,11 +590,13 @@ fn a_device_that_leaves_a_rollout_and_comes_back_in_one_breath_is_out_of_it() {
             since: Some(UnixMs(0)),
             settle_ms: 0,
         },
+        lives: &mut lives,
         effects: Effects::default(),
     };
     membership::refresh_device(&mut change, &device("b"), Beyond::Refused).unwrap();
     role(&hub, "b", "web");
     membership::refresh_device(&mut change, &device("b"), Beyond::Refused).unwrap();
+    hub.lives = lives;
     hub.change(|change| {
         change.effects.dirty.insert(shop());
         Ok(())

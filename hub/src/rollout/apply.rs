@@ -131,13 +131,13 @@ impl Rollout {
         tick: Tick,
         change: impl FnOnce(&mut Assignment),
     ) -> Touched {
-        if let Some(assignment) = self.assignments.get_mut(device) {
+        self.assignments.change(device, |assignment| {
             let before = (assignment.state, assignment.revert);
             change(assignment);
             if before != (assignment.state, assignment.revert) {
                 assignment.changed = tick;
             }
-        }
+        });
         Touched::Assignment(device.clone())
     }
 
@@ -153,16 +153,12 @@ impl Rollout {
 
     /// A device starts over: one that the rollout has keeps its place, a new one gets one behind all others.
     fn join(&mut self, device: &DeviceId, previous: Option<Placement>) {
-        let next = |rollout: &Self| {
-            let ranks = rollout.assignments.values().map(|other| other.rank);
-            ranks.max().map_or(0, |rank| rank.saturating_add(1))
-        };
         let (wave, rank, stratum) = match self.assignments.get(device) {
             Some(known) => (known.wave, known.rank, known.stratum),
-            None => (0, next(self), 0),
+            None => (0, self.assignments.next_rank(), 0),
         };
         let assignment = Assignment::planned(wave, rank, stratum, previous);
-        self.assignments.insert(device.clone(), assignment);
+        self.assignments.insert(device, assignment);
     }
 
     /// Rank goes along with the wave, so that a wave stays a run of ranks.
@@ -177,16 +173,16 @@ impl Rollout {
             return;
         };
         for (device, (wave, rank)) in [(out, second), (into, first)] {
-            if let Some(assignment) = self.assignments.get_mut(device) {
+            self.assignments.change(device, |assignment| {
                 assignment.wave = wave;
                 assignment.rank = rank;
-            }
+            });
         }
         // Its new wave may not be open, and offline is nothing to note before it is.
-        if let Some(assignment) = self.assignments.get_mut(out) {
+        self.assignments.change(out, |assignment| {
             assignment.enter(AssignmentState::Planned, None);
             assignment.message = None;
-        }
+        });
     }
 
     /// It stands still while paused or frozen, and only then. Once the rollout is final it goes on, for those that

@@ -1,11 +1,13 @@
-//! What a rollout has cost so far, recounted from its assignments, and when that is too much.
+//! What a rollout has cost so far, counted from its assignments, and when that is too much.
 //!
-//! Nothing here is kept: a counter that is stored beside what it counts is wrong after the first crash.
+//! Nothing of this is stored: a counter that is stored beside what it counts is wrong after the first crash.
+//! [`super::assignments`] keeps the counts while a rollout is in memory.
 
 use foreshore_protocol::api::AssignmentState;
 use foreshore_protocol::manifest::FailureBudget;
 use foreshore_protocol::message::Phase;
 
+use super::assignments::{Queue, shift};
 use super::state::{Assignment, Revert, Rollout, Tick};
 
 /// Devices of a rollout or of one of its waves, counted by how far they are.
@@ -32,40 +34,48 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Counts a whole rollout.
+    /// A whole rollout counted. Costs O(waves).
     #[must_use]
     pub fn of(rollout: &Rollout) -> Self {
-        Self::count(rollout.assignments.values())
+        rollout.assignments.tally()
     }
 
-    /// Counts one wave, by its ordinal from 1.
+    /// One wave counted, by its ordinal from 1.
     #[must_use]
     pub fn of_wave(rollout: &Rollout, ordinal: u32) -> Self {
-        Self::count(
-            rollout
-                .assignments
-                .values()
-                .filter(|assignment| assignment.wave == ordinal),
-        )
+        rollout.assignments.tally_of_wave(ordinal)
     }
 
-    /// Counts those that come after the last wave.
+    /// Those that come after the last wave counted.
     #[must_use]
     pub fn of_tail(rollout: &Rollout) -> Self {
-        Self::count(
-            rollout
-                .assignments
-                .values()
-                .filter(|assignment| assignment.tail),
-        )
+        rollout.assignments.tally_of_tail()
     }
 
-    fn count<'a>(assignments: impl Iterator<Item = &'a Assignment>) -> Self {
+    /// Counts one by one: what all others must equal.
+    #[must_use]
+    pub fn recount<'a>(assignments: impl IntoIterator<Item = &'a Assignment>) -> Self {
         let mut tally = Self::default();
         for assignment in assignments {
             tally.add(assignment);
         }
         tally
+    }
+
+    pub(super) fn one(assignment: &Assignment) -> Self {
+        Self::recount([assignment])
+    }
+
+    /// Adds or takes away, all but the last success.
+    pub(super) const fn shift(&mut self, by: &Self, there: bool) {
+        shift(&mut self.devices, by.devices, there);
+        shift(&mut self.planned, by.planned, there);
+        shift(&mut self.in_progress, by.in_progress, there);
+        shift(&mut self.succeeded, by.succeeded, there);
+        shift(&mut self.failed, by.failed, there);
+        shift(&mut self.deferred, by.deferred, there);
+        shift(&mut self.reverted, by.reverted, there);
+        shift(&mut self.slots, by.slots, there);
     }
 
     fn add(&mut self, assignment: &Assignment) {
@@ -169,11 +179,11 @@ pub fn complaint(rollout: &Rollout, budget: &FailureBudget, part: Part) -> Optio
 
 /// `; DEVICE: why` of the failed device that comes first, to begin looking at.
 pub(super) fn first_failure(rollout: &Rollout, part: Part) -> String {
-    rollout
-        .assignments
-        .iter()
-        .filter(|(_, assignment)| assignment.failed && part.has(assignment))
-        .min_by_key(|(_, assignment)| (assignment.wave, assignment.rank))
+    let assignments = &rollout.assignments;
+    assignments
+        .queue(Queue::Failed)
+        .filter_map(|device| Some((device, assignments.get(device)?)))
+        .find(|(_, assignment)| part.has(assignment))
         .map(|(device, assignment)| match &assignment.message {
             Some(message) => format!("; {device}: {message}"),
             None => format!("; first: {device}"),

@@ -58,6 +58,8 @@ pub enum Rule {
     Strata,
     /// Those that come after the last wave have a budget and brakes of their own.
     TailBrakes,
+    /// What is derived from the records equals a recount.
+    Counters,
 }
 
 /// A broken rule.
@@ -95,9 +97,18 @@ pub fn check(rollout: &Rollout) -> Vec<Violation> {
     let mut findings = Findings::default();
     check_sizes(rollout, &mut findings);
     check_order(rollout, &mut findings);
-    for (device, assignment) in &rollout.assignments {
+    for (device, assignment) in rollout.assignments.iter() {
         check_assignment(rollout, device, assignment, &mut findings);
     }
+    let discrepancy = rollout.assignments.discrepancy();
+    findings.require(discrepancy.is_none(), Rule::Counters, || {
+        discrepancy.unwrap_or_default()
+    });
+    let all = super::budget::Tally::recount(rollout.assignments.values());
+    let counted = super::budget::Tally::of(rollout);
+    findings.require(all == counted, Rule::Counters, || {
+        format!("{counted:?}, recounted {all:?}")
+    });
     let stopped = rollout.clock.stopped_at.is_some();
     let should = !rollout.state.is_final()
         && (rollout.frozen

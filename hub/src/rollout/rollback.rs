@@ -8,12 +8,13 @@ use foreshore_protocol::DeviceId;
 use foreshore_protocol::api::{AssignmentState, RolloutState};
 use foreshore_protocol::message::Phase;
 
+use super::assignments::{Queue, WaysBack};
 use super::budget::{self, Tally};
-use super::state::{Action, Assignment, Cause, Fleet, Revert, Rollout};
+use super::state::{Action, Assignment, Cause, Revert, Rollout};
 
 /// How urgently, and at what price, a device goes back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Way {
     /// It does not run the new release for good: changing its mind costs nothing. At once.
     Free,
     /// It is switching now, so it holds a slot already. At once.
@@ -24,7 +25,7 @@ enum Way {
     Away,
 }
 
-fn way(assignment: &Assignment, online: bool) -> Option<Way> {
+pub(super) const fn way(assignment: &Assignment, online: bool) -> Option<Way> {
     if !assignment.has_intent() {
         return None;
     }
@@ -62,24 +63,31 @@ pub(super) fn restore(device: &DeviceId, assignment: &Assignment, revert: Revert
 ///
 /// While most of the fleet is dark nobody who runs the new release well is touched: all would be written as
 /// "away", and switch at once when the network is back.
-pub(super) fn restores_at_once(rollout: &Rollout, fleet: &Fleet) -> Vec<Action> {
-    candidates(rollout, fleet)
+pub(super) fn restores_at_once(rollout: &Rollout) -> Vec<Action> {
+    let assignments = &rollout.assignments;
+    let away = (!rollout.frozen).then_some((Way::Away, Revert::Settling));
+    let ways = [
+        (Way::Free, Revert::Settling),
+        (Way::Underway, Revert::Switching),
+    ];
+    let mut found: Vec<_> = ways
         .into_iter()
-        .filter_map(|(device, assignment, way)| {
-            let revert = match way {
-                Way::Free => Revert::Settling,
-                Way::Underway => Revert::Switching,
-                Way::Away if !rollout.frozen => Revert::Settling,
-                Way::Away | Way::Switch => return None,
-            };
-            Some(restore(device, assignment, revert))
+        .chain(away)
+        .flat_map(|(way, revert)| {
+            let devices = assignments.queue(Queue::Back(way));
+            devices.filter_map(move |device| Some((device, assignments.get(device)?, revert)))
         })
+        .collect();
+    found.sort_unstable_by_key(|(_, assignment, _)| Reverse((assignment.wave, assignment.rank)));
+    found
+        .into_iter()
+        .map(|(device, assignment, revert)| restore(device, assignment, revert))
         .collect()
 }
 
 /// Whom to tell next of those who run the new release well and are there: as many as `maxUnavailable` allows, in the
 /// same order.
-pub(super) fn restores_in_turn(rollout: &Rollout, fleet: &Fleet) -> Vec<Action> {
+pub(super) fn restores_in_turn(rollout: &Rollout) -> Vec<Action> {
     if rollout.frozen {
         return Vec::new();
     }
@@ -87,49 +95,35 @@ pub(super) fn restores_in_turn(rollout: &Rollout, fleet: &Fleet) -> Vec<Action> 
         .policy
         .max_unavailable
         .saturating_sub(Tally::of(rollout).slots);
-    candidates(rollout, fleet)
-        .into_iter()
-        .filter(|(_, _, way)| *way == Way::Switch)
+    let assignments = &rollout.assignments;
+    assignments
+        .queue(Queue::Back(Way::Switch))
+        .rev()
+        .filter_map(|device| Some((device, assignments.get(device)?)))
         .take(usize::try_from(free).unwrap_or(usize::MAX))
-        .map(|(device, assignment, _)| restore(device, assignment, Revert::Switching))
+        .map(|(device, assignment)| restore(device, assignment, Revert::Switching))
         .collect()
 }
 
-fn candidates<'a>(rollout: &'a Rollout, fleet: &Fleet) -> Vec<(&'a DeviceId, &'a Assignment, Way)> {
-    let mut candidates: Vec<_> = rollout
-        .assignments
-        .iter()
-        .filter_map(|(device, assignment)| {
-            let online = fleet.devices.get(device).is_some_and(|facts| facts.online);
-            Some((device, assignment, way(assignment, online)?))
-        })
-        .collect();
-    candidates
-        .sort_unstable_by_key(|(_, assignment, _)| Reverse((assignment.wave, assignment.rank)));
-    candidates
-}
-
 /// What becomes of the rollback now; `None`: it goes on.
-pub(super) fn end(rollout: &Rollout, fleet: &Fleet) -> Option<Action> {
-    let mut done = 0;
-    let mut failed = 0;
-    let mut waiting = false;
-    for (device, assignment) in &rollout.assignments {
-        let online = fleet.devices.get(device).is_some_and(|facts| facts.online);
-        waiting |= assignment.has_intent();
-        match assignment.revert {
-            Some(Revert::Done) => done += 1,
-            Some(Revert::Failed) => failed += 1,
-            // Offline devices find their release of before when they return.
-            Some(Revert::Switching | Revert::Settling) => waiting |= online || rollout.frozen,
-            Some(Revert::Gone) | None => {}
-        }
-    }
+pub(super) fn end(rollout: &Rollout) -> Option<Action> {
+    let assignments = &rollout.assignments;
+    let WaysBack {
+        done,
+        failed,
+        open,
+        open_online,
+    } = assignments.ways_back();
+    let to_undo = [Way::Free, Way::Underway, Way::Switch, Way::Away]
+        .into_iter()
+        .any(|way| !assignments.is_empty_queue(Queue::Back(way)));
+    // Offline devices find their release of before when they return.
+    let awaited = if rollout.frozen { open } else { open_online };
+    let waiting = to_undo || awaited > 0;
     let given_up =
         failed > 0 && (!waiting || budget::broken(&rollout.policy.budget, done, failed).is_some());
     if given_up {
-        let reason = rollout
-            .assignments
+        let reason = assignments
             .iter()
             .find(|(_, assignment)| assignment.revert == Some(Revert::Failed))
             .and_then(|(device, assignment)| {

@@ -4,7 +4,7 @@
 //! pass in [`super::gates`], what breaks the budget in [`super::budget`], what happens next in
 //! [`super::advance`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
@@ -15,6 +15,8 @@ use foreshore_protocol::manifest::{
 use foreshore_protocol::message::Phase;
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 use serde::{Deserialize, Serialize};
+
+use super::assignments::Assignments;
 
 /// A point in time on the hub: milliseconds since 1970.
 ///
@@ -229,7 +231,7 @@ pub enum Cause {
 /// One app's way from one release to the next over a frozen set of devices.
 ///
 /// The whole record is what the store keeps; nothing here can be recomputed from elsewhere, and every
-/// counter ([`super::budget::Tally`]) is recounted from it.
+/// counter ([`super::budget::Tally`]) is derived from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Rollout {
@@ -265,7 +267,7 @@ pub struct Rollout {
     /// Its waves in order; the ordinal of the first is 1.
     pub waves: Vec<Wave>,
     /// Its devices.
-    pub assignments: BTreeMap<DeviceId, Assignment>,
+    pub assignments: Assignments,
     /// When it was opened.
     pub created: UnixMs,
     /// When it became final.
@@ -389,6 +391,15 @@ pub struct Fleet {
     pub settle_ms: u64,
 }
 
+/// What is new in a [`Fleet`] since the last look at a rollout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum News {
+    /// Nobody knows: everything may be.
+    All,
+    /// What is known of these devices; of all others it is the same, [`Facts::last_seen`] aside.
+    Devices(BTreeSet<DeviceId>),
+}
+
 /// What is known of one device for one app.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Facts {
@@ -431,6 +442,17 @@ pub struct Pulse {
 }
 
 impl Pulse {
+    /// Whole hours: the store counts devices by the hour in which they were last heard of, so that nobody has to look
+    /// at each of them.
+    pub const HOUR_MS: u64 = 3_600_000;
+
+    /// Who was heard of since then counts at `now`: the full hour that is at least an hour ago.
+    #[must_use]
+    pub const fn since(now: UnixMs) -> UnixMs {
+        let hours = (now.0 / Self::HOUR_MS).saturating_sub(1);
+        UnixMs(hours * Self::HOUR_MS)
+    }
+
     /// Counts `(online, last_seen)` of every device of the fleet. As SQL:
     /// `SELECT count(*), sum(NOT online) FROM device WHERE online OR last_seen >= :since`.
     pub fn count(fleet: impl IntoIterator<Item = (bool, Option<UnixMs>)>, since: UnixMs) -> Self {
@@ -784,11 +806,11 @@ pub const fn is_failure(state: AssignmentState) -> bool {
 }
 
 impl Rollout {
-    /// Devices heard of since then count as recent in [`Pulse`]: an hour before the rollout was opened. A
-    /// device that has been gone for longer says nothing about the network of today.
+    /// Devices heard of since then count as recent in [`Pulse`]: an hour before the rollout was opened, or a little
+    /// more ([`Pulse::since`]). A device that has been gone for longer says nothing about the network of today.
     #[must_use]
     pub const fn pulse_since(&self) -> UnixMs {
-        UnixMs(self.created.0.saturating_sub(3_600_000))
+        Pulse::since(self.created)
     }
 
     /// What its devices are given.

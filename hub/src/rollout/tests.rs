@@ -17,6 +17,9 @@ mod examples;
 mod explained;
 mod noticed;
 mod properties;
+mod reference;
+
+use reference::advance_over_all;
 
 fn device(number: usize) -> DeviceId {
     format!("device-{number}").parse().unwrap()
@@ -94,6 +97,8 @@ struct World {
     now: UnixMs,
     listening_since: Option<UnixMs>,
     next: u64,
+    /// What the engine was last told of.
+    known: BTreeMap<DeviceId, Facts>,
     offers: BTreeMap<DeviceId, u32>,
 }
 
@@ -154,6 +159,7 @@ impl World {
             now,
             listening_since: Some(UnixMs(1)),
             next: 1,
+            known: BTreeMap::new(),
             offers: BTreeMap::new(),
         }
     }
@@ -191,12 +197,7 @@ impl World {
     /// One transaction of the controller, with every check there is.
     fn step(&mut self) -> Step {
         let fleet = self.fleet();
-        let step = advance(&self.rollout, &fleet, self.now);
-        assert_eq!(
-            step,
-            advance(&self.rollout, &fleet, self.now),
-            "same input, same decision"
-        );
+        let step = self.look(&fleet);
         for action in &step.actions {
             let wrong = check_action(&self.rollout, action, &fleet, self.now);
             assert!(
@@ -207,7 +208,7 @@ impl World {
             );
             self.commit(action);
         }
-        let again = advance(&self.rollout, &fleet, self.now);
+        let again = self.look(&fleet);
         assert_eq!(
             again.actions,
             [],
@@ -220,6 +221,24 @@ impl World {
             step.wake_at,
             self.now
         );
+        step
+    }
+
+    /// Looks at what is new, and asks whether looking at everything decides the same.
+    fn look(&mut self, fleet: &Fleet) -> Step {
+        let before = self.rollout.clone();
+        let news = News::Devices(differing(&self.known, &fleet.devices));
+        self.known.clone_from(&fleet.devices);
+        let step = advance_by(&mut self.rollout, fleet, &news, self.now);
+        assert_eq!(self.rollout, before, "a look changes no record");
+        assert_eq!(self.rollout.assignments.discrepancy(), None);
+        assert_eq!(
+            step,
+            advance_over_all(&before, fleet, self.now),
+            "a look at the news at {:?} and one at everything: {news:?}\n{before:#?}",
+            self.now
+        );
+        assert_eq!(step, advance(&before, fleet, self.now), "with all as news");
         step
     }
 
@@ -333,6 +352,23 @@ impl World {
             .map(|(device, _)| device.clone())
             .collect()
     }
+}
+
+/// The devices of which something is known now that was not, or the other way round.
+fn differing(
+    before: &BTreeMap<DeviceId, Facts>,
+    after: &BTreeMap<DeviceId, Facts>,
+) -> BTreeSet<DeviceId> {
+    let decides = |facts: &Facts| Facts {
+        last_seen: None,
+        ..facts.clone()
+    };
+    let of = |facts: &BTreeMap<DeviceId, Facts>, device: &DeviceId| facts.get(device).map(decides);
+    let devices = before.keys().chain(after.keys());
+    devices
+        .filter(|device| of(before, device) != of(after, device))
+        .cloned()
+        .collect()
 }
 
 fn percent(percents: &[u8]) -> Vec<WaveTarget> {

@@ -14,8 +14,9 @@ use foreshore_protocol::message::Phase;
 use foreshore_protocol::quantity::Span;
 use foreshore_protocol::{DeviceId, Digest};
 
+use super::assignments::{Assignments, Queue};
 use super::state::{
-    Action, Approval, Assignment, Clock, Fleet, Member, Opening, Placement, Rollout, Tick, Wave,
+    Action, Approval, Assignment, Clock, Member, Opening, Placement, Rollout, Tick, Wave,
 };
 
 /// Where a device stands in the order of a rollout with this seed; lower comes first.
@@ -149,7 +150,7 @@ impl Rollout {
         }
         let strata = strata(&policy.waves, &labels);
         let mut waves = Vec::new();
-        let mut assignments = BTreeMap::new();
+        let mut assignments = Vec::new();
         let mut ranks = 0_u32..;
         for (slice, ordinal) in cut(&policy.waves, seed, &labels).into_iter().zip(1_u32..) {
             waves.push(Wave::pending(&slice));
@@ -157,7 +158,7 @@ impl Rollout {
                 let previous = previous.remove(&device).flatten();
                 let stratum = strata.get(&device).copied().unwrap_or(0);
                 let assignment = Assignment::planned(ordinal, rank, stratum, previous);
-                assignments.insert(device, assignment);
+                assignments.push((device, assignment));
             }
         }
         let state = match policy.start_at {
@@ -179,7 +180,7 @@ impl Rollout {
             next_offer: Tick(0),
             tail_stopped: None,
             waves,
-            assignments,
+            assignments: assignments.into_iter().collect::<Assignments>(),
             created: now,
             finished: None,
         }
@@ -273,32 +274,45 @@ pub fn joiner_release<'a>(rollouts: impl IntoIterator<Item = &'a Rollout>) -> Op
 /// In the first wave, devices that can begin take the place of those that cannot (offline, held) and were offered
 /// nothing, lowest rank first and, where canaries are chosen by kind, of the same kind. A canary that cannot sing delays
 /// everyone; any other device of its kind is as good.
-pub(super) fn replacements(rollout: &Rollout, ordinal: u32, fleet: &Fleet) -> Vec<Action> {
-    let ready = |device: &DeviceId| {
-        let facts = fleet.devices.get(device);
-        facts.is_some_and(|facts| facts.online && !facts.held)
-    };
-    let mut out: Vec<(u32, u32, &DeviceId)> = Vec::new();
-    let mut into: BTreeMap<u32, BTreeSet<(u32, &DeviceId)>> = BTreeMap::new();
-    for (device, assignment) in &rollout.assignments {
-        let idle = assignment.since.is_none();
-        if assignment.wave == ordinal {
-            if idle && assignment.state == AssignmentState::Deferred {
-                out.push((assignment.rank, assignment.stratum, device));
-            }
-        } else if idle && assignment.state == AssignmentState::Planned && ready(device) {
-            let kind = into.entry(assignment.stratum).or_default();
-            kind.insert((assignment.rank, device));
-        }
-    }
-    out.sort_unstable();
-    out.into_iter()
-        .filter_map(|(_, stratum, out)| {
-            let (_, into) = into.get_mut(&stratum)?.pop_first()?;
-            Some(Action::Replace {
-                out: out.clone(),
-                into: into.clone(),
+///
+/// Costs what it yields, and the number of kinds that wait.
+pub(super) fn replacements(rollout: &Rollout, ordinal: u32) -> Vec<Action> {
+    let assignments = &rollout.assignments;
+    let waiting = assignments.queues(
+        Queue::Unoffered(ordinal, 0),
+        Queue::Unoffered(ordinal, u32::MAX),
+    );
+    let mut pairs = Vec::new();
+    for queue in waiting {
+        let Queue::Unoffered(_, stratum) = queue else {
+            continue;
+        };
+        // Waves are runs of ranks, and those that joined come behind all of them.
+        let others = |wave: &u32| *wave != ordinal;
+        let waves = assignments
+            .queues(Queue::Spare(stratum, 0), Queue::Spare(stratum, u32::MAX))
+            .filter_map(|queue| match queue {
+                Queue::Spare(_, wave) => Some(wave),
+                Queue::Absent(_)
+                | Queue::Ready(_)
+                | Queue::Unoffered(..)
+                | Queue::Failed
+                | Queue::Back(_) => None,
             })
+            .filter(others);
+        let mut waves: Vec<u32> = waves.collect();
+        waves.sort_unstable_by_key(|wave| (*wave == 0, *wave));
+        let into = waves
+            .into_iter()
+            .flat_map(|wave| assignments.queue(Queue::Spare(stratum, wave)));
+        pairs.extend(assignments.queue(queue).zip(into));
+    }
+    pairs.sort_by_key(|(out, _)| assignments.get(out).map(|assignment| assignment.rank));
+    pairs
+        .into_iter()
+        .map(|(out, into)| Action::Replace {
+            out: out.clone(),
+            into: into.clone(),
         })
         .collect()
 }

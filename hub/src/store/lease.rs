@@ -230,6 +230,24 @@ pub fn leased(
         .collect()
 }
 
+/// The assignment that a device has a lease of an app for; `None` too if it was written off.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn held_by(
+    connection: &Connection,
+    device: &DeviceId,
+    app: &AppName,
+) -> rusqlite::Result<Option<Version>> {
+    connection
+        .prepare_cached(
+            "SELECT since_epoch, since_generation FROM lease WHERE device = ?1 AND app = ?2 AND NOT written_off",
+        )?
+        .query_row([device.as_str(), app.as_str()], |row| column::version(row, 0))
+        .optional()
+}
+
 /// A device that is unavailable, in one of the groups that it is in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unavailable {

@@ -8,11 +8,13 @@ use std::cmp::Reverse;
 use foreshore_protocol::api::{AssignmentState, RolloutState};
 use foreshore_protocol::id::Labels;
 use foreshore_protocol::message::AppStatus;
-use foreshore_protocol::{AppName, DeviceId};
+use foreshore_protocol::{AppName, DeviceId, Version};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::column;
-use crate::rollout::{Assignment, Facts, Member, Pulse, Report, Rollout, Touched, UnixMs};
+use crate::rollout::{
+    Assignment, Assignments, Facts, Member, Pulse, Report, Rollout, Touched, UnixMs,
+};
 
 /// The id of the next rollout.
 ///
@@ -45,7 +47,7 @@ pub fn insert(connection: &Connection, rollout: &Rollout) -> rusqlite::Result<()
     for ordinal in (1_u32..).take(rollout.waves.len()) {
         put_wave(connection, rollout, ordinal)?;
     }
-    for (device, assignment) in &rollout.assignments {
+    for (device, assignment) in rollout.assignments.iter() {
         put_assignment(connection, rollout.id, device, assignment)?;
     }
     Ok(())
@@ -105,7 +107,7 @@ fn header_of(rollout: &Rollout) -> Rollout {
         next_offer: rollout.next_offer,
         tail_stopped: rollout.tail_stopped.clone(),
         waves: Vec::new(),
-        assignments: std::collections::BTreeMap::new(),
+        assignments: Assignments::default(),
         created: rollout.created,
         finished: rollout.finished,
     }
@@ -129,7 +131,8 @@ fn put_assignment(
 ) -> rusqlite::Result<()> {
     connection
         .prepare_cached(
-            "INSERT OR REPLACE INTO assignment (rollout, device, body, busy) VALUES (?1, ?2, ?3, ?4)",
+            "INSERT INTO assignment (rollout, device, body, busy) VALUES (?1, ?2, ?3, ?4)
+             ON CONFLICT (rollout, device) DO UPDATE SET body = ?3, busy = ?4",
         )?
         .execute(params![
             rollout,
@@ -206,6 +209,37 @@ pub fn assignment(
             column::json(row, 0)
         })
         .optional()
+}
+
+/// The id of an app's newest rollout, and whether that is final.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn newest_id(connection: &Connection, app: &AppName) -> rusqlite::Result<Option<(u64, bool)>> {
+    connection
+        .prepare_cached("SELECT id, final FROM rollout WHERE app = ?1 ORDER BY id DESC LIMIT 1")?
+        .query_row([app.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()
+}
+
+/// The devices that hold slots of a rollout. Costs O(slots).
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn holding_slots(
+    connection: &Connection,
+    rollout: u64,
+) -> rusqlite::Result<Vec<(DeviceId, Assignment)>> {
+    connection
+        .prepare_cached(
+            "SELECT device, body FROM assignment WHERE rollout = ?1 AND busy ORDER BY device",
+        )?
+        .query_map([rollout], |row| {
+            Ok((column::parsed(row, 0)?, column::json(row, 1)?))
+        })?
+        .collect()
 }
 
 /// The newest rollout of an app, whatever became of it.
@@ -347,6 +381,20 @@ pub fn interested(connection: &Connection, device: &DeviceId) -> rusqlite::Resul
         .collect())
 }
 
+/// What is known of a device of rollout `?1` of app `?2`: whether the app still selects it, then the facts.
+const FACTS: &str = "SELECT member.device IS NOT NULL AND device.id IS NOT NULL, assignment.device,
+        online, last_seen_ms, accepted_epoch, accepted_generation, report.body, held IS NOT NULL, EXISTS (
+            SELECT 1 FROM assignment AS other JOIN rollout ON rollout.id = other.rollout
+            WHERE other.device = assignment.device AND other.busy AND rollout.app != ?2
+                AND (rollout.final = 0 OR (rollout.state = 'completed' AND rollout.id = (
+                    SELECT max(id) FROM rollout AS newer WHERE newer.app = rollout.app)))
+        )
+     FROM assignment
+     LEFT JOIN member ON member.app = ?2 AND member.device = assignment.device
+     LEFT JOIN device ON device.id = assignment.device
+     LEFT JOIN report ON report.device = assignment.device AND report.app = ?2
+     WHERE assignment.rollout = ?1";
+
 /// What is known of the rollout's devices that the app still selects.
 ///
 /// # Errors
@@ -358,49 +406,58 @@ pub fn facts(
 ) -> rusqlite::Result<std::collections::BTreeMap<DeviceId, Facts>> {
     let mut leased = super::lease::leased(connection, &rollout.app)?;
     connection
-        .prepare_cached(
-            "SELECT assignment.device, online, last_seen_ms, accepted_epoch, accepted_generation, report.body,
-                held IS NOT NULL, EXISTS (
-                    SELECT 1 FROM assignment AS other JOIN rollout ON rollout.id = other.rollout
-                    WHERE other.device = assignment.device AND other.busy AND rollout.app != ?2
-                        AND (rollout.final = 0 OR (rollout.state = 'completed' AND rollout.id = (
-                            SELECT max(id) FROM rollout AS newer WHERE newer.app = rollout.app)))
-                )
-             FROM assignment
-             JOIN member ON member.app = ?2 AND member.device = assignment.device
-             JOIN device ON device.id = assignment.device
-             LEFT JOIN report ON report.device = assignment.device AND report.app = ?2
-             WHERE assignment.rollout = ?1",
-        )?
+        .prepare_cached(FACTS)?
         .query_map(params![rollout.id, rollout.app.as_str()], |row| {
-            let device = column::parsed(row, 0)?;
-            let facts = Facts {
-                leased: leased.remove(&device),
-                ..read_facts(row)?
-            };
-            Ok((device, facts))
+            let device: DeviceId = column::parsed(row, 1)?;
+            let leased = leased.remove(&device);
+            Ok(read_facts(row, leased)?.map(|facts| (device, facts)))
         })?
+        .filter_map(Result::transpose)
         .collect()
 }
 
-fn read_facts(row: &Row<'_>) -> rusqlite::Result<Facts> {
-    Ok(Facts {
-        online: row.get(1)?,
-        last_seen: row.get::<_, Option<u64>>(2)?.map(UnixMs),
-        version: column::version_option(row, 3)?,
-        report: column::json_option::<AppStatus>(row, 5)?.map(|status| Report {
+/// The same of one device: `None` if it has no part in the rollout, `Some(None)` if the app no longer selects it.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn facts_of(
+    connection: &Connection,
+    rollout: &Rollout,
+    device: &DeviceId,
+) -> rusqlite::Result<Option<Option<Facts>>> {
+    let lease = super::lease::held_by(connection, device, &rollout.app)?;
+    connection
+        .prepare_cached(&format!("{FACTS} AND assignment.device = ?3"))?
+        .query_row(
+            params![rollout.id, rollout.app.as_str(), device.as_str()],
+            |row| read_facts(row, lease),
+        )
+        .optional()
+}
+
+fn read_facts(row: &Row<'_>, leased: Option<Version>) -> rusqlite::Result<Option<Facts>> {
+    if !row.get::<_, bool>(0)? {
+        return Ok(None);
+    }
+    Ok(Some(Facts {
+        online: row.get(2)?,
+        last_seen: row.get::<_, Option<u64>>(3)?.map(UnixMs),
+        version: column::version_option(row, 4)?,
+        report: column::json_option::<AppStatus>(row, 6)?.map(|status| Report {
             since: status.since,
             release: status.release,
             phase: status.phase,
             reason: status.reason.map(|reason| reason.message),
         }),
-        leased: None,
-        held: row.get(6)?,
-        busy: row.get(7)?,
-    })
+        leased,
+        held: row.get(7)?,
+        busy: row.get(8)?,
+    }))
 }
 
-/// How alive the fleet is, as seen by a rollout.
+/// How alive the fleet is: who is connected, and who was heard of since `since`, rounded down to a full hour
+/// ([`Pulse::since`] is one). Costs O(hours since then); triggers keep the counts.
 ///
 /// # Errors
 ///
@@ -408,9 +465,16 @@ fn read_facts(row: &Row<'_>) -> rusqlite::Result<Facts> {
 pub fn pulse(connection: &Connection, since: UnixMs) -> rusqlite::Result<Pulse> {
     connection
         .prepare_cached(
-            "SELECT count(*), coalesce(sum(NOT online), 0) FROM device WHERE online OR last_seen_ms >= ?1",
+            "SELECT (SELECT coalesce(sum(devices), 0) FROM pulse WHERE online = 1),
+                    (SELECT coalesce(sum(devices), 0) FROM pulse WHERE online = 0 AND hour >= ?1)",
         )?
-        .query_row([since.0], |row| Ok(Pulse { recent: row.get(0)?, dark: row.get(1)? }))
+        .query_row([since.0 / Pulse::HOUR_MS], |row| {
+            let (online, dark): (u64, u64) = (row.get(0)?, row.get(1)?);
+            Ok(Pulse {
+                recent: online + dark,
+                dark,
+            })
+        })
 }
 
 /// The devices that an app selects, as a rollout is opened over them.

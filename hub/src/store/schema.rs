@@ -13,6 +13,7 @@ const MIGRATIONS: &[&str] = &[
     SECRETS,
     LEASES,
     HOLDS,
+    PULSE,
 ];
 
 /// Disruption budgets, whom they hold for, and whose turn it is.
@@ -73,6 +74,49 @@ const HOLDS: &str = "
 ALTER TABLE device ADD COLUMN held TEXT;
 ALTER TABLE assignment ADD COLUMN busy INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX rollout_wake ON rollout (wake_at_ms) WHERE wake_at_ms IS NOT NULL;
+";
+
+/// How many devices are connected, and in which hour the others were last heard of; and devices that a rollout has in
+/// hand, by rollout.
+const PULSE: &str = "
+CREATE INDEX assignment_busy ON assignment (rollout) WHERE busy;
+
+-- In step with device by the triggers below. All that are connected are in hour 0.
+CREATE TABLE pulse (
+    online INTEGER NOT NULL,
+    hour INTEGER NOT NULL,
+    devices INTEGER NOT NULL,
+    PRIMARY KEY (online, hour)
+) STRICT, WITHOUT ROWID;
+INSERT INTO pulse (online, hour, devices)
+    SELECT online, iif(online, 0, last_seen_ms / 3600000), count(*) FROM device
+    WHERE online OR last_seen_ms IS NOT NULL GROUP BY 1, 2;
+CREATE TRIGGER pulse_comes AFTER INSERT ON device WHEN NEW.online OR NEW.last_seen_ms IS NOT NULL
+BEGIN
+    INSERT OR IGNORE INTO pulse VALUES (NEW.online, iif(NEW.online, 0, NEW.last_seen_ms / 3600000), 0);
+    UPDATE pulse SET devices = devices + 1
+        WHERE online = NEW.online AND hour = iif(NEW.online, 0, NEW.last_seen_ms / 3600000);
+END;
+CREATE TRIGGER pulse_goes AFTER DELETE ON device WHEN OLD.online OR OLD.last_seen_ms IS NOT NULL
+BEGIN
+    UPDATE pulse SET devices = devices - 1
+        WHERE online = OLD.online AND hour = iif(OLD.online, 0, OLD.last_seen_ms / 3600000);
+    DELETE FROM pulse
+        WHERE online = OLD.online AND hour = iif(OLD.online, 0, OLD.last_seen_ms / 3600000) AND devices <= 0;
+END;
+CREATE TRIGGER pulse_moves AFTER UPDATE OF online, last_seen_ms ON device
+WHEN OLD.online IS NOT NEW.online
+    OR (NOT NEW.online AND OLD.last_seen_ms / 3600000 IS NOT NEW.last_seen_ms / 3600000)
+BEGIN
+    UPDATE pulse SET devices = devices - 1
+        WHERE online = OLD.online AND hour = iif(OLD.online, 0, OLD.last_seen_ms / 3600000);
+    DELETE FROM pulse
+        WHERE online = OLD.online AND hour = iif(OLD.online, 0, OLD.last_seen_ms / 3600000) AND devices <= 0;
+    INSERT OR IGNORE INTO pulse SELECT NEW.online, iif(NEW.online, 0, NEW.last_seen_ms / 3600000), 0
+        WHERE NEW.online OR NEW.last_seen_ms IS NOT NULL;
+    UPDATE pulse SET devices = devices + 1
+        WHERE online = NEW.online AND hour = iif(NEW.online, 0, NEW.last_seen_ms / 3600000);
+END;
 ";
 
 /// What the hub fetched from other registries for its site.

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use foreshore_hub::rollout::check::{Rule, check, check_action};
 use foreshore_hub::rollout::command;
 use foreshore_hub::rollout::{
-    Action, Cause, Deferral, Facts, Fleet, Member, Opening, Placement, Pulse, Refused, Report,
-    Rollout, UnixMs, advance,
+    Action, Cause, Deferral, Facts, Fleet, Member, News, Opening, Placement, Pulse, Refused,
+    Report, Rollout, UnixMs, advance_by,
 };
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
 use foreshore_protocol::message::{AppStatus, Beacon, Head, HeadApp, Presence, Reported};
@@ -86,6 +86,9 @@ pub struct Hub {
     pub mutation: Option<Mutation>,
     /// Whether to write the event log.
     pub verbose: bool,
+    /// What the engine was last told of the devices of each rollout; memory of the process, which looks at all when it
+    /// has none.
+    pub known: BTreeMap<u64, BTreeMap<DeviceId, Facts>>,
     /// For the rules only: whether each device is truly connected, and since when it is or is not.
     pub contacts: BTreeMap<DeviceId, (bool, Ms)>,
 }
@@ -224,7 +227,8 @@ impl Hub {
             }
             let fleet = self.fleet(&self.store.rollouts[index], now);
             let ended = self.store.rollouts[index].state.is_final();
-            let step = advance(&self.store.rollouts[index], &fleet, unix(now));
+            let news = self.news(index, &fleet);
+            let step = advance_by(&mut self.store.rollouts[index], &fleet, &news, unix(now));
             for action in self.mutate(&step.actions, index, &fleet) {
                 self.act(index, &action, Some(&fleet), now);
             }
@@ -239,6 +243,20 @@ impl Hub {
                 .map(|at| at.0.saturating_sub(START).max(now + 1));
             self.wake_at = [self.wake_at, wake].into_iter().flatten().min();
         }
+    }
+
+    /// What is new of the devices of a rollout since the engine last looked at it.
+    fn news(&mut self, index: usize, fleet: &Fleet) -> News {
+        let id = self.store.rollouts[index].id;
+        let Some(before) = self.known.insert(id, fleet.devices.clone()) else {
+            return News::All;
+        };
+        if self.mutation == Some(Mutation::MissNews) {
+            return News::Devices(BTreeSet::new());
+        }
+        let devices = before.keys().chain(fleet.devices.keys());
+        let differs = |device: &&DeviceId| before.get(*device) != fleet.devices.get(*device);
+        News::Devices(devices.filter(differs).cloned().collect())
     }
 
     /// Only the newest rollout of an app decides anything.
@@ -556,6 +574,7 @@ impl Hub {
     pub fn crash(&mut self) {
         self.up = false;
         self.life += 1;
+        self.known.clear();
         self.listening_since = None;
         self.wake_at = None;
         if self.mutation == Some(Mutation::ForgetOutbox) {

@@ -28,6 +28,8 @@ pub enum Mutation {
     IgnoreTailBudget,
     /// The hub does not wait for a rollout's time.
     StartEarly,
+    /// The hub does not tell its engine which devices spoke.
+    MissNews,
     /// A device takes any head as the newest.
     AcceptOldHeads,
     /// A device forgets at a reboot what failed.
@@ -42,7 +44,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::SkipBake,
         Self::OfferAfterBreak,
         Self::IgnoreSlots,
@@ -55,6 +57,7 @@ impl Mutation {
         Self::AnyCanary,
         Self::IgnoreTailBudget,
         Self::StartEarly,
+        Self::MissNews,
         Self::AcceptOldHeads,
         Self::ForgetPoison,
         Self::CollectLastKnownGood,

@@ -89,6 +89,7 @@ fn every_built_in_fault_is_noticed_by_the_right_rule() {
             Mutation::AnyCanary => &["Strata"],
             Mutation::IgnoreTailBudget => &["TailBrakes"],
             Mutation::StartEarly => &["NotBeforeStart"],
+            Mutation::MissNews => &["never came to rest"],
             Mutation::AcceptOldHeads => &["went from version"],
             Mutation::ForgetPoison => &["was given up"],
             Mutation::CollectLastKnownGood => &["was collected"],

@@ -230,7 +230,8 @@ fn records_that_do_not_fit_together() {
             .collect::<BTreeSet<_>>()
     };
     let first = |rollout: &mut Rollout, change: &dyn Fn(&mut Assignment)| {
-        change(rollout.assignments.values_mut().next().unwrap());
+        let device = rollout.assignments.keys().next().unwrap().clone();
+        rollout.assignments.change(&device, change);
     };
     let of = |rule| BTreeSet::from([rule]);
     assert!(broken(&|rollout| rollout.waves[0].size += 1).contains(&Rule::WaveSizes));
@@ -252,6 +253,13 @@ fn records_that_do_not_fit_together() {
         broken(&|rollout| first(rollout, &|one| one.revert = Some(Revert::Done))),
         of(Rule::Coherent)
     );
+    let spoilt = |rollout: &mut Rollout| {
+        let device = rollout.assignments.keys().next().unwrap().clone();
+        rollout
+            .assignments
+            .spoil(&device, |one| one.deadline = Some(Tick(1)));
+    };
+    assert_eq!(broken(&spoilt), of(Rule::Counters));
     assert_eq!(
         broken(&|rollout| rollout.frozen = true),
         of(Rule::ClockStops)
