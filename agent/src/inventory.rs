@@ -1,17 +1,41 @@
 //! What the device is and how loaded it is, read from the kernel.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use foreshore_images::Platform;
-use foreshore_protocol::id::Labels;
+use foreshore_images::{Platform, Room};
 use foreshore_protocol::message::Inventory;
+
+use crate::config::Config;
+
+mod nodes;
 
 /// Free disk space is rounded down to this, so that it does not change all the time: 16 MiB.
 const DISK_STEP_BYTES: u64 = 16 << 20;
 
 /// What the device is. A number that cannot be read is 0.
 #[must_use]
-pub fn inventory(state: &Path, labels: &Labels) -> Inventory {
+pub fn inventory(config: &Config) -> Inventory {
+    let reserve = config.disk.reserve.map(|reserve| reserve.0);
+    let room = Room::of(&config.paths.state, reserve);
+    Inventory {
+        labels: config.labels.clone(),
+        disk_reserve_bytes: room.ok().map(|room| room.reserve_bytes),
+        metered: Some(config.pull.metered.is_now()),
+        dev_nodes: nodes::list(Path::new("/dev")),
+        ..machine(&config.paths.state)
+    }
+}
+
+/// Whether what an app may need is no more as it was: another node, another link, or much more or less room.
+#[must_use]
+pub fn differs(before: &Inventory, now: &Inventory) -> bool {
+    let room = before.disk_free_bytes.abs_diff(now.disk_free_bytes);
+    before.dev_nodes != now.dev_nodes || before.metered != now.metered || room > now.disk_bytes / 16
+}
+
+/// What the kernel says of the machine.
+fn machine(state: &Path) -> Inventory {
     let platform = Platform::host();
     let arch = match (platform.architecture.as_str(), platform.variant.as_str()) {
         ("arm64", _) => "arm64".to_owned(),
@@ -26,7 +50,10 @@ pub fn inventory(state: &Path, labels: &Labels) -> Inventory {
         memory_bytes: memory_total_bytes(&read("/proc/meminfo")),
         disk_bytes,
         disk_free_bytes: free_bytes / DISK_STEP_BYTES * DISK_STEP_BYTES,
-        labels: labels.clone(),
+        labels: BTreeMap::new(),
+        disk_reserve_bytes: None,
+        metered: None,
+        dev_nodes: None,
     }
 }
 
@@ -101,9 +128,20 @@ mod tests {
 
     #[test]
     fn this_machine_has_memory_and_a_disk() {
-        let inventory = inventory(Path::new("/"), &Labels::default());
+        let inventory = machine(Path::new("/"));
         assert!(inventory.memory_bytes > 0 && inventory.disk_bytes > 0);
         assert_eq!(inventory.disk_free_bytes % DISK_STEP_BYTES, 0);
         assert!(!inventory.kernel.is_empty() && !inventory.arch.is_empty());
+        assert!(!differs(&inventory, &inventory));
+        let plugged = Inventory {
+            dev_nodes: Some(vec!["/dev/ttyUSB0".to_owned()]),
+            ..inventory.clone()
+        };
+        assert!(differs(&inventory, &plugged));
+        let fuller = Inventory {
+            disk_free_bytes: inventory.disk_free_bytes.abs_diff(inventory.disk_bytes / 8),
+            ..inventory.clone()
+        };
+        assert!(differs(&inventory, &fuller));
     }
 }

@@ -117,6 +117,12 @@ impl Metered {
         }
     }
 
+    /// Whether the link costs money at this moment.
+    #[must_use]
+    pub fn is_now(&self) -> bool {
+        self.is_ever() && self.now().is_err()
+    }
+
     /// Looks at the routes of this network namespace.
     fn now(&self) -> Result<(), String> {
         let read = |name: &str| fs::read_to_string(format!("/proc/self/net/{name}"));

@@ -496,7 +496,7 @@ impl<R: Runtime + 'static> Agent<R> {
         self.uplink.set_pulling(self.staging.is_some());
         self.uplink.flush(
             &self.outbox,
-            || inventory::inventory(&config.paths.state, &config.labels),
+            || inventory::inventory(config),
             || Gauges {
                 memory_mib: inventory::containers_memory_mib(&config.cgroup.parent),
                 load_centi: inventory::load_centi(),

@@ -338,6 +338,9 @@ fn reported(seq: u64, version: Option<Version>, apps: Vec<AppStatus>) -> anyhow:
         disk_bytes: 1 << 34,
         disk_free_bytes: 1 << 33,
         labels: Labels::from([("role".parse()?, "web".parse()?)]),
+        disk_reserve_bytes: None,
+        metered: None,
+        dev_nodes: None,
     };
     Ok(Reported {
         boot: 1,

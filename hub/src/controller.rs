@@ -18,6 +18,7 @@
 //! | [`releases`] | which releases are forgotten |
 //! | [`secrets`] | secrets, and the keys of devices |
 //! | [`ingest`] | what devices say |
+//! | [`preview`] | nothing: what a release would ask of each device |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -44,6 +45,7 @@ pub mod ingest;
 pub mod leases;
 pub mod lives;
 pub mod membership;
+pub mod preview;
 pub mod releases;
 pub mod rollouts;
 pub mod secrets;

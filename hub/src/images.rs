@@ -1,7 +1,7 @@
 //! Images: tags to digests for a release, and archives into the image directory.
 //!
 //! Network and disk work blocks, so it runs on threads of its own, a few at a time. [`sweep`] removes what is not
-//! needed any more; [`survey`](mod@survey) says what an image is made of.
+//! needed any more; [`survey`](mod@survey) says what an image is made of, [`look`] what devices would fetch of it.
 //! [`through`] is what the site has of other registries.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,6 +26,7 @@ use crate::rollout::UnixMs;
 use crate::store::image::Image;
 use crate::store::{self, Store, StoreError};
 
+pub mod look;
 pub mod survey;
 pub mod sweep;
 pub mod through;

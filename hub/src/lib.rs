@@ -18,6 +18,7 @@
 //! | [`clock`] | time that does not jump |
 //! | [`store`] | the SQLite database |
 //! | [`rollout`] | PURE: how a release spreads |
+//! | [`preview`] | PURE: what a release would ask of each device |
 //! | [`lease`] | PURE: whose turn it is under a disruption budget |
 //! | [`controller`] | every change, each in one transaction |
 //! | [`broker`] | the embedded broker, and files for an external one |
@@ -42,6 +43,13 @@ pub mod images;
 )]
 pub mod lease;
 pub mod link;
+#[deny(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::disallowed_macros,
+    clippy::wildcard_enum_match_arm
+)]
+pub mod preview;
 pub mod process;
 pub mod pulls;
 pub mod registry;

@@ -16,6 +16,7 @@
 //! | [`desired`] | placements, generations and the outbox |
 //! | [`rollout`] | rollouts, waves, assignments and the facts they are decided on |
 //! | [`release`] | which releases are still needed |
+//! | [`preview`] | what is known of the devices that a selector means |
 //! | [`disruption_budget`] | disruption budgets and whom they hold for |
 //! | [`lease`] | who may switch, and who waits for it |
 //! | [`news`] | of which devices something changed |
@@ -44,6 +45,7 @@ pub mod event;
 pub mod image;
 pub mod lease;
 pub mod news;
+pub mod preview;
 pub mod registry;
 pub mod release;
 pub mod rollout;

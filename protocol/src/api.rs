@@ -33,6 +33,13 @@
 
 use serde::{Deserialize, Serialize};
 
+mod preview;
+
+pub use preview::{
+    DownloadGroup, Downloads, Effect, MAX_DOWNLOAD_GROUPS, MAX_NAMED_DEVICES, NamedDevice,
+    Obstacle, ObstacleCode, Preview,
+};
+
 use crate::Digest;
 use crate::id::{
     AppName, BudgetName, DeviceId, Epoch, LabelKey, LabelValue, Labels, SecretName, ServiceName,
@@ -132,8 +139,11 @@ pub struct PlanAnswer {
     pub services: Vec<ServiceChange>,
     /// Each wave with its devices, in order.
     pub waves: Vec<PlanWave>,
-    /// Things worth knowing before, for example devices that are offline.
+    /// Things worth knowing before, for example that a rollout is under way.
     pub warnings: Vec<String>,
+    /// What it would ask of each device. Missing from an older hub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preview: Option<Preview>,
 }
 
 /// A wave in a [`PlanAnswer`].

@@ -11,11 +11,13 @@ use crate::id::{AppName, BudgetName, Epoch, Generation, Labels, ServiceName, Ver
 use crate::secret::PublicKey;
 
 mod bounds;
+mod nodes;
 
 pub use bounds::{
-    MAX_APPS, MAX_BUDGETS, MAX_FACT_BYTES, MAX_GROUP_LABELS, MAX_LABELS, MAX_SERVICE_STATES,
-    MAX_TEXT_BYTES, fit,
+    MAX_APPS, MAX_BUDGETS, MAX_DEV_NODES, MAX_FACT_BYTES, MAX_GROUP_LABELS, MAX_LABELS,
+    MAX_SERVICE_STATES, MAX_TEXT_BYTES, fit,
 };
+pub use nodes::{DEV_NODE_DEPTH, tells_of};
 
 /// Down, retained: what the device should run, in brief.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -156,6 +158,16 @@ pub struct Inventory {
     pub disk_free_bytes: u64,
     /// Labels from the device's own configuration. Labels that the operator set on the hub win.
     pub labels: Labels,
+    /// Of the free bytes, those that images leave free; `None`: it did not say.
+    #[serde(default)]
+    pub disk_reserve_bytes: Option<u64>,
+    /// Whether its way out is one that costs money, so that it fetches no images now; `None`: it did not say.
+    #[serde(default)]
+    pub metered: Option<bool>,
+    /// The nodes below `/dev` that an app may ask for, sorted, those that [`tells_of`] means; at most [`MAX_DEV_NODES`] of
+    /// them. `None`: it did not say, or there are more.
+    #[serde(default)]
+    pub dev_nodes: Option<Vec<String>>,
 }
 
 /// One app in a [`Reported`].

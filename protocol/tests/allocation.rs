@@ -78,7 +78,7 @@ fn hostile_input_takes_bounded_memory() {
         }
     }
     // As many services as fit into a frame: five bytes each.
-    let mut body = vec![1, 1, 0, 1, b'1', 1, b'a', 1, b'6', 0, 0, 0, 0];
+    let mut body = vec![1, 1, 0, 1, b'1', 1, b'a', 1, b'6', 0, 0, 0, 0, 0, 0, 0];
     body.extend_from_slice(&[1, 1, b'a', 1, 1]);
     body.extend_from_slice(&[0; 32]);
     body.extend_from_slice(&[0, 0, 0, 0]);

@@ -277,6 +277,9 @@ fn reports_with_every_phase_and_reason() {
         memory_bytes: 1 << 30,
         disk_bytes: 16 << 30,
         disk_free_bytes: 7 << 30,
+        disk_reserve_bytes: Some(256 << 20),
+        metered: Some(false),
+        dev_nodes: Some(vec!["/dev/ttyUSB0".to_owned()]),
         labels: [("role".parse().unwrap(), "gateway".parse().unwrap())].into(),
     };
     message(

@@ -12,6 +12,7 @@ use foreshore_protocol::frame::MAX_FRAME_BYTES;
 use foreshore_protocol::message::{AppStatus, Beacon, Event, Inventory, PullProgress, Reported};
 use tokio::time::Instant;
 
+use crate::inventory;
 use crate::link::{Link, Outgoing, Receipt};
 use crate::state::Outbox;
 
@@ -51,6 +52,8 @@ pub(super) struct Uplink {
     seq: u64,
     report: Option<Reported>,
     reported_at: Option<Instant>,
+    /// The device is no more what the newest report says of it.
+    changed: bool,
     acknowledged: u64,
     /// The newest report has to be handed to the link.
     unsent: bool,
@@ -86,6 +89,7 @@ impl Uplink {
             seq: 0,
             report: None,
             reported_at: None,
+            changed: false,
             acknowledged: 0,
             unsent: false,
             urgent: false,
@@ -177,7 +181,7 @@ impl Uplink {
     pub(super) fn flush(
         &mut self,
         outbox: &Outbox,
-        inventory: impl FnOnce() -> Inventory,
+        inventory: impl Fn() -> Inventory,
         gauges: impl FnOnce() -> Gauges,
         pull: impl FnOnce() -> Option<PullProgress>,
     ) {
@@ -193,9 +197,9 @@ impl Uplink {
             self.resend_at = None;
         }
         let sent = self.flush_receipts()
-            && self.flush_report(now, inventory)
+            && self.flush_report(now, &inventory)
             && self.flush_events(outbox)
-            && self.flush_beacon(now, outbox, gauges)
+            && self.flush_beacon(now, outbox, gauges, &inventory)
             && self.flush_pull(now, pull);
         if !sent {
             self.busy_until = Some(now + BUSY_PAUSE);
@@ -231,6 +235,7 @@ impl Uplink {
             });
             self.unsent = true;
             self.urgent = false;
+            self.changed = false;
             self.reported_at = Some(now);
         }
         if let Some(report) = &self.report
@@ -246,9 +251,11 @@ impl Uplink {
     }
 
     fn is_changed(&self) -> bool {
-        self.report
-            .as_ref()
-            .is_none_or(|report| report.version != self.version || report.apps != self.apps)
+        self.changed
+            || self
+                .report
+                .as_ref()
+                .is_none_or(|report| report.version != self.version || report.apps != self.apps)
     }
 
     fn report_due(&self, now: Instant) -> bool {
@@ -277,9 +284,13 @@ impl Uplink {
         now: Instant,
         outbox: &Outbox,
         gauges: impl FnOnce() -> Gauges,
+        inventory: impl FnOnce() -> Inventory,
     ) -> bool {
         if self.beacon_at.is_none_or(|at| now < at) {
             return true;
+        }
+        if let Some(report) = &self.report {
+            self.changed |= inventory::differs(&report.inventory, &inventory());
         }
         self.beacon_seq += 1;
         self.beacon_at = Some(now + self.beacon_interval);

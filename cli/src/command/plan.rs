@@ -12,6 +12,8 @@ use crate::client::Hub;
 use crate::failure::{Failure, Outcome, code};
 use crate::output::{self, printable};
 
+mod preview;
+
 /// How many devices of a wave are named; `-o json` has them all.
 const NAMED: usize = 12;
 
@@ -139,7 +141,10 @@ fn print(answer: &PlanAnswer, out: &mut dyn Write) -> io::Result<()> {
     for warning in &answer.warnings {
         writeln!(out, "  warning: {}", printable(warning))?;
     }
-    Ok(())
+    match &answer.preview {
+        Some(preview) => preview::print(preview, out),
+        None => Ok(()),
+    }
 }
 
 fn named(wave: &PlanWave) -> String {
@@ -196,7 +201,8 @@ mod tests {
                     devices: devices(1..20),
                 },
             ],
-            warnings: vec!["device gw-7 is offline".to_owned()],
+            warnings: vec!["rollout 3 is under way; a new release takes its place".to_owned()],
+            preview: None,
         };
         let mut out = Vec::new();
         print(&answer, &mut out).unwrap();

@@ -82,6 +82,9 @@ pub(crate) fn device() -> DeviceView {
             memory_bytes: 1 << 30,
             disk_bytes: 16 << 30,
             disk_free_bytes: 9 << 30,
+            disk_reserve_bytes: None,
+            metered: None,
+            dev_nodes: None,
             labels: [].into(),
         }),
         apps: vec![AppStatus {

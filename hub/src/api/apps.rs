@@ -1,5 +1,7 @@
 //! `/apps`: apply, plan, list, undo, delete.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
@@ -13,7 +15,7 @@ use rusqlite::Connection;
 use super::{Failure, Hub, Segment};
 use crate::controller::apps::{self, Resolved};
 use crate::controller::lives::Lives;
-use crate::controller::{Change, ControlError, Effects, secrets};
+use crate::controller::{Change, ControlError, Effects, preview, secrets};
 use crate::store::{self, app::AppRow};
 
 pub(super) fn app_name(text: &str) -> Result<AppName, Failure> {
@@ -148,9 +150,10 @@ pub async fn plan(
     Segment(app): Segment,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<PlanAnswer>, Failure> {
-    let resolved = resolve(&api, &app, body).await?;
+    let resolved = Arc::new(resolve(&api, &app, body).await?);
     let seed = draw_seed()?;
     let (now, listening) = (api.controller.now(), api.controller.listening());
+    let asking = Arc::clone(&resolved);
     let read = move |connection: &Connection| {
         let change = Change {
             connection,
@@ -159,9 +162,17 @@ pub async fn plan(
             lives: &mut Lives::default(),
             effects: Effects::default(),
         };
-        apps::plan(&change, &resolved, seed)
+        let answer = apps::plan(&change, &asking, seed)?;
+        let names = &asking.app.spec.image_pull_secrets;
+        let logins = secrets::logins(connection, &answer.app, names)?;
+        Ok::<_, ControlError>((answer, preview::ahead(connection, &asking)?, logins))
     };
-    Ok(Json(api.controller.store().read(read).await?))
+    let (mut answer, ahead, logins) = api.controller.store().read(read).await?;
+    let images = api.images.look(ahead.asked.clone(), logins).await?;
+    let read =
+        move |connection: &Connection| preview::preview(connection, &resolved, ahead, images);
+    answer.preview = Some(api.controller.store().read(read).await?);
+    Ok(Json(answer))
 }
 
 /// `POST /apps/{app}/undo`.

@@ -185,18 +185,21 @@ pub fn current_release(
     )))
 }
 
-/// What [`apply`] would do now. Changes nothing.
+/// What [`apply`] would do now. Changes nothing. What it would ask of each device is for [`super::preview`] to say.
 ///
 /// # Errors
 ///
-/// Those of [`apply`].
+/// Those of [`apply`], but that a secret may be missing.
 pub fn plan(
     change: &Change<'_>,
     resolved: &Resolved,
     seed: u64,
 ) -> Result<PlanAnswer, ControlError> {
     let name = &resolved.app.metadata.name;
-    secrets::check(change.connection, &resolved.release)?;
+    // Those are said with everything else that is in the way.
+    if secrets::unset(change.connection, &resolved.release)?.is_empty() {
+        secrets::check(change.connection, &resolved.release)?;
+    }
     let existing = store::app::get(change.connection, name)?.filter(|app| !app.deleting);
     let outcome = outcome(change, existing.as_ref(), resolved)?;
     let current = match &existing {
@@ -204,7 +207,7 @@ pub fn plan(
         None => None,
     };
     let before = match current {
-        Some(digest) => release(change.connection, &digest)?,
+        Some(digest) => store::preview::release(change.connection, &digest)?,
         None => None,
     };
     let selected: BTreeMap<DeviceId, Labels> = store::device::all_labels(change.connection)?
@@ -236,6 +239,7 @@ pub fn plan(
         services: service_changes(&before, &resolved.release.services),
         waves,
         warnings,
+        preview: None,
     })
 }
 
@@ -266,25 +270,6 @@ fn warnings(
     if selected.is_empty() {
         warnings.push("no device matches the selector".to_owned());
     }
-    let mut offline = Vec::new();
-    for device in selected.keys() {
-        if store::device::link(connection, device)?.is_some_and(|link| !link.online) {
-            offline.push(device.as_str());
-        }
-    }
-    if !offline.is_empty() {
-        let names = offline
-            .iter()
-            .take(5)
-            .copied()
-            .collect::<Vec<_>>()
-            .join(", ");
-        let more = if offline.len() > 5 { ", …" } else { "" };
-        warnings.push(format!(
-            "{} devices are offline and get it when they return: {names}{more}",
-            offline.len()
-        ));
-    }
     let live =
         store::rollout::newest_header(connection, app)?.filter(|rollout| !rollout.state.is_final());
     if let (Some(live), true) = (live, exists) {
@@ -302,14 +287,6 @@ fn warnings(
         ));
     }
     Ok(warnings)
-}
-
-fn release(
-    connection: &rusqlite::Connection,
-    digest: &Digest,
-) -> rusqlite::Result<Option<Release>> {
-    let bytes = store::app::release_bytes(connection, digest)?;
-    Ok(bytes.and_then(|bytes| Release::from_bytes(&bytes, digest).ok()))
 }
 
 fn service_changes(

@@ -191,6 +191,28 @@ pub fn logins(
     names.iter().map(read).collect()
 }
 
+/// The secrets that a release names and that are not set, by name.
+///
+/// # Errors
+///
+/// When the store fails.
+pub fn unset(connection: &Connection, release: &Release) -> rusqlite::Result<BTreeSet<SecretName>> {
+    let mounts = release
+        .services
+        .values()
+        .flat_map(|service| &service.secrets);
+    let names = mounts
+        .map(|mount| &mount.source)
+        .chain(&release.image_pull_secrets);
+    let mut unset = BTreeSet::new();
+    for name in names {
+        if store::secret::get(connection, name)?.is_none() {
+            unset.insert(name.clone());
+        }
+    }
+    Ok(unset)
+}
+
 /// Whether every secret that a release names is there and can be what it is asked to be.
 ///
 /// # Errors

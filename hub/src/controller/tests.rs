@@ -277,6 +277,9 @@ fn reported(
         memory_bytes: 1,
         disk_bytes: 1,
         disk_free_bytes: 1,
+        disk_reserve_bytes: None,
+        metered: None,
+        dev_nodes: None,
         labels,
     };
     Reported {

@@ -9,6 +9,7 @@ mod images;
 mod leases;
 mod logins;
 mod peers;
+mod preview;
 mod push;
 mod remove;
 mod repair;

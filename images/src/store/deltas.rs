@@ -14,9 +14,9 @@ use crate::registry::{Client, FetchError, Referrer};
 use crate::{Digest, Fault, Reference};
 
 /// Layers that are smaller together are not worth two questions.
-const WORTH_ASKING: u64 = 64 << 10;
+pub const DELTAS_WORTH_ASKING: u64 = 64 << 10;
 /// How many deltas are looked at.
-const LOOKED_AT: usize = 4;
+pub const DELTAS_LOOKED_AT: usize = 4;
 
 /// How a layer is made of what is here.
 #[derive(Debug, Clone)]
@@ -48,7 +48,7 @@ impl Store {
             .fold(0_u64, |sum, size| sum.saturating_add(*size));
         let has_layers = fs::read_dir(self.root.join("layers"))
             .is_ok_and(|mut entries| entries.next().is_some());
-        if !has_layers || bytes < WORTH_ASKING {
+        if !has_layers || bytes < DELTAS_WORTH_ASKING {
             return Leanings::new();
         }
         self.best(client, reference, selected, &missing)
@@ -84,7 +84,7 @@ impl Store {
         // From images that are here first; where the registry does not say, perhaps.
         offered.sort_by_key(|referrer| !self.may_have(referrer));
         let mut best = (0, Leanings::new());
-        for referrer in offered.iter().take(LOOKED_AT) {
+        for referrer in offered.iter().take(DELTAS_LOOKED_AT) {
             let raw = client.manifest_once(&reference.with_digest(referrer.digest))?;
             let artifact = match Artifact::parse(&raw.bytes) {
                 Ok(artifact) if artifact.subject.digest == subject => artifact,

@@ -36,7 +36,7 @@ const LEDGER: &str = "ledger";
 
 /// What a layer unpacks to at most, usually: as long as its blob where it is not compressed, 4 times that with gzip
 /// (a Debian system has 2.8) and 5 times with anything else (zstd at its best has 3.7).
-fn unpacked_estimate(layer: &Descriptor) -> u64 {
+pub(super) fn unpacked_estimate(layer: &Descriptor) -> u64 {
     let media_type = layer.media_type.as_str();
     let times = if media_type.ends_with("gzip") {
         4

@@ -24,6 +24,9 @@ pub const MAX_TEXT_BYTES: usize = 512;
 /// Bytes of a text about a device, such as its kernel's version.
 pub const MAX_FACT_BYTES: usize = 256;
 
+/// Nodes in an [`Inventory`].
+pub const MAX_DEV_NODES: usize = 128;
+
 /// Labels in an [`Inventory`].
 pub const MAX_LABELS: usize = 64;
 
@@ -84,12 +87,16 @@ impl Reported {
 }
 
 impl Reported {
-    /// The same report, with less detail where it would not fit into a frame of `max_bytes`: first all texts are
-    /// cut to 64 bytes, then services are left out, well ones before others, and at last all that
+    /// The same report, with less detail where it would not fit into a frame of `max_bytes`: first the device's nodes are
+    /// not told, then all texts are cut to 64 bytes, then services are left out, well ones before others, and at last all that
     /// reasons say besides their code. The phase of every app and what runs is never left out.
     #[must_use]
     pub fn fitted(mut self, max_bytes: usize) -> Self {
         let fits = |report: &Self| crate::frame::encode(report).len() <= max_bytes;
+        if fits(&self) {
+            return self;
+        }
+        self.inventory.dev_nodes = None;
         if fits(&self) {
             return self;
         }
@@ -125,7 +132,13 @@ impl Inventory {
             facts.into_iter().all(|fact| fact.len() <= MAX_FACT_BYTES),
             "a fact about the device of more than 256 bytes",
         )?;
-        ensure(self.labels.len() <= MAX_LABELS, "more than 64 labels")
+        ensure(self.labels.len() <= MAX_LABELS, "more than 64 labels")?;
+        let nodes = self.dev_nodes.as_deref().unwrap_or_default();
+        ensure(nodes.len() <= MAX_DEV_NODES, "more than 128 device nodes")?;
+        ensure(
+            nodes.iter().all(|node| node.len() <= MAX_FACT_BYTES),
+            "the name of a device node of more than 256 bytes",
+        )
     }
 }
 
@@ -236,6 +249,9 @@ mod tests {
                 disk_bytes: u64::MAX,
                 disk_free_bytes: u64::MAX,
                 labels: (0..labels).map(label).collect(),
+                disk_reserve_bytes: Some(u64::MAX),
+                metered: Some(true),
+                dev_nodes: Some(vec!["n".repeat(64); MAX_DEV_NODES]),
             },
             apps: (0..MAX_APPS).map(app).collect(),
         }

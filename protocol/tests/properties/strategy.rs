@@ -215,10 +215,25 @@ fn inventory() -> impl Strategy<Value = Inventory> {
         "\\PC{0,60}",
         any::<[u64; 3]>(),
         labels(),
+        (
+            option::of(any::<u64>()),
+            option::of(any::<bool>()),
+            option::of(prop::collection::vec("/dev/[a-z]{1,20}", 0..4)),
+        ),
     )
         .prop_map(
-            |(agent_version, arch, kernel, [memory_bytes, disk_bytes, disk_free_bytes], labels)| {
+            |(
+                agent_version,
+                arch,
+                kernel,
+                [memory_bytes, disk_bytes, disk_free_bytes],
+                labels,
+                (disk_reserve_bytes, metered, dev_nodes),
+            )| {
                 Inventory {
+                    disk_reserve_bytes,
+                    metered,
+                    dev_nodes,
                     agent_version,
                     arch: arch.to_owned(),
                     kernel,
