@@ -29,6 +29,7 @@
 //! | [`http`] | connections |
 
 pub mod api;
+pub mod backup;
 pub mod broker;
 pub mod clock;
 pub mod config;

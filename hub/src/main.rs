@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use foreshore_hub::broker::mosquitto::{self, MosquittoConfig};
 use foreshore_hub::config::Config;
 use foreshore_hub::store::{self, Store, StoreError};
-use foreshore_hub::{process, secrets};
+use foreshore_hub::{backup, process, secrets};
 use foreshore_protocol::DeviceId;
 
 /// The Foreshore hub: holds what should run where, and rolls changes out to devices in waves.
@@ -42,11 +42,32 @@ enum Command {
     /// Log levels come from RUST_LOG, for example RUST_LOG=debug; the default is info.
     #[command(verbatim_doc_comment)]
     Run(Run),
-    /// Begin a new epoch after a backup was restored.
+    /// Write a backup of the hub's data into a directory; the hub may run.
     ///
-    /// A restored database is older than what devices have seen, so they refuse what it says (the hub records
-    /// `device-ahead` events). A new epoch is above every version before, and devices obey again. The hub must
-    /// not run meanwhile.
+    /// It holds the database as of one moment and the hub's secrets, and with --images the images that the hub
+    /// serves. Keep it as safe as the data directory: whoever reads it can act for the hub.
+    ///
+    ///     foreshore-hub backup --data /var/lib/foreshore-hub --to /mnt/backup/2026-11-21
+    #[command(verbatim_doc_comment)]
+    Backup(Backup),
+    /// Make a hub's data directory of a backup.
+    ///
+    /// The database is then older than what devices have seen. A new epoch begins, and each device is told
+    /// something only after it has said what it has. One that has more than the backup knows of keeps what it runs,
+    /// and is held (`foreshore get devices` shows it) until `foreshore device release DEVICE` gives it what the hub
+    /// has for it. All others go on as if nothing had happened.
+    ///
+    /// Without images in the backup, those that are in the data directory's `images` stay; what is missing has to be
+    /// imported again.
+    ///
+    ///     foreshore-hub restore --from /mnt/backup/2026-11-21 --data /var/lib/foreshore-hub
+    #[command(verbatim_doc_comment)]
+    Restore(Restore),
+    /// Begin a new epoch, after a database was put back by other means than `restore`.
+    ///
+    /// Such a database is older than what devices have seen, so they refuse what it says (the hub records
+    /// `device-ahead` events). From a new epoch on they are treated as after `restore`. The hub must not run
+    /// meanwhile.
     NewEpoch(Data),
     /// Write a configuration for mosquitto, to be used as an external broker.
     ///
@@ -94,6 +115,29 @@ struct Run {
 }
 
 #[derive(Debug, Args)]
+struct Backup {
+    /// The hub's data directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    data: PathBuf,
+    /// Where to write it: an empty directory, or one that is to be made.
+    #[arg(long, value_name = "DIRECTORY")]
+    to: PathBuf,
+    /// Copy the images that the hub serves as well.
+    #[arg(long)]
+    images: bool,
+}
+
+#[derive(Debug, Args)]
+struct Restore {
+    /// The backup.
+    #[arg(long, value_name = "DIRECTORY")]
+    from: PathBuf,
+    /// The data directory to make; it must hold no hub.db.
+    #[arg(long, value_name = "DIRECTORY")]
+    data: PathBuf,
+}
+
+#[derive(Debug, Args)]
 struct Data {
     /// The hub's data directory.
     #[arg(long, value_name = "DIRECTORY")]
@@ -106,6 +150,8 @@ const LINGER: std::time::Duration = std::time::Duration::from_secs(1);
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run(run) => run_hub(run),
+        Command::Backup(arguments) => write_backup(&arguments),
+        Command::Restore(arguments) => restore(&arguments),
         Command::NewEpoch(Data { data }) => new_epoch(&data),
         Command::MosquittoConfig(arguments) => mosquitto_config(arguments),
     };
@@ -178,6 +224,34 @@ fn start_logging() {
         .with_writer(std::io::stderr)
         .with_ansi(terminal)
         .init();
+}
+
+fn write_backup(arguments: &Backup) -> anyhow::Result<()> {
+    let contents = backup::write(&arguments.data, &arguments.to, arguments.images)?;
+    let images = if arguments.images {
+        format!("{} bytes of images", contents.image_bytes)
+    } else {
+        "no images".to_owned()
+    };
+    println!(
+        "{}: {} devices, {images}",
+        arguments.to.display(),
+        contents.devices
+    );
+    Ok(())
+}
+
+fn restore(arguments: &Restore) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&arguments.data)
+        .with_context(|| format!("failed to make {}", arguments.data.display()))?;
+    let _lock = process::lock(&arguments.data)?;
+    let (epoch, contents) = backup::restore(&arguments.from, &arguments.data)?;
+    println!("epoch {epoch}, {} devices", contents.devices);
+    eprintln!(
+        "devices that went on without this backup keep what they run, and are held once they connect; \
+         see `foreshore get devices` and `foreshore device release`"
+    );
+    Ok(())
 }
 
 fn new_epoch(data: &Path) -> anyhow::Result<()> {

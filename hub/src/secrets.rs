@@ -48,6 +48,12 @@ impl std::fmt::Debug for Secret {
     }
 }
 
+/// Their files in the data directory.
+pub const FILES: [&str; 3] = [API, JOIN, HUB];
+const API: &str = "api-token";
+const JOIN: &str = "join-token";
+const HUB: &str = "hub-secret";
+
 /// The three secrets of a hub.
 #[derive(Debug, Clone)]
 pub struct Secrets {
@@ -116,9 +122,9 @@ impl Secrets {
                 source,
             })?;
         Ok(Self {
-            api: load_or_create(&data.join("api-token"))?,
-            join: load_or_create(&data.join("join-token"))?,
-            hub: load_or_create(&data.join("hub-secret"))?,
+            api: load_or_create(&data.join(API))?,
+            join: load_or_create(&data.join(JOIN))?,
+            hub: load_or_create(&data.join(HUB))?,
         })
     }
 }

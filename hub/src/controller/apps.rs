@@ -421,7 +421,8 @@ pub fn patch_labels(
     membership::refresh_device(change, device, Beyond::Refused)
 }
 
-/// Holds a device for that reason, so that no rollout offers it anything, or (`None`) lets it go.
+/// Holds a device for that reason, so that no rollout offers it anything, or (`None`) lets it go. One that went on without
+/// a restored backup gives up by that what it has beyond it.
 ///
 /// # Errors
 ///
@@ -438,7 +439,12 @@ pub fn hold(
     });
     let changed = store::device::put_held(change.connection, device, reason)?
         .ok_or_else(|| ControlError::UnknownDevice(device.clone()))?;
-    if !changed {
+    let overruled = reason.is_none() && store::device::confirm(change.connection, device)?;
+    if overruled {
+        store::desired::bump(change.connection, device)?;
+        change.effects.publish = true;
+    }
+    if !changed && !overruled {
         return Ok(());
     }
     change
@@ -448,6 +454,10 @@ pub fn hold(
     let (kind, message) = match reason {
         Some("") => ("device-held", "by an operator".to_owned()),
         Some(reason) => ("device-held", format!("by an operator: {reason}")),
+        None if overruled => (
+            "device-released",
+            "by an operator; what it has beyond the restored backup is overruled".to_owned(),
+        ),
         None => ("device-released", "by an operator".to_owned()),
     };
     Ok(change.event(kind).device(device).record(message)?)

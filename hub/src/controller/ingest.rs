@@ -13,7 +13,8 @@ use super::membership::{self, Beyond};
 use super::{Change, ControlError, apps, leases, secrets};
 use crate::broker::HUB_NAME;
 use crate::rollout::UnixMs;
-use crate::store::{self, device::LinkState};
+use crate::store;
+use crate::store::device::{LinkState, Restored};
 
 /// Something that a device said.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,7 +101,12 @@ pub fn ingest(change: &mut Change<'_>, batch: &[Inbound]) -> Result<Receipts, Co
                 &inbound.device,
             )?);
         }
-        warn_if_ahead(change, &inbound.device, &before, &link)?;
+        if let Some(restored) = link.restored {
+            let asked = receipts.entry(inbound.device.clone()).or_default();
+            compare(change, inbound, restored, asked)?;
+        } else {
+            warn_if_ahead(change, &inbound.device, &before, &link)?;
+        }
         if before != link {
             store::device::put_link(change.connection, &inbound.device, &link)?;
         }
@@ -167,6 +173,52 @@ fn warn_if_ahead(
         "it has stored {accepted}, and the hub's newest for it is {desired}: this database is older than the \
          device has seen; stop the hub and run `foreshore-hub new-epoch`, so that devices obey it again"
     ))
+}
+
+/// A device of a restored backup speaks. If it has no more than the backup knows of, it goes on as if nothing had
+/// happened. If it has, it keeps what it runs, and an operator decides.
+fn compare(
+    change: &mut Change<'_>,
+    inbound: &Inbound,
+    Restored(known): Restored,
+    receipt: &mut Receipt,
+) -> Result<(), ControlError> {
+    let device = &inbound.device;
+    let has = match &inbound.message {
+        // What the broker kept may be older than what the device has stored since.
+        _ if inbound.retained => None,
+        Message::Presence(presence) => presence.online.then_some(presence.version),
+        Message::Reported(reported) => Some(reported.version),
+        Message::Beacon(beacon) => Some(beacon.version),
+        Message::Event(_) | Message::LeaseRequest(_) => None,
+    };
+    let Some(has) = has else {
+        receipt.resync |= inbound.retained;
+        return Ok(());
+    };
+    let Some(beyond) = has.filter(|has| Some(*has) > known) else {
+        store::device::confirm(change.connection, device)?;
+        if let Some(link) = store::device::link(change.connection, device)?
+            && let Some(desired) = link.desired.filter(|desired| Some(*desired) > has)
+        {
+            store::desired::enqueue(change.connection, device, desired)?;
+        }
+        change.effects.publish = true;
+        return Ok(());
+    };
+    let known = known.map_or_else(|| "none".to_owned(), |version| version.to_string());
+    let reason = format!(
+        "it has {beyond}, and the backup that this hub was restored from knows {known}: it keeps what it runs until it is \
+         released"
+    );
+    if store::device::held(change.connection, device)?.is_none() {
+        store::device::put_held(change.connection, device, Some(&reason))?;
+        tracing::warn!(%device, has = %beyond, %known, "a device went on without the restored backup");
+        change.event("device-ahead").device(device).record(format!(
+            "{reason}; `foreshore device release {device}` gives it what the hub has for it"
+        ))?;
+    }
+    Ok(())
 }
 
 struct Device<'a> {

@@ -233,8 +233,10 @@ pub fn waiting_heads(
     rests: impl Fn(&DeviceId, Version) -> bool,
 ) -> rusqlite::Result<Vec<(DeviceId, Head)>> {
     let mut devices: Vec<DeviceId> = Vec::new();
-    let mut waiting = connection
-        .prepare_cached("SELECT device, epoch, generation FROM outbox ORDER BY device")?;
+    let mut waiting = connection.prepare_cached(
+        "SELECT device, epoch, generation FROM outbox JOIN device ON device.id = outbox.device
+             WHERE restored_epoch IS NULL ORDER BY device",
+    )?;
     let mut rows = waiting.query([])?;
     while devices.len() < limit
         && let Some(row) = rows.next()?
@@ -444,8 +446,11 @@ pub fn latest(connection: &Connection) -> rusqlite::Result<UnixMs> {
         .map(UnixMs)
 }
 
-/// Begins a new epoch: every desired state is newer than any that devices may have seen from a later life of
-/// this database, and is published again.
+/// Begins a new epoch: what is written from now on is newer than anything that devices may have seen from a later life
+/// of this database. No device is told anything before it has said which version it has ([`device::Restored`]), so that
+/// none goes back to what this database says without anybody's noticing.
+///
+/// [`device::Restored`]: super::device::Restored
 ///
 /// # Errors
 ///
@@ -454,8 +459,9 @@ pub fn begin_epoch(connection: &Connection) -> rusqlite::Result<Epoch> {
     connection.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'", [])?;
     let epoch = epoch(connection)?;
     connection.execute(
-        "UPDATE device SET desired_epoch = ?1 WHERE desired_generation IS NOT NULL",
-        [epoch.get()],
+        "UPDATE device SET online = 0, restored_epoch = coalesce(restored_epoch, desired_epoch, 0),
+             restored_generation = coalesce(restored_generation, desired_generation, 0)",
+        [],
     )?;
     connection.execute(
         "UPDATE device_secrets SET epoch = ?1 WHERE generation IS NOT NULL",

@@ -34,7 +34,13 @@ pub struct LinkState {
     pub repair_at: UnixMs,
     /// Repairs in a row that did not help.
     pub repair_tries: u32,
+    /// The database is a restored backup, and has not heard yet whether this device went on without it.
+    pub restored: Option<Restored>,
 }
+
+/// What a restored backup says of a device: the newest desired state that it was given until then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Restored(pub Option<Version>);
 
 /// Makes a device; it was just heard of for the first time.
 ///
@@ -60,7 +66,7 @@ pub fn link(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
         .prepare_cached(
             "SELECT session, online, last_seen_ms, boot, reported_seq, event_seq, event_gap,
                     accepted_epoch, accepted_generation, desired_epoch, desired_generation,
-                    repair_at_ms, repair_tries
+                    repair_at_ms, repair_tries, restored_epoch, restored_generation
              FROM device WHERE id = ?1",
         )?
         .query_row([device.as_str()], |row| {
@@ -76,12 +82,13 @@ pub fn link(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
                 desired: column::version_option(row, 9)?,
                 repair_at: UnixMs(row.get(11)?),
                 repair_tries: row.get(12)?,
+                restored: restored(row)?,
             })
         })
         .optional()
 }
 
-/// Writes what [`link`] read and the caller changed; `desired` is not written here.
+/// Writes what [`link`] read and the caller changed; `desired` and `restored` are not written here.
 ///
 /// # Errors
 ///
@@ -113,6 +120,29 @@ pub fn put_link(
             link.repair_tries,
         ])?;
     Ok(())
+}
+
+fn restored(row: &Row<'_>) -> rusqlite::Result<Option<Restored>> {
+    match row.get::<_, Option<u64>>(13)? {
+        None => Ok(None),
+        Some(0) => Ok(Some(Restored(None))),
+        Some(_) => column::version(row, 13).map(|version| Some(Restored(Some(version)))),
+    }
+}
+
+/// From now on a device is told what this database says, although it is a restored backup; whether it was not before.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn confirm(connection: &Connection, device: &DeviceId) -> rusqlite::Result<bool> {
+    let changed = connection
+        .prepare_cached(
+            "UPDATE device SET restored_epoch = NULL, restored_generation = NULL
+             WHERE id = ?1 AND restored_epoch IS NOT NULL",
+        )?
+        .execute([device.as_str()])?;
+    Ok(changed > 0)
 }
 
 /// Keeps the gauges of a beacon.
@@ -399,6 +429,17 @@ pub fn put_held(
         .prepare_cached("UPDATE device SET held = ?2 WHERE id = ?1")?
         .execute(params![device.as_str(), held])?;
     Ok(before.map(|before| before.as_deref() != held))
+}
+
+/// Why a device is held; `None` when it is not.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn held(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Option<String>> {
+    connection
+        .prepare_cached("SELECT held FROM device WHERE id = ?1")?
+        .query_row([device.as_str()], |row| row.get(0))
 }
 
 /// Applies a label patch to the operator's labels: how many there were and are; `None` when the device is unknown.

@@ -14,6 +14,7 @@ const MIGRATIONS: &[&str] = &[
     LEASES,
     HOLDS,
     PULSE,
+    RESTORED,
 ];
 
 /// Disruption budgets, whom they hold for, and whose turn it is.
@@ -117,6 +118,12 @@ BEGIN
     UPDATE pulse SET devices = devices + 1
         WHERE online = NEW.online AND hour = iif(NEW.online, 0, NEW.last_seen_ms / 3600000);
 END;
+";
+
+/// The version that a restored backup has for a device, until the device has said which one it has (0, 0: none).
+const RESTORED: &str = "
+ALTER TABLE device ADD COLUMN restored_epoch INTEGER;
+ALTER TABLE device ADD COLUMN restored_generation INTEGER;
 ";
 
 /// What the hub fetched from other registries for its site.

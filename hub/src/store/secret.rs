@@ -394,8 +394,9 @@ pub fn waiting(
     rests: impl Fn(&DeviceId, Version) -> bool,
 ) -> rusqlite::Result<Vec<(DeviceId, Version, SealedSecrets)>> {
     let mut statement = connection.prepare_cached(
-        "SELECT device, d.epoch, d.generation, key, wanted FROM outbox_secrets JOIN device_secrets d USING (device)
-         WHERE untrusted IS NULL ORDER BY device",
+        "SELECT d.device, d.epoch, d.generation, key, wanted FROM outbox_secrets JOIN device_secrets d USING (device)
+             JOIN device ON device.id = d.device
+         WHERE untrusted IS NULL AND restored_epoch IS NULL ORDER BY d.device",
     )?;
     let mut rows = statement.query([])?;
     let mut bundles = Vec::new();

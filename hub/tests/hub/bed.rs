@@ -169,7 +169,7 @@ impl Bed {
         self.path("data")
     }
 
-    fn program() -> Command {
+    pub(crate) fn program() -> Command {
         Command::new(env!("CARGO_BIN_EXE_foreshore-hub"))
     }
 
