@@ -67,7 +67,8 @@ BEGIN INSERT OR IGNORE INTO news_gone VALUES (OLD.id); END;
 ///
 /// When SQLite fails.
 pub fn watch(connection: &Connection) -> rusqlite::Result<()> {
-    connection.pragma_update(None, "temp_store", "MEMORY")?;
+    // `temp_store` stays as it is: with MEMORY, SQLite keeps what a savepoint needs for going back in a list that it
+    // walks at the end of every statement, and a change of many rows takes minutes (measured).
     connection.execute_batch(WATCH)
 }
 

@@ -234,7 +234,8 @@ pub fn holding_slots(
 ) -> rusqlite::Result<Vec<(DeviceId, Assignment)>> {
     connection
         .prepare_cached(
-            "SELECT device, body FROM assignment WHERE rollout = ?1 AND busy ORDER BY device",
+            "SELECT device, body FROM assignment INDEXED BY assignment_busy
+             WHERE rollout = ?1 AND busy ORDER BY device",
         )?
         .query_map([rollout], |row| {
             Ok((column::parsed(row, 0)?, column::json(row, 1)?))
