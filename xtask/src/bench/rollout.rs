@@ -15,7 +15,7 @@ const FLEETS: [u32; 3] = [1_000, 10_000, 100_000];
 pub(super) fn run(reports: u32) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     println!(
-        "\na device's report, by the number of devices in the rollout; {reports} reports each"
+        "\na device's report, by the number of devices in the rollout, at most {reports} reports each"
     );
     println!(
         "{:>8} {:>9} {:>9} {:>9} {:>11} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7}",
@@ -51,8 +51,8 @@ pub(super) fn run(reports: u32) -> anyhow::Result<()> {
     }
     println!(
         "engine: advance and apply, in memory; all at once: the same looking at every device, ms; commit: a change of one \
-         row; report: taken in and decided on, each in transactions of its own; batch: each of up to 512 together; cold: the \
-         first after a start; bytes: memory for each device"
+         row; report: taken in and decided on, each in transactions of its own; batch: each of 100 together; cold: the \
+         first after a start; bytes: memory for each device. Medians where nothing else is said"
     );
     Ok(())
 }
