@@ -23,6 +23,8 @@ struct Hub {
     connection: Connection,
     now: UnixMs,
     lives: Lives,
+    /// Whether what is kept in memory is compared with what is stored, after every change.
+    compare: bool,
 }
 
 fn device(name: &str) -> DeviceId {
@@ -66,6 +68,7 @@ impl Hub {
             connection: memory(),
             now: UnixMs(1_000_000_000_000),
             lives: Lives::default(),
+            compare: true,
         }
     }
 
@@ -84,7 +87,9 @@ impl Hub {
                     .unwrap();
             }
         }
-        // What is kept in memory is what is stored, after every change of every test.
+        if !self.compare {
+            return changed;
+        }
         let wrong = self.lives.discrepancy(&self.connection).unwrap();
         assert_eq!(wrong, None, "{}", wrong.as_deref().unwrap_or_default());
         assert_eq!(counted(&self.connection), recounted(&self.connection));
