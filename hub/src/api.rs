@@ -29,6 +29,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, patch, post};
 use tokio::sync::{Semaphore, watch};
 
+use crate::analysis::Hosts;
 use crate::config::BrokerKind;
 use crate::controller::Controller;
 use crate::images::Images;
@@ -82,6 +83,8 @@ pub struct Api {
     pub readers: Arc<Semaphore>,
     /// The largest image archive, in bytes.
     pub max_image_bytes: u64,
+    /// Whom analysis may ask.
+    pub analysis_hosts: Hosts,
     /// True once the hub is stopping: streams end.
     pub stopping: watch::Receiver<bool>,
 }

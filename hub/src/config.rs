@@ -8,6 +8,7 @@ use foreshore_images::Reference;
 use foreshore_images::registry::{ClientConfig, RegistryEntry};
 use serde::Deserialize;
 
+use crate::analysis::Hosts;
 use crate::images::HUB_HOST;
 use crate::images::through::Upstreams;
 use crate::registry;
@@ -33,6 +34,9 @@ pub struct Config {
     /// Turns under disruption budgets.
     #[serde(default)]
     pub leases: LeaseConfig,
+    /// Whom the hub may ask whether a release is well.
+    #[serde(default)]
+    pub analysis: AnalysisConfig,
     /// The hub's own registry.
     #[serde(default)]
     pub registry: OwnRegistry,
@@ -83,6 +87,28 @@ impl LeaseConfig {
         } else {
             Err(ConfigError::Leases(self.ttl_s))
         }
+    }
+}
+
+/// `[analysis]`: the gates of waves that ask somebody.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AnalysisConfig {
+    /// Whom they may ask: `HOST:PORT`, or `HOST` for ports 80 and 443. Whoever may apply apps makes the hub ask these, and
+    /// no others. Default: nobody.
+    pub hosts: Vec<String>,
+    /// Certificates of authorities, PEM, instead of Mozilla's.
+    pub ca_file: Option<PathBuf>,
+}
+
+impl AnalysisConfig {
+    /// Whom they may ask.
+    ///
+    /// # Errors
+    ///
+    /// When one is no host.
+    pub fn hosts(&self) -> Result<Hosts, ConfigError> {
+        Hosts::parse(&self.hosts).map_err(ConfigError::Analysis)
     }
 }
 
@@ -193,6 +219,11 @@ pub enum ConfigError {
     /// `[leases]` is out of range.
     #[error("[leases] ttl_s must be 10 to 3600, not {0}")]
     Leases(u64),
+    /// `[analysis]` names something else than hosts.
+    #[error(
+        "[analysis] hosts: {0:?} is no host; write \"HOST:PORT\", or \"HOST\" for ports 80 and 443"
+    )]
+    Analysis(String),
     /// An upstream is not one.
     #[error("[registry.upstreams.\"{name}\"] {message}")]
     Upstream {
@@ -225,6 +256,7 @@ impl Config {
         })?;
         config.broker.check()?;
         config.leases.check()?;
+        config.analysis.hosts()?;
         Ok(config)
     }
 
@@ -236,6 +268,7 @@ impl Config {
             api: ApiConfig::default(),
             broker: BrokerConfig::default(),
             leases: LeaseConfig::default(),
+            analysis: AnalysisConfig::default(),
             registry: OwnRegistry::default(),
             registries: BTreeMap::new(),
         }

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`change`] | the transaction at hand and what follows from it |
 //! | [`apps`] | apply, plan, undo, delete |
+//! | [`analysis`] | what the gates of waves answer that somebody is asked for |
 //! | [`rollouts`] | opening, advancing and commanding rollouts |
 //! | [`lives`] | rollouts that are kept in memory |
 //! | [`membership`] | which device an app selects, and what newcomers get |
@@ -36,6 +37,7 @@ use crate::clock::HubClock;
 use crate::rollout::{Refused, UnixMs};
 use crate::store::{self, Store, StoreError};
 
+pub mod analysis;
 pub mod apps;
 pub mod change;
 pub mod disruption_budgets;
@@ -175,6 +177,32 @@ pub enum ControlError {
         /// What is wrong with it; nothing of its content.
         problem: LoginsError,
     },
+    /// An analysis asks a host that the hub is not configured to ask.
+    #[error(
+        "analysis {analysis} of app {app} asks {host}, which the hub may not; whoever runs the hub allows it in hub.toml: \
+         [analysis] hosts = [\"{host}\"]"
+    )]
+    AnalysisHost {
+        /// Which.
+        analysis: String,
+        /// Of which app.
+        app: AppName,
+        /// `HOST:PORT`.
+        host: String,
+    },
+    /// An analysis sends a secret that the hub does not have, or that cannot be sent.
+    #[error(
+        "analysis {analysis} of app {app} sends secret {secret}, which is not set or is no token; run `foreshore secret set \
+         {secret}` first"
+    )]
+    AnalysisSecret {
+        /// Which.
+        secret: SecretName,
+        /// Of which analysis.
+        analysis: String,
+        /// Of which app.
+        app: AppName,
+    },
     /// A device is sent only so much.
     #[error(
         "the secrets of app {0} have more than {MAX_BUNDLE_BYTES} bytes together; share fewer or smaller ones"
@@ -261,6 +289,7 @@ struct Inner {
     news: Notify,
     publish: Notify,
     send_leases: Notify,
+    ask: Notify,
     events: watch::Sender<()>,
 }
 
@@ -286,6 +315,7 @@ impl Controller {
                 news: Notify::new(),
                 publish: Notify::new(),
                 send_leases: Notify::new(),
+                ask: Notify::new(),
                 events: watch::Sender::new(()),
             }),
         }
@@ -318,6 +348,11 @@ impl Controller {
     /// Wakes once when there are leases to send.
     pub async fn lease_news(&self) {
         self.inner.send_leases.notified().await;
+    }
+
+    /// Wakes once when it may be time to ask an analysis.
+    pub async fn analysis_news(&self) {
+        self.inner.ask.notified().await;
     }
 
     /// Changes whenever an event was recorded.
@@ -415,6 +450,9 @@ impl Controller {
             let keyed = leases.map(|(device, lease)| ((device, lease.app.clone()), lease));
             lock(&self.inner.leases).extend(keyed);
             self.inner.send_leases.notify_one();
+        }
+        if effects.analysis {
+            self.inner.ask.notify_one();
         }
         if effects.turns {
             self.inner.news.notify_one();

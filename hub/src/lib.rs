@@ -24,10 +24,12 @@
 //! | [`broker`] | the embedded broker, and files for an external one |
 //! | [`link`] | the hub as an MQTT client |
 //! | [`images`] | tags to digests, archives to blobs |
+//! | [`analysis`] | asking others whether a release is well |
 //! | [`api`] | REST, health, metrics |
 //! | [`registry`] | `/v2/`: imported images for devices and others |
 //! | [`http`] | connections |
 
+pub mod analysis;
 pub mod api;
 pub mod backup;
 pub mod broker;

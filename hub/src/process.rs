@@ -11,11 +11,12 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::analysis::{self, Asker};
 use crate::api::{self, Api};
 use crate::broker::{self, Embedded, EmbeddedConfig};
 use crate::clock::HubClock;
 use crate::config::{Broker, BrokerKind, Config, ConfigError};
-use crate::controller::{ControlError, Controller};
+use crate::controller::{self, ControlError, Controller};
 use crate::http;
 use crate::images::{Images, OpenError};
 use crate::link::{self, LinkConfig, LinkCounters};
@@ -61,6 +62,9 @@ pub enum StartError {
     /// The images cannot be used.
     #[error(transparent)]
     Images(#[from] OpenError),
+    /// Nobody can be asked whether a release is well.
+    #[error("[analysis] ca_file is not usable")]
+    Analysis(#[from] analysis::OpenError),
     /// The uploads cannot be used.
     #[error("failed to open the uploads of the registry")]
     Uploads(#[from] UploadError),
@@ -153,6 +157,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
         blob_bytes: config.api.max_image_bytes,
         expires_ms: config.registry.upload_expires_s.saturating_mul(1000),
     };
+    let asker = Asker::open(config.analysis.hosts()?, config.analysis.ca_file.as_deref())?;
     let uploads = Uploads::open(config.data.join("pushes"), store.clone(), limits).await?;
     let listener = TcpListener::bind(config.api.listen)
         .await
@@ -201,6 +206,7 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
         blob_turns: Arc::new(Semaphore::new(BLOBS_AT_ONCE)),
         readers: Arc::new(Semaphore::new(READERS_AT_ONCE)),
         max_image_bytes: config.api.max_image_bytes,
+        analysis_hosts: asker.hosts().clone(),
         stopping: stopping.clone(),
     });
     let mut tasks = JoinSet::new();
@@ -212,6 +218,10 @@ pub async fn start(config: Config) -> Result<RunningHub, StartError> {
     tasks.spawn(until(stopping.clone(), async move {
         tidy.keep_tidy(move || now.now()).await
     }));
+    tasks.spawn(until(
+        stopping.clone(),
+        controller::analysis::run(controller.clone(), asker),
+    ));
     tasks.spawn(until(stopping.clone(), given_up));
     tasks.spawn(until(stopping, {
         let controller = controller.clone();

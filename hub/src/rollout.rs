@@ -28,6 +28,7 @@
 //! | [`waves`] | who comes first, and how a set is cut |
 //! | `observe` | what a report or silence means |
 //! | [`gates`] | when a wave passed |
+//! | [`analysis`] | what else is asked of a wave, and what follows |
 //! | [`budget`] | what failed so far, and when that is too much |
 //! | `rollback` | who goes back, in which order |
 //! | [`command`] | what an operator may ask |
@@ -39,6 +40,7 @@
 //! The choices behind it are in `docs/decisions/0010-rollout-gates.md`; why a look costs what is new and not what there
 //! is, in `docs/decisions/0044-a-look-costs-what-is-new.md`.
 
+pub mod analysis;
 mod apply;
 pub mod assignments;
 pub mod budget;
@@ -346,8 +348,26 @@ impl Work<'_> {
                         self.fail_wave(ordinal);
                         return false;
                     }
-                    Gate::Bake(_) if wave.state == WaveState::Baking => return false,
-                    Gate::Bake(until) => (WaveState::Baking, Some(until), false),
+                    Gate::Unwell(gate) => {
+                        let message = analysis::message(&self.trial, ordinal, gate, "failed");
+                        self.fail(Cause::Analysis, message);
+                        return false;
+                    }
+                    Gate::Inconclusive(gate) => {
+                        let message = analysis::message(&self.trial, ordinal, gate, "cannot tell");
+                        self.act(Action::Enter {
+                            state: RolloutState::Paused,
+                            cause: Some(Cause::Inconclusive),
+                            message: Some(message),
+                        });
+                        return false;
+                    }
+                    Gate::Bake(_) | Gate::Analysis(_) if wave.state == WaveState::Baking => {
+                        return false;
+                    }
+                    Gate::Bake(until) | Gate::Analysis(until) => {
+                        (WaveState::Baking, Some(until), false)
+                    }
                     Gate::Approval if wave.state == WaveState::AwaitingApproval => return false,
                     Gate::Approval => (WaveState::AwaitingApproval, None, false),
                     Gate::Pass => (WaveState::Passed, None, true),

@@ -582,6 +582,26 @@ pub struct WaveView {
     /// Whether an operator must approve it, and has not yet.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub needs_approval: bool,
+    /// What its analysis has said since it began to bake; missing before, and where there is none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub analysis: Vec<AnalysisView>,
+}
+
+/// What one gate of a rollout's `analysis` has said of a wave.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AnalysisView {
+    /// Its name.
+    pub name: String,
+    /// How often it passed.
+    pub passed: u32,
+    /// How often it failed.
+    pub failed: u32,
+    /// How often it could not tell.
+    pub inconclusive: u32,
+    /// What it said last, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
 }
 
 /// The devices of a completed rollout that were offline until then or joined later.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::id::{AppName, ConfigName, SecretName, ServiceName, VolumeName};
 use crate::quantity::{Bytes, Cpus, Span};
 
+mod analysis;
 mod blkio;
 pub(crate) mod check;
 mod config;
@@ -27,6 +28,7 @@ mod rollout;
 mod secret;
 mod selector;
 
+pub use analysis::{Analysis, Control, ControlMetric, Endpoint, PassIf, PromQl, Webhook};
 pub use blkio::{BlkioConfig, BytesRate, DeviceWeight, DiskPath, OperationsRate};
 pub use check::{MAX_SERVICES, MAX_WAVES, Violation};
 pub use config::{ConfigFile, ConfigMount, FileMode, FileOwner};
@@ -586,9 +588,11 @@ string_serde!(Tmpfs);
 string_serde!(VolumeMount);
 string_serde!(DeviceMapping);
 string_serde!(DiskPath);
+string_serde!(Endpoint);
 string_serde!(FileMode);
 string_serde!(FileOwner);
 string_serde!(OnRotate);
+string_serde!(PassIf);
 string_serde!(RestartPolicy);
 
 impl fmt::Display for Tmpfs {

@@ -57,6 +57,11 @@ pub(crate) const FOR_TESTS: &[Package] = &[
         why: "the second broker of the contract suite",
     },
     Package {
+        name: "prometheus",
+        file: "/usr/bin/prometheus",
+        why: "judges waves with a metric",
+    },
+    Package {
         name: "busybox-static",
         file: "/bin/busybox",
         why: "what runs inside the test containers",

@@ -31,6 +31,9 @@ const BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// How often it is told how far a pull is; the first time after as long.
 const PULL_INTERVAL: Duration = Duration::from_secs(2);
 
+/// A beacon comes so long after a release has ended well or not, at the latest.
+const GAUGES_AFTER: Duration = Duration::from_mins(1);
+
 /// What a beacon says besides its numbers.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Gauges {
@@ -129,7 +132,13 @@ impl Uplink {
                     .iter()
                     .any(|old| (&old.app, old.since, old.phase) == (&app.app, app.since, app.phase))
         };
-        self.urgent |= apps.iter().any(ended);
+        if apps.iter().any(ended) {
+            self.urgent = true;
+            // The hub compares devices that have a release with others: it needs to hear how they are with it.
+            self.beacon_at = self
+                .beacon_at
+                .map(|at| at.min(Instant::now() + GAUGES_AFTER));
+        }
         self.version = version;
         self.apps = apps;
     }

@@ -280,6 +280,7 @@ fn rollout(view: &RolloutView, now_ms: u64, out: &mut dyn Write) -> io::Result<(
         ]);
     }
     table.print(out)?;
+    analysis(view, out)?;
     writeln!(out)?;
     let mut table = Table::new(&["DEVICE", "WAVE", "STATE", "MESSAGE"]);
     for assignment in &view.assignments {
@@ -293,6 +294,35 @@ fn rollout(view: &RolloutView, now_ms: u64, out: &mut dyn Write) -> io::Result<(
                 (None, None) => String::new(),
             },
         ]);
+    }
+    table.print(out)
+}
+
+/// What was asked besides devices; nothing where nobody was.
+fn analysis(view: &RolloutView, out: &mut dyn Write) -> io::Result<()> {
+    if view.waves.iter().all(|wave| wave.analysis.is_empty()) {
+        return Ok(());
+    }
+    writeln!(out)?;
+    let mut table = Table::new(&[
+        "ANALYSIS",
+        "WAVE",
+        "PASSED",
+        "FAILED",
+        "INCONCLUSIVE",
+        "LAST",
+    ]);
+    for wave in &view.waves {
+        for gate in &wave.analysis {
+            table.row([
+                gate.name.clone(),
+                wave.ordinal.to_string(),
+                gate.passed.to_string(),
+                gate.failed.to_string(),
+                gate.inconclusive.to_string(),
+                gate.message.clone().unwrap_or_default(),
+            ]);
+        }
     }
     table.print(out)
 }

@@ -25,6 +25,7 @@ pub(crate) fn rollout() -> RolloutView {
         deferred: 0,
         bake_until_ms: None,
         needs_approval: false,
+        analysis: Vec::new(),
     };
     let part = |device: &str, wave, state, message: Option<&str>| AssignmentView {
         device: device.parse().unwrap(),

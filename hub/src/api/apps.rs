@@ -15,7 +15,7 @@ use rusqlite::Connection;
 use super::{Failure, Hub, Segment};
 use crate::controller::apps::{self, Resolved};
 use crate::controller::lives::Lives;
-use crate::controller::{Change, ControlError, Effects, preview, secrets};
+use crate::controller::{Change, ControlError, Effects, analysis, preview, secrets};
 use crate::store::{self, app::AppRow};
 
 pub(super) fn app_name(text: &str) -> Result<AppName, Failure> {
@@ -98,8 +98,11 @@ async fn resolve(
         }
         .into());
     }
-    let (name, secrets) = (path, app.spec.image_pull_secrets.clone());
-    let read = move |connection: &Connection| secrets::logins(connection, &name, &secrets);
+    let (asking, hosts) = (app.clone(), api.analysis_hosts.clone());
+    let read = move |connection: &Connection| {
+        analysis::check(connection, &asking, &hosts)?;
+        secrets::logins(connection, &path, &asking.spec.image_pull_secrets)
+    };
     let logins = api.controller.store().read(read).await?;
     Ok(api
         .images

@@ -184,6 +184,18 @@ impl From<ControlError> for Failure {
                 "a secret is not set",
                 detail,
             ),
+            ControlError::AnalysisHost { .. } => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "analysis-host-not-allowed",
+                "the hub may not ask this host",
+                detail,
+            ),
+            ControlError::AnalysisSecret { .. } => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "secret-not-set",
+                "a secret is not set",
+                detail,
+            ),
             ControlError::SecretNotText { .. } => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "secret-not-text",

@@ -3,7 +3,9 @@
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
-use foreshore_protocol::api::{AssignmentView, List, RolloutView, TailView, WaveView};
+use foreshore_protocol::api::{
+    AnalysisView, AssignmentView, List, RolloutView, TailView, WaveView,
+};
 use rusqlite::Connection;
 use serde::Deserialize;
 use tokio::time::Instant;
@@ -14,7 +16,7 @@ use super::{Api, Failure, Hub, Segment};
 use crate::controller::ControlError;
 use crate::controller::rollouts::{self, Command};
 use crate::rollout::budget::Tally;
-use crate::rollout::{Approval, Rollout};
+use crate::rollout::{Approval, Rollout, Wave};
 use crate::store;
 
 /// Rollouts in one answer unless asked otherwise, and at most.
@@ -204,6 +206,19 @@ fn tail(rollout: &Rollout) -> Option<TailView> {
     })
 }
 
+fn analysis(rollout: &Rollout, wave: &Wave) -> Vec<AnalysisView> {
+    let gates = rollout.policy.analysis.iter().zip(&wave.analysis);
+    gates
+        .map(|(gate, said)| AnalysisView {
+            name: gate.name.clone(),
+            passed: said.passed,
+            failed: said.failed,
+            inconclusive: said.inconclusive,
+            message: said.message.clone(),
+        })
+        .collect()
+}
+
 fn render(rollout: &Rollout, devices: Devices) -> RolloutView {
     let waves = rollout.waves.iter().zip(1_u32..).map(|(wave, ordinal)| {
         let tally = Tally::of_wave(rollout, ordinal);
@@ -217,6 +232,7 @@ fn render(rollout: &Rollout, devices: Devices) -> RolloutView {
             deferred: u64::from(tally.deferred),
             bake_until_ms: rollout.bake_until(wave).map(|at| at.0),
             needs_approval: wave.approval == Approval::Needed,
+            analysis: analysis(rollout, wave),
         }
     });
     let mut assignments: Vec<_> = match devices {

@@ -38,6 +38,8 @@ pub struct Effects {
     pub events: bool,
     /// It may be somebody's turn to switch.
     pub turns: bool,
+    /// A rollout with analysis has changed.
+    pub analysis: bool,
     /// What devices are to be sent.
     pub leases: Vec<(DeviceId, Lease)>,
 }

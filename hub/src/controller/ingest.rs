@@ -342,12 +342,12 @@ impl Device<'_> {
             return Ok(());
         }
         self.link.online = true;
-        store::device::put_gauges(
-            change.connection,
-            self.id,
-            beacon.memory_mib,
-            beacon.load_centi,
-        )?;
+        let gauges = store::device::Gauges {
+            memory_mib: beacon.memory_mib,
+            load_centi: beacon.load_centi,
+            at: change.now,
+        };
+        store::device::put_gauges(change.connection, self.id, gauges)?;
         let report_missing = (beacon.boot, beacon.reported_seq)
             > (self.link.boot, self.link.reported_seq)
             && beacon.reported_seq > 0;

@@ -8,6 +8,7 @@ use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 
 use super::lives::Live;
 use super::{Change, ControlError, membership};
+use crate::rollout::analysis::Verdict;
 use crate::rollout::{
     self, Action, News, Opening, Policy, Refused, Rollout, StateName, advance_by, command,
 };
@@ -233,6 +234,7 @@ pub fn act(
     rollout: &mut Rollout,
     actions: &[Action],
 ) -> Result<(), ControlError> {
+    change.effects.analysis |= !rollout.policy.analysis.is_empty() && !actions.is_empty();
     for action in actions {
         let written = write_desired(change, &rollout.app, action)?;
         let held = |rollout: &Rollout| {
@@ -274,6 +276,8 @@ fn write_desired(
         | Action::Approve { .. }
         | Action::Replace { .. }
         | Action::Wave { .. }
+        | Action::Measured { .. }
+        | Action::MeasureAnew { .. }
         | Action::Enter { .. }
         | Action::Freeze
         | Action::Thaw => return Ok(None),
@@ -340,11 +344,23 @@ fn announce(change: &mut Change<'_>, rollout: &Rollout, action: &Action) -> rusq
             let message = message.clone().unwrap_or_else(|| "it is put off".to_owned());
             change.event("device-deferred").device(device).app(app).rollout(id).record(message)
         }
+        Action::Measured { gate, verdict, message, ordinal } => {
+            let kind = match verdict {
+                // Only what is not well is news.
+                Verdict::Pass => return Ok(()),
+                Verdict::Fail => "analysis-failed",
+                Verdict::Inconclusive => "analysis-inconclusive",
+            };
+            let name = rollout.policy.analysis.get(*gate).map_or("?", |gate| &gate.name);
+            let message = format!("{name}, wave {ordinal}: {message}");
+            change.event(kind).app(app).rollout(id).record(message)
+        }
         Action::Offer { .. }
         | Action::Tail { .. }
         | Action::Restore { .. }
         | Action::Assign { .. }
         | Action::Reverted { .. }
+        | Action::MeasureAnew { .. }
         | Action::Replace { .. } => Ok(()),
     }
 }

@@ -118,7 +118,14 @@ fn users(connection: &Connection) -> rusqlite::Result<BTreeMap<SecretName, BTree
     for app in store::app::list(connection)? {
         if !app.deleting {
             let spec = &app.manifest.spec;
-            for name in spec.secrets.keys().chain(&spec.image_pull_secrets) {
+            let sent = spec.rollout.analysis.iter();
+            let sent = sent.filter_map(|gate| gate.endpoint()?.1);
+            for name in spec
+                .secrets
+                .keys()
+                .chain(&spec.image_pull_secrets)
+                .chain(sent)
+            {
                 users
                     .entry(name.clone())
                     .or_default()

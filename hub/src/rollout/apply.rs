@@ -1,8 +1,10 @@
 //! What the records look like after an [`Action`]: one flat match that decides nothing.
 
-use foreshore_protocol::api::{AssignmentState, RolloutState};
+use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
+use foreshore_protocol::manifest::Analysis;
 use foreshore_protocol::{DeviceId, Version};
 
+use super::analysis;
 use super::state::{
     Action, Approval, Assignment, Deferral, Placement, Revert, Rollout, Tick, Touched, UnixMs,
     Wave, is_failure,
@@ -96,10 +98,37 @@ impl Rollout {
                 ordinal,
                 state,
                 bake_until,
-            } => self.change_wave(*ordinal, |wave| {
-                wave.state = *state;
-                wave.bake_until = *bake_until;
-            }),
+            } => {
+                let fresh = analysis::fresh(&self.policy.analysis, tick);
+                self.change_wave(*ordinal, |wave| {
+                    if *state == WaveState::Baking {
+                        wave.analysis = fresh;
+                    }
+                    wave.state = *state;
+                    wave.bake_until = *bake_until;
+                })
+            }
+            Action::Measured {
+                ordinal,
+                gate,
+                verdict,
+                message,
+            } => {
+                let interval_ms = self
+                    .policy
+                    .analysis
+                    .get(*gate)
+                    .map_or(0, Analysis::interval_ms);
+                self.change_wave(*ordinal, |wave| {
+                    if let Some(record) = wave.analysis.get_mut(*gate) {
+                        record.take(*verdict, tick.plus(interval_ms), message.clone());
+                    }
+                })
+            }
+            Action::MeasureAnew { ordinal } => {
+                let fresh = analysis::fresh(&self.policy.analysis, tick);
+                self.change_wave(*ordinal, |wave| wave.analysis = fresh)
+            }
             Action::Enter {
                 state,
                 cause,

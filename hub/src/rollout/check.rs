@@ -303,6 +303,11 @@ pub fn check_action(
                 "stopped without a cause".to_owned()
             });
         }
+        Action::Measured { ordinal, .. } | Action::MeasureAnew { ordinal } => {
+            findings.require(false, Rule::Gates, || {
+                format!("wave {ordinal} is asked about by nobody")
+            })
+        }
         Action::Approve { ordinal } => findings.require(false, Rule::Approval, || {
             format!("wave {ordinal} is approved by nobody")
         }),
@@ -598,6 +603,10 @@ fn check_wave(
         }
         WaveState::Passed | WaveState::AwaitingApproval => {
             let tick = rollout.clock.tick(now);
+            let own = succeeded(rollout, here) > 0;
+            let asked =
+                wave.state == WaveState::AwaitingApproval || !own || all_answered(rollout, wave);
+            findings.require(asked, Rule::Gates, shown);
             let approved = wave.approval != Approval::Needed;
             let right = approved == (state == WaveState::Passed) || live == 0;
             findings.require(right, Rule::Approval, shown);
@@ -649,6 +658,30 @@ fn check_all_ended(rollout: &Rollout, ordinal: u32, findings: &mut Findings) {
     }
 }
 
+/// Whether every gate of the policy has passed often enough, and failed or said nothing no more often than it may.
+fn all_answered(rollout: &Rollout, wave: &Wave) -> bool {
+    let gates = &rollout.policy.analysis;
+    wave.analysis.len() == gates.len()
+        && gates.iter().zip(&wave.analysis).all(|(gate, said)| {
+            said.passed >= gate.count
+                && said.failed <= gate.failure_limit
+                && said.inconclusive <= gate.inconclusive_limit
+        })
+}
+
+/// Whether a gate of the policy stops the rollout so: too many failures in any way, too many doubts only by a pause.
+fn analysis_broke(rollout: &Rollout, state: RolloutState) -> bool {
+    let gates = &rollout.policy.analysis;
+    let mut said = rollout
+        .waves
+        .iter()
+        .flat_map(|wave| gates.iter().zip(&wave.analysis));
+    said.any(|(gate, said)| {
+        said.failed > gate.failure_limit
+            || (state == RolloutState::Paused && said.inconclusive > gate.inconclusive_limit)
+    })
+}
+
 fn check_enter(rollout: &Rollout, state: RolloutState, now: UnixMs, findings: &mut Findings) {
     let shown = || format!("from {:?} to {state:?}", rollout.state);
     let all_failed = || {
@@ -664,9 +697,11 @@ fn check_enter(rollout: &Rollout, state: RolloutState, now: UnixMs, findings: &m
                 OnFailure::Rollback => RolloutState::RollingBack,
                 OnFailure::Pause => RolloutState::Paused,
             };
+            let doubt = analysis_broke(rollout, RolloutState::Paused)
+                && !analysis_broke(rollout, RolloutState::RollingBack);
             rollout.state == RolloutState::Running
-                && state == policy
-                && (budget_is_broken(rollout) || all_failed())
+                && (state == policy || (doubt && state == RolloutState::Paused))
+                && (budget_is_broken(rollout) || all_failed() || analysis_broke(rollout, state))
         }
         RolloutState::RolledBack | RolloutState::RollbackPaused => {
             rollout.state == RolloutState::RollingBack

@@ -34,7 +34,8 @@ pub fn pause(rollout: &Rollout) -> Result<Vec<Action>, Refused> {
 /// Goes on; a rollout that is scheduled begins now. If failures had stopped it, the failed devices are tried again, in their own waves and against a
 /// budget that counts anew; so the brakes hold for the second try as for the first. If its way back had
 /// failed, the devices that could not go back are told again. If failures stopped those that come after the last wave
-/// of a completed rollout, the failed among them are tried again. Does nothing if it is not stopped.
+/// of a completed rollout, the failed among them are tried again. What analysis said of a wave before it stopped the
+/// rollout is forgotten, and it is asked anew. Does nothing if it is not stopped.
 ///
 /// # Errors
 ///
@@ -48,7 +49,8 @@ pub fn resume(rollout: &Rollout) -> Result<Vec<Action>, Refused> {
     match rollout.state {
         RolloutState::Paused => {
             let mut actions = match rollout.cause {
-                Some(Cause::Budget | Cause::WaveFailed) => retries(rollout),
+                Some(Cause::Budget | Cause::WaveFailed | Cause::Analysis) => retries(rollout),
+                Some(Cause::Inconclusive) => ask_anew(rollout),
                 Some(Cause::Operator | Cause::RollbackFailed | Cause::Superseded) | None => {
                     Vec::new()
                 }
@@ -229,6 +231,15 @@ fn retries(rollout: &Rollout) -> Vec<Action> {
         });
     waves
         .chain(failed(rollout).map(|(device, _)| start_over(device)))
+        .collect()
+}
+
+/// Every gate that was asked about a wave that bakes is asked anew: what they said before the pause may be as doubtful.
+fn ask_anew(rollout: &Rollout) -> Vec<Action> {
+    let waves = rollout.waves.iter().zip(1_u32..);
+    waves
+        .filter(|(wave, _)| wave.state == WaveState::Baking)
+        .map(|(_, ordinal)| Action::MeasureAnew { ordinal })
         .collect()
 }
 

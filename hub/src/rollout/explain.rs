@@ -183,7 +183,11 @@ impl Look<'_> {
             ),
             WaveState::Baking => (
                 format!("wave {ordinal} bakes"),
-                "its bake to be over".to_owned(),
+                if wave.analysis.is_empty() {
+                    "its bake to be over".to_owned()
+                } else {
+                    "its bake to be over, and its analysis to pass".to_owned()
+                },
             ),
             WaveState::Failed => (
                 format!("wave {ordinal} failed"),

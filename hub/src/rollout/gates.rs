@@ -2,6 +2,7 @@
 
 use foreshore_protocol::api::WaveState;
 
+use super::analysis::{self, Standing};
 use super::budget::Tally;
 use super::state::{Approval, Rollout, Tick, Wave};
 
@@ -17,6 +18,12 @@ pub enum Gate {
     AllFailed,
     /// It waits until its last success is this old.
     Bake(Tick),
+    /// Its bake was over then, but a gate of [`Policy::analysis`](super::Policy::analysis) has not passed often enough.
+    Analysis(Tick),
+    /// That gate failed.
+    Unwell(usize),
+    /// That gate cannot tell.
+    Inconclusive(usize),
     /// It waits for an operator.
     Approval,
     /// Every gate is passed.
@@ -27,12 +34,21 @@ pub enum Gate {
 /// is offline (those were put off before).
 #[must_use]
 pub fn look(rollout: &Rollout, ordinal: u32, wave: &Wave, tick: Tick) -> Gate {
-    if matches!(wave.state, WaveState::Baking | WaveState::AwaitingApproval) {
-        // A device that was put off and returns during the bake joins the rollout's count, not the wave's: a
-        // link that flaps must not hold the wave for ever.
-        return match wave.bake_until {
-            Some(until) if tick < until => Gate::Bake(until),
-            Some(_) | None => baked(wave),
+    // A device that was put off and returns during the bake joins the rollout's count, not the wave's: a
+    // link that flaps must not hold the wave for ever.
+    if wave.state == WaveState::AwaitingApproval {
+        return baked(wave);
+    }
+    if wave.state == WaveState::Baking {
+        return match (
+            analysis::stands(&rollout.policy.analysis, wave),
+            wave.bake_until,
+        ) {
+            ((Standing::Failed, gate), _) => Gate::Unwell(gate),
+            ((Standing::Inconclusive, gate), _) => Gate::Inconclusive(gate),
+            (_, Some(until)) if tick < until => Gate::Bake(until),
+            ((Standing::Pending, _), until) => Gate::Analysis(until.unwrap_or(tick)),
+            ((Standing::Passed, _), _) => baked(wave),
         };
     }
     let tally = Tally::of_wave(rollout, ordinal);
@@ -45,6 +61,8 @@ pub fn look(rollout: &Rollout, ordinal: u32, wave: &Wave, tick: Tick) -> Gate {
             let until = success.plus(bake_ms);
             if tick < until {
                 Gate::Bake(until)
+            } else if !rollout.policy.analysis.is_empty() {
+                Gate::Analysis(until)
             } else {
                 baked(wave)
             }

@@ -10,12 +10,13 @@ use std::fmt;
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
 use foreshore_protocol::id::Labels;
 use foreshore_protocol::manifest::{
-    FailureBudget, OnFailure, Pace, RolloutPolicy, Tail, WaveSpec, WaveTarget,
+    Analysis, FailureBudget, OnFailure, Pace, RolloutPolicy, Tail, WaveSpec, WaveTarget,
 };
 use foreshore_protocol::message::Phase;
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 use serde::{Deserialize, Serialize};
 
+use super::analysis::{Measured, Verdict};
 use super::assignments::Assignments;
 
 /// A point in time on the hub: milliseconds since 1970.
@@ -145,6 +146,9 @@ pub struct Policy {
     /// How the release reaches those that come after the last wave.
     #[serde(default)]
     pub tail: Tail,
+    /// What else is asked of each wave while it bakes.
+    #[serde(default)]
+    pub analysis: Vec<Analysis>,
 }
 
 impl Policy {
@@ -182,6 +186,7 @@ impl Policy {
             start_at: policy.start_at.map(|at| UnixMs(at.unix_ms())),
             priority: policy.priority,
             tail: policy.tail,
+            analysis: policy.analysis.clone(),
         };
         if policy.emergency {
             frozen.hurry();
@@ -197,6 +202,7 @@ impl Policy {
             wave.bake = None;
         }
         self.bake_ms = 0;
+        self.analysis.clear();
         self.max_unavailable = u32::MAX;
         self.pace = None;
         self.start_at = None;
@@ -222,6 +228,10 @@ pub enum Cause {
     Budget,
     /// Every attempted device of a wave failed. Resuming tries the failed devices again.
     WaveFailed,
+    /// A gate of [`Policy::analysis`] failed. Resuming asks it anew.
+    Analysis,
+    /// A gate of [`Policy::analysis`] cannot tell. Resuming asks it anew.
+    Inconclusive,
     /// Giving a device its release of before did not work. Resuming tries that again.
     RollbackFailed,
     /// A newer rollout of the app took over.
@@ -295,6 +305,9 @@ pub struct Wave {
     /// What stops the rollout, counted over this wave alone; `None`: only [`Policy::budget`] does.
     #[serde(default)]
     pub budget: Option<FailureBudget>,
+    /// What the gates of [`Policy::analysis`] have said since it began to bake; empty before.
+    #[serde(default)]
+    pub analysis: Vec<Measured>,
 }
 
 /// Whether a wave that has passed its gates waits for an operator.
@@ -551,6 +564,22 @@ pub enum Action {
         /// For `Baking`: when it ends.
         bake_until: Option<Tick>,
     },
+    /// A gate of [`Policy::analysis`] answered; it is asked again an interval later.
+    Measured {
+        /// About which wave, from 1.
+        ordinal: u32,
+        /// Which gate, from 0.
+        gate: usize,
+        /// What.
+        verdict: Verdict,
+        /// Why, for people.
+        message: String,
+    },
+    /// What all gates of [`Policy::analysis`] have said of a wave is forgotten, and they are asked anew.
+    MeasureAnew {
+        /// From 1.
+        ordinal: u32,
+    },
     /// The rollout changes its state. `Paused` and `RollbackPaused` stop its clock.
     Enter {
         /// Its new state.
@@ -580,6 +609,8 @@ impl Action {
             | Self::Approve { .. }
             | Self::Replace { .. }
             | Self::Wave { .. }
+            | Self::Measured { .. }
+            | Self::MeasureAnew { .. }
             | Self::Enter { .. }
             | Self::Freeze
             | Self::Thaw => None,
@@ -604,6 +635,8 @@ impl Action {
             | Self::Approve { .. }
             | Self::Replace { .. }
             | Self::Wave { .. }
+            | Self::Measured { .. }
+            | Self::MeasureAnew { .. }
             | Self::Enter { .. }
             | Self::Freeze
             | Self::Thaw => None,

@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use super::check::{Rule, check, check_action};
 use super::*;
 
+mod analysis;
 mod cuts;
 mod examples;
 mod explained;
@@ -83,6 +84,7 @@ fn policy(waves: Vec<WaveTarget>, devices: usize) -> Policy {
         on_failure: OnFailure::Rollback,
         begin_within_ms: 60_000,
         silent_margin_ms: 30_000,
+        analysis: Vec::new(),
     }
 }
 

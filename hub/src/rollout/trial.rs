@@ -69,7 +69,10 @@ impl<'a> Trial<'a> {
                 self.note_assignment(out);
                 self.note_assignment(into);
             }
-            Action::Wave { ordinal, .. } | Action::Approve { ordinal } => {
+            Action::Wave { ordinal, .. }
+            | Action::Approve { ordinal }
+            | Action::Measured { ordinal, .. }
+            | Action::MeasureAnew { ordinal } => {
                 let index = usize::try_from(*ordinal)
                     .ok()
                     .and_then(|o| o.checked_sub(1));

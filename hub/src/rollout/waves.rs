@@ -201,6 +201,7 @@ impl Wave {
                 Approval::NotNeeded
             },
             budget: slice.spec.failure_budget,
+            analysis: Vec::new(),
         }
     }
 }

@@ -145,7 +145,7 @@ pub fn confirm(connection: &Connection, device: &DeviceId) -> rusqlite::Result<b
     Ok(changed > 0)
 }
 
-/// Keeps the gauges of a beacon.
+/// Keeps the gauges of a beacon that just came.
 ///
 /// # Errors
 ///
@@ -153,13 +153,54 @@ pub fn confirm(connection: &Connection, device: &DeviceId) -> rusqlite::Result<b
 pub fn put_gauges(
     connection: &Connection,
     device: &DeviceId,
-    memory_mib: u32,
-    load_centi: u32,
+    gauges: Gauges,
 ) -> rusqlite::Result<()> {
     connection
-        .prepare_cached("UPDATE device SET memory_mib = ?2, load_centi = ?3 WHERE id = ?1")?
-        .execute(params![device.as_str(), memory_mib, load_centi])?;
+        .prepare_cached(
+            "UPDATE device SET memory_mib = ?2, load_centi = ?3, gauges_ms = ?4 WHERE id = ?1",
+        )?
+        .execute(params![
+            device.as_str(),
+            gauges.memory_mib,
+            gauges.load_centi,
+            gauges.at.0
+        ])?;
     Ok(())
+}
+
+/// What a device said last of how loaded it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gauges {
+    /// Memory that its containers use, MiB.
+    pub memory_mib: u32,
+    /// One-minute load average in hundredths.
+    pub load_centi: u32,
+    /// When the hub heard of it.
+    pub at: UnixMs,
+}
+
+/// The gauges of every connected device that were heard of since then.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn gauges_since(
+    connection: &Connection,
+    since: UnixMs,
+) -> rusqlite::Result<std::collections::BTreeMap<DeviceId, Gauges>> {
+    connection
+        .prepare_cached(
+            "SELECT id, memory_mib, load_centi, gauges_ms FROM device WHERE online AND gauges_ms >= ?1",
+        )?
+        .query_map([since.0], |row| {
+            let gauges = Gauges {
+                memory_mib: row.get(1)?,
+                load_centi: row.get(2)?,
+                at: UnixMs(row.get(3)?),
+            };
+            Ok((column::parsed(row, 0)?, gauges))
+        })?
+        .collect()
 }
 
 /// Keeps a device's inventory; whether its own labels changed.

@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::column;
 use crate::rollout::{
-    Assignment, Assignments, Facts, Member, Pulse, Report, Rollout, Touched, UnixMs,
+    Assignment, Assignments, Facts, Member, Pulse, Report, Rollout, Touched, UnixMs, Wave,
 };
 
 /// The id of the next rollout.
@@ -171,6 +171,18 @@ pub fn header(connection: &Connection, id: u64) -> rusqlite::Result<Option<Rollo
         .optional()
 }
 
+/// The waves of a rollout, in order.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn waves(connection: &Connection, id: u64) -> rusqlite::Result<Vec<Wave>> {
+    connection
+        .prepare_cached("SELECT body FROM wave WHERE rollout = ?1 ORDER BY ordinal")?
+        .query_map([id], |row| column::json(row, 0))?
+        .collect()
+}
+
 /// A whole rollout.
 ///
 /// # Errors
@@ -180,10 +192,7 @@ pub fn get(connection: &Connection, id: u64) -> rusqlite::Result<Option<Rollout>
     let Some(mut rollout) = header(connection, id)? else {
         return Ok(None);
     };
-    rollout.waves = connection
-        .prepare_cached("SELECT body FROM wave WHERE rollout = ?1 ORDER BY ordinal")?
-        .query_map([id], |row| column::json(row, 0))?
-        .collect::<rusqlite::Result<_>>()?;
+    rollout.waves = waves(connection, id)?;
     rollout.assignments = connection
         .prepare_cached("SELECT device, body FROM assignment WHERE rollout = ?1")?
         .query_map([id], |row| {

@@ -15,6 +15,7 @@ const MIGRATIONS: &[&str] = &[
     HOLDS,
     PULSE,
     RESTORED,
+    GAUGES,
 ];
 
 /// Disruption budgets, whom they hold for, and whose turn it is.
@@ -125,6 +126,9 @@ const RESTORED: &str = "
 ALTER TABLE device ADD COLUMN restored_epoch INTEGER;
 ALTER TABLE device ADD COLUMN restored_generation INTEGER;
 ";
+
+/// When the gauges of a device came.
+const GAUGES: &str = "ALTER TABLE device ADD COLUMN gauges_ms INTEGER;";
 
 /// What the hub fetched from other registries for its site.
 const CACHE: &str = "

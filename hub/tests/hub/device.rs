@@ -72,6 +72,8 @@ const ASK_EVERY: Duration = Duration::from_millis(300);
 #[derive(Debug)]
 pub(crate) enum Kick {
     Beacon,
+    /// A beacon with so many MiB.
+    Gauges(u32),
     Event(u64),
     Raw(Leaf, Vec<u8>),
 }
@@ -466,14 +468,18 @@ fn report(client: &AsyncClient, id: &DeviceId, state: &mut State) {
 
 fn kicked(client: &AsyncClient, id: &DeviceId, state: &mut State, kick: Kick) {
     let (leaf, bytes) = match kick {
-        Kick::Beacon => {
+        Kick::Beacon | Kick::Gauges(_) => {
+            let memory_mib = match kick {
+                Kick::Gauges(mib) => mib,
+                _ => 1,
+            };
             let beacon = Beacon {
                 boot: state.boot,
                 seq: 1,
                 version: state.accepted,
                 reported_seq: state.seq,
                 event_seq: state.event_seq,
-                memory_mib: 1,
+                memory_mib,
                 load_centi: 1,
                 secrets: None,
             };

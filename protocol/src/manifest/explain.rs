@@ -190,6 +190,10 @@ enum Scope {
     Rollout,
     Wave,
     Canary,
+    Analysis,
+    PromQl,
+    Webhook,
+    Control,
     ConfigMount,
     ConfigFile,
     SecretSource,
@@ -200,8 +204,12 @@ enum Scope {
 
 impl Scope {
     fn of(expected: &[&str]) -> Option<Self> {
-        const MARKS: [(&str, Scope); 22] = [
+        const MARKS: [(&str, Scope); 26] = [
             ("apiVersion", Scope::App),
+            ("promql", Scope::Analysis),
+            ("passIf", Scope::PromQl),
+            ("url", Scope::Webhook),
+            ("metric", Scope::Control),
             ("image", Scope::Service),
             ("services", Scope::Spec),
             ("name", Scope::Metadata),
@@ -248,6 +256,9 @@ impl Scope {
             Self::Rollout => rollout_key(key),
             Self::Wave => wave_key(key),
             Self::Canary => canary_key(key),
+            Self::Analysis => analysis_key(key),
+            Self::PromQl | Self::Webhook => endpoint_key(key),
+            Self::Control => control_key(key),
             Self::ConfigMount => config_mount_key(key),
             Self::ConfigFile => config_file_key(key),
             Self::SecretSource => secret_source_key(key),
@@ -427,7 +438,56 @@ fn rollout_key(key: &str) -> Option<&'static str> {
         "groupBy" => "belongs to `kind: DisruptionBudget`, which holds for all apps at once",
         "rate" | "maxRate" => "does not exist; use `pace: {perMinute: 10}`",
         "schedule" => "does not exist; use `startAt: 2026-12-01T02:00:00Z`",
-        "seed" | "requiresFrom" | "analysis" => NOT_BUILT,
+        "seed" | "requiresFrom" => NOT_BUILT,
+        _ => return None,
+    })
+}
+
+fn analysis_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "url" | "query" | "passIf" => {
+            "belongs under `promql`, for example `promql: {url: http://prometheus:9090, query: …, passIf: \"< 0.01\"}`"
+        }
+        "metric" => "belongs under `control`, for example `control: {metric: memory}`",
+        "provider" | "prometheus" | "web" => {
+            "does not exist; write `promql`, `webhook` or `control`"
+        }
+        "successCondition" | "failureCondition" => {
+            "does not exist; use `promql: {passIf: \"< 0.01\"}`"
+        }
+        "consecutiveErrorLimit" => {
+            "does not exist; errors count as inconclusive: use `inconclusiveLimit`"
+        }
+        "initialDelay" => "does not exist; the first answer is asked for after one `interval`",
+        "templates" | "args" | "metrics" => {
+            "does not exist; write each gate into `analysis` itself"
+        }
+        _ => return None,
+    })
+}
+
+fn endpoint_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "address" => "does not exist; use `url`",
+        "successCondition" | "condition" => "does not exist; use `passIf`",
+        "token" | "headers" | "authentication" | "authorization" => {
+            "does not exist; use `bearerSecret` with the name of a secret of the hub"
+        }
+        "interval" | "count" | "failureLimit" | "inconclusiveLimit" => {
+            "belongs beside it, to the gate itself"
+        }
+        "timeoutSeconds" | "timeout" => "does not exist; an answer may take 10s",
+        "insecure" | "method" | "jsonBody" | "jsonPath" => NOT_BUILT,
+        _ => return None,
+    })
+}
+
+fn control_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "interval" | "count" | "failureLimit" | "inconclusiveLimit" => {
+            "belongs beside it, to the gate itself"
+        }
+        "by" | "strata" => "belongs to `canary`, whose kinds are compared",
         _ => return None,
     })
 }

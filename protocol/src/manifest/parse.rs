@@ -99,6 +99,14 @@ pub enum FieldError {
     /// Not a user or group number.
     #[error("{0:?} is not a user or group number; write one from 0 to 65535")]
     Owner(String),
+    /// Not a URL that is asked.
+    #[error(
+        "{0:?} is not a URL; write http://HOST:PORT/PATH or https://…, without login, query and fragment"
+    )]
+    Url(String),
+    /// Not a condition.
+    #[error("{0:?} is not a condition; write a comparison and a number, for example \"< 0.01\"")]
+    PassIf(String),
     /// Not what can become of a container.
     #[error(
         "{0:?} is nothing that is done when a secret changes; use restart, keep, or a signal such as SIGHUP"

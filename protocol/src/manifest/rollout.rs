@@ -6,6 +6,7 @@ use std::str::FromStr;
 use chrono::{DateTime, Datelike as _, SecondsFormat, Utc};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::analysis::Analysis;
 use super::selector::Selector;
 use crate::id::LabelKey;
 use crate::quantity::Span;
@@ -56,7 +57,7 @@ pub struct RolloutPolicy {
     )]
     pub priority: u8,
     /// A change that cannot wait: it goes before every other rollout, and once its first wave has passed the rest
-    /// follows at once, without bake, pace, approval and `maxUnavailable`. `startAt` is not waited for. The first wave, the soak and
+    /// follows at once, without bake, analysis, pace, approval and `maxUnavailable`. `startAt` is not waited for. The first wave, the soak and
     /// the failure budget stay. Default: false.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub emergency: bool,
@@ -64,6 +65,9 @@ pub struct RolloutPolicy {
     /// join later.
     #[serde(default, skip_serializing_if = "Tail::is_default")]
     pub tail: Tail,
+    /// What else is asked while a wave bakes: the wave passes only when all of these do. At most 8. Default: nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub analysis: Vec<Analysis>,
 }
 
 impl Default for RolloutPolicy {
@@ -82,6 +86,7 @@ impl Default for RolloutPolicy {
             priority: defaults::priority(),
             emergency: false,
             tail: Tail::default(),
+            analysis: Vec::new(),
         }
     }
 }

@@ -228,6 +228,7 @@ impl Scenario {
             },
             priority: 50,
             emergency: random.chance(5),
+            analysis: Vec::new(),
             soak: manifest_span(random.between(5, 120)),
             bake: manifest_span(random.between(0, 300)),
             progress_deadline: manifest_span(random.between(60, 300)),

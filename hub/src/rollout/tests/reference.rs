@@ -6,6 +6,7 @@ use std::cmp::Reverse;
 use foreshore_protocol::manifest::OnFailure;
 
 use super::super::PACE_BURST_MS;
+use super::super::analysis::message;
 use super::super::budget::{Part, Tally};
 use super::super::gates::{self, Gate};
 use super::super::observe::{self, Patience};
@@ -222,8 +223,26 @@ impl Work<'_> {
                         self.fail_wave(ordinal);
                         return false;
                     }
-                    Gate::Bake(_) if wave.state == WaveState::Baking => return false,
-                    Gate::Bake(until) => (WaveState::Baking, Some(until), false),
+                    Gate::Unwell(gate) => {
+                        let message = message(&self.rollout, ordinal, gate, "failed");
+                        self.fail(Cause::Analysis, message);
+                        return false;
+                    }
+                    Gate::Inconclusive(gate) => {
+                        let message = message(&self.rollout, ordinal, gate, "cannot tell");
+                        self.act(Action::Enter {
+                            state: RolloutState::Paused,
+                            cause: Some(Cause::Inconclusive),
+                            message: Some(message),
+                        });
+                        return false;
+                    }
+                    Gate::Bake(_) | Gate::Analysis(_) if wave.state == WaveState::Baking => {
+                        return false;
+                    }
+                    Gate::Bake(until) | Gate::Analysis(until) => {
+                        (WaveState::Baking, Some(until), false)
+                    }
                     Gate::Approval if wave.state == WaveState::AwaitingApproval => return false,
                     Gate::Approval => (WaveState::AwaitingApproval, None, false),
                     Gate::Pass => (WaveState::Passed, None, true),

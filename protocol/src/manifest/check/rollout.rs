@@ -3,7 +3,10 @@
 use std::fmt::Display;
 
 use super::{Checked, MAX_WAVES, ensure};
-use crate::manifest::{Canary, FailureBudget, Pace, RolloutPolicy, Selector, WaveSpec, WaveTarget};
+use crate::manifest::analysis::PLACEHOLDERS;
+use crate::manifest::{
+    Analysis, Canary, FailureBudget, Pace, RolloutPolicy, Selector, WaveSpec, WaveTarget,
+};
 use crate::quantity::Span;
 
 /// Requirements of one selector.
@@ -14,6 +17,15 @@ const MAX_VALUES: usize = 256;
 const MAX_STRATUM_LABELS: usize = 8;
 const MAX_PER_MINUTE: u32 = 1_000_000;
 const MAX_PRIORITY: u8 = 100;
+const MAX_ANALYSES: usize = 8;
+/// Of a gate, of each kind.
+const MAX_ANSWERS: u32 = 1000;
+const MAX_QUERY_BYTES: usize = 4096;
+/// Percent.
+const MAX_TOLERANCE: u32 = 1000;
+/// Of fewer on each side the test that compares them can tell nothing.
+const MIN_SAMPLE: u32 = 5;
+const MAX_SAMPLE: u32 = 10_000;
 
 pub(in crate::manifest) fn selector(path: impl Display, selector: &Selector) -> Checked {
     ensure(selector.requirements() <= MAX_REQUIREMENTS, &path, || {
@@ -59,11 +71,115 @@ pub(super) fn policy(path: &str, policy: &RolloutPolicy) -> Checked {
         format_args!("{path}.tail.failureBudget"),
         &policy.tail.failure_budget,
     )?;
+    analyses(path, &policy.analysis)?;
     ensure(
         policy.priority <= MAX_PRIORITY,
         format_args!("{path}.priority"),
         || format!("must be 0 to {MAX_PRIORITY}, not {}", policy.priority),
     )
+}
+
+fn analyses(path: &str, gates: &[Analysis]) -> Checked {
+    let path = format!("{path}.analysis");
+    ensure(gates.len() <= MAX_ANALYSES, &path, || {
+        format!("at most {MAX_ANALYSES} are allowed, not {}", gates.len())
+    })?;
+    for (index, gate) in gates.iter().enumerate() {
+        let path = format!("{path}[{index}]");
+        let named = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+        ensure(
+            (1..=63).contains(&gate.name.len()) && gate.name.bytes().all(named),
+            format_args!("{path}.name"),
+            || "must be 1 to 63 letters, digits, - and _".to_owned(),
+        )?;
+        let twice = gates
+            .iter()
+            .take(index)
+            .any(|other| other.name == gate.name);
+        ensure(!twice, format_args!("{path}.name"), || {
+            format!("{} is the name of another gate already", gate.name)
+        })?;
+        analysis(&path, gate)?;
+    }
+    Ok(())
+}
+
+fn analysis(path: &str, gate: &Analysis) -> Checked {
+    let kinds = [
+        gate.promql.is_some(),
+        gate.webhook.is_some(),
+        gate.control.is_some(),
+    ];
+    let given = kinds.into_iter().filter(|given| *given).count();
+    ensure(given == 1, path, || {
+        "exactly one of promql, webhook and control must be given".to_owned()
+    })?;
+    for (key, number, least) in [
+        ("count", gate.count, 1),
+        ("failureLimit", gate.failure_limit, 0),
+        ("inconclusiveLimit", gate.inconclusive_limit, 0),
+    ] {
+        ensure(
+            (least..=MAX_ANSWERS).contains(&number),
+            format_args!("{path}.{key}"),
+            || format!("must be {least} to {MAX_ANSWERS}, not {number}"),
+        )?;
+    }
+    if let Some(interval) = gate.interval {
+        ensure(
+            (Span::from_secs(1)..=Span::from_secs(86_400)).contains(&interval),
+            format_args!("{path}.interval"),
+            || format!("must be 1s to 24h, not {interval}"),
+        )?;
+    }
+    if let Some((url, Some(_))) = gate.endpoint() {
+        ensure(url.is_secure(), path, || {
+            "a bearerSecret is sent over https:// only".to_owned()
+        })?;
+    }
+    if let Some(promql) = &gate.promql {
+        query(&format!("{path}.promql.query"), &promql.query)?;
+    }
+    if let Some(control) = &gate.control {
+        ensure(
+            control.tolerance <= MAX_TOLERANCE,
+            format_args!("{path}.control.tolerance"),
+            || format!("must be 0 to {MAX_TOLERANCE}, not {}", control.tolerance),
+        )?;
+        ensure(
+            (MIN_SAMPLE..=MAX_SAMPLE).contains(&control.min_sample),
+            format_args!("{path}.control.minSample"),
+            || {
+                format!(
+                    "must be {MIN_SAMPLE} to {MAX_SAMPLE}, not {}",
+                    control.min_sample
+                )
+            },
+        )?;
+    }
+    Ok(())
+}
+
+fn query(path: &str, query: &str) -> Checked {
+    ensure(
+        (1..=MAX_QUERY_BYTES).contains(&query.trim().len()) && query.len() <= MAX_QUERY_BYTES,
+        path,
+        || format!("must have 1 to {MAX_QUERY_BYTES} bytes"),
+    )?;
+    for rest in query.split("${").skip(1) {
+        let name = rest.split_once('}').map(|(name, _)| name);
+        ensure(
+            name.is_some_and(|name| PLACEHOLDERS.contains(&name)),
+            path,
+            || {
+                format!(
+                    "after ${{ comes one of {} and a }}",
+                    PLACEHOLDERS.join(", ")
+                )
+            },
+        )?;
+    }
+    Ok(())
 }
 
 fn canary(path: &str, canary: &Canary) -> Checked {
