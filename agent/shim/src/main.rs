@@ -42,8 +42,8 @@ const HOLD_MS: i64 = 500;
 
 /// After so many bytes of log entries in a row comes a pause of [`PAUSE_MS`]: a container that writes as fast as it
 /// can must not keep a processor busy for a whole slice of the scheduler (milliseconds) at a time, which its neighbours
-/// would feel. It is held to some 50 MB/s by that, and slower writers notice nothing.
-const BURST: usize = 64 << 10;
+/// would feel. It is held to some 15 MB/s by that, and slower writers notice nothing.
+const BURST: usize = 16 << 10;
 const PAUSE_MS: i64 = 1;
 
 /// How much is still read after the container has ended. Nothing in it can write any more by then; only

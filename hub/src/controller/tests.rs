@@ -564,11 +564,29 @@ fn a_device_ahead_of_a_restored_database_is_named_once_and_not_overwritten() {
             .count(),
         1
     );
-    let epoch = store::desired::begin_epoch(&hub.connection).unwrap();
-    assert!(
-        hub.head("a").unwrap().version > ahead,
-        "epoch {epoch} is above everything"
-    );
+    // From a new epoch on it is held, and told nothing before it is let go.
+    let before = hub.head("a").unwrap().version;
+    store::desired::begin_epoch(&hub.connection).unwrap();
+    for seq in [12, 13] {
+        let report = reported(1, seq, Some(ahead), Labels::new(), Vec::new());
+        hub.hear("a", false, Message::Reported(report));
+    }
+    assert_eq!(hub.head("a").unwrap().version, before);
+    let waiting =
+        |hub: &Hub| store::desired::waiting_heads(&hub.connection, 10, |_, _| false).unwrap();
+    assert_eq!(waiting(&hub), []);
+    let held = |hub: &Hub| store::device::held(&hub.connection, &device("a")).unwrap();
+    assert!(held(&hub).unwrap().contains("1.500"));
+    let told = hub
+        .kinds()
+        .iter()
+        .filter(|kind| *kind == "device-ahead")
+        .count();
+    assert_eq!(told, 2, "once in each epoch");
+    hub.change(|change| apps::hold(change, &device("a"), None))
+        .unwrap();
+    assert_eq!(held(&hub), None);
+    assert!(waiting(&hub)[0].1.version > ahead);
 }
 
 #[test]

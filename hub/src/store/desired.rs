@@ -534,20 +534,30 @@ mod tests {
     }
 
     #[test]
-    fn a_new_epoch_is_above_every_version_before_and_publishes_all_again() {
+    fn in_a_new_epoch_nothing_is_published_before_a_device_has_spoken() {
         let connection = memory();
         let (id, app) = names("d");
         device::insert(&connection, &id, UnixMs(1)).unwrap();
         let before = place(&connection, &id, &app, &placed(&connection, b"1")).unwrap();
         published(&connection, &id, before).unwrap();
+        let restored = |connection: &Connection| device::link(connection, &id).unwrap().unwrap();
+        assert_eq!(restored(&connection).restored, None);
         begin_epoch(&connection).unwrap();
-        let (_, head) = waiting_heads(&connection, 10, |_, _| false)
-            .unwrap()
-            .remove(0);
-        assert!(head.version > before && head.version.epoch > before.epoch);
+        let known = Some(device::Restored(Some(before)));
+        assert_eq!(restored(&connection).restored, known);
         assert_eq!(
             waiting_releases(&connection, 10, |_| false).unwrap().len(),
             1
         );
+        // What is written meanwhile is above every version before, waits, and changes nothing of what is compared with.
+        let after = place(&connection, &id, &app, &placed(&connection, b"2")).unwrap();
+        assert!(after.epoch > before.epoch);
+        begin_epoch(&connection).unwrap();
+        assert_eq!(restored(&connection).restored, known);
+        let waiting = || waiting_heads(&connection, 10, |_, _| false).unwrap();
+        assert_eq!(waiting(), []);
+        assert!(device::confirm(&connection, &id).unwrap());
+        assert!(!device::confirm(&connection, &id).unwrap());
+        assert_eq!(waiting()[0].1.version, after);
     }
 }

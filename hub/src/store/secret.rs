@@ -643,6 +643,8 @@ mod tests {
         assert!(repair(&bed.connection, &bed.device, version(7)).unwrap());
         assert_eq!(bed.sent(), Some((8, vec!["a=1".to_owned()])));
         desired::begin_epoch(&bed.connection).unwrap();
+        assert_eq!(bed.sent(), None, "not before it has spoken");
+        device::confirm(&bed.connection, &bed.device).unwrap();
         assert_eq!(bed.sent().unwrap().1, ["a=1"]);
     }
 

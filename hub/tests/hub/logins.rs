@@ -139,8 +139,8 @@ fn a_secret_of_logins_is_one_before_it_is_used_and_stays_one() {
             "login 1",
         ),
         (
-            br#"{"auths": {"a.b": {"identitytoken": "hunter2"}}}"#,
-            "identity",
+            br#"{"auths": {"a.b": {"identitytoken": "hunter 2"}}}"#,
+            "a token with spaces",
         ),
         (b"\xff\xfe", "line 1"),
     ] {
