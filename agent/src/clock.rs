@@ -62,6 +62,24 @@ pub fn unix_ms() -> u64 {
         .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(0))
 }
 
+/// Whether the kernel says that something keeps the wall clock synchronized (adjtimex(2)). A clock that a test set
+/// ([`unix_ms`]) counts as such.
+#[must_use]
+pub fn is_synchronized() -> bool {
+    #[cfg(any(debug_assertions, feature = "failpoints"))]
+    if set_by_test().is_some() {
+        return true;
+    }
+    #[expect(unsafe_code, reason = "no crate in the tree wraps adjtimex(2)")]
+    // SAFETY: all zeros are a timex: it has numbers only. With no mode set nothing is changed, and the pointer is to a
+    // place that lives through the call.
+    let (state, timex) = unsafe {
+        let mut timex: libc::timex = std::mem::zeroed();
+        (libc::adjtimex(&raw mut timex), timex)
+    };
+    state >= 0 && timex.status & libc::STA_UNSYNC == 0
+}
+
 #[cfg(any(debug_assertions, feature = "failpoints"))]
 fn set_by_test() -> Option<u64> {
     let path = std::env::var_os("FORESHORE_WALL_CLOCK")?;

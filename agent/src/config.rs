@@ -62,6 +62,9 @@ pub struct Config {
     /// When and how fast images are fetched.
     #[serde(default)]
     pub pull: PullConfig,
+    /// What the device knows of the time of day.
+    #[serde(default)]
+    pub time: TimeConfig,
     /// How registries are reached, by `host` or `host:port`.
     #[serde(default)]
     pub registries: BTreeMap<String, RegistryEntry>,
@@ -193,6 +196,20 @@ impl Default for DiskConfig {
             ballast: Bytes(16 << 20),
         }
     }
+}
+
+/// `[time]`: what the windows of apps go by.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TimeConfig {
+    /// The device's time zone: `UTC`, a POSIX `TZ` string such as `CET-1CEST,M3.5.0,M10.5.0/3`, or a name below
+    /// `/usr/share/zoneinfo`. Default: `TZ` of the agent's environment, then `/etc/localtime`, then UTC.
+    pub zone: Option<String>,
+    /// The device's clock is set by something that the kernel does not know of: a battery-backed clock that somebody keeps
+    /// right, say. Default: false; then the clock counts when the kernel says that it is synchronized, and the hub's
+    /// otherwise.
+    #[serde(default)]
+    pub trust_clock: bool,
 }
 
 /// Why a configuration is not usable.

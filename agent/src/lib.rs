@@ -61,4 +61,6 @@ pub mod unpack;
 pub mod update_lock;
 pub mod vault;
 pub mod volumes;
+pub mod wall;
 pub mod watchdog;
+pub mod zone;

@@ -104,6 +104,8 @@ pub enum Incoming {
         why: String,
         /// Whether the broker refused our name or token.
         refused: bool,
+        /// Whether somebody answered where the broker should be, if only to refuse: then the way there is open.
+        answered: bool,
     },
     /// A head; give the receipt back with [`Outgoing::Accepted`] once it is on disk.
     Head(Head, Receipt),
@@ -248,8 +250,12 @@ pub async fn run(
             &mut spread,
         )
         .await;
-        let (why, refused) = match end {
-            End::Lost { why, refused } => (why, refused),
+        let (why, refused, answered) = match end {
+            End::Lost {
+                why,
+                refused,
+                answered,
+            } => (why, refused, answered),
             End::Closed => {
                 let _nobody_waits = ends.to_agent.send(Incoming::Closed).await;
                 return Ok(());
@@ -258,7 +264,11 @@ pub async fn run(
         };
         if ends
             .to_agent
-            .send(Incoming::Disconnected { why, refused })
+            .send(Incoming::Disconnected {
+                why,
+                refused,
+                answered,
+            })
             .await
             .is_err()
         {
@@ -280,7 +290,12 @@ pub async fn run(
 
 /// How a session ended.
 enum End {
-    Lost { why: String, refused: bool },
+    Lost {
+        why: String,
+        refused: bool,
+        /// Somebody said no where the broker should be.
+        answered: bool,
+    },
     Closed,
     AgentGone,
 }
@@ -322,12 +337,12 @@ async fn session(
                     connected = true;
                     match greet(&client, device, greetings.birth.clone()) {
                         Ok(()) => Some(Incoming::Connected),
-                        Err(why) => return End::Lost { why, refused: false },
+                        Err(why) => return End::Lost { why, refused: false, answered: false },
                     }
                 }
                 Ok(Polled::Incoming(Packet::Publish(message))) => Some(arrived(&client, &message, spread)),
                 Ok(Polled::Incoming(Packet::Disconnect(reason))) => {
-                    return End::Lost { why: format!("the broker closed the session: {:?}", reason.reason_code), refused: false };
+                    return End::Lost { why: format!("the broker closed the session: {:?}", reason.reason_code), refused: false, answered: true };
                 }
                 Ok(Polled::Incoming(_) | Polled::Outgoing(_) | Polled::Auth(_)) => None,
                 Err(_) if closing => return End::Closed,
@@ -349,7 +364,7 @@ async fn session(
                 }
                 Some(message) => {
                     if let Err(why) = send(&client, device, message) {
-                        return End::Lost { why, refused: false };
+                        return End::Lost { why, refused: false, answered: false };
                     }
                     None
                 }
@@ -548,8 +563,14 @@ fn lost(error: &ConnectionError) -> End {
                 | ConnectReturnCode::Banned
         )
     );
+    let answered = match error {
+        ConnectionError::ConnectionRefused(_) => true,
+        ConnectionError::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+        _ => false,
+    };
     End::Lost {
         why: error.to_string(),
         refused,
+        answered,
     }
 }

@@ -16,7 +16,7 @@
 //!
 //! | file | decides |
 //! |---|---|
-//! | `plan/app.rs` | how an assignment goes: staging, switching, trial, return to the last-known-good |
+//! | `plan/app.rs` | how an assignment goes: staging and switching |
 //! | `plan/ends.rs` | what became of containers, and when they may be started again |
 //! | `plan/service.rs` | which containers are stopped, removed, started |
 //! | `plan/secret.rs` | whose secrets are missing, and who must get new ones |
@@ -24,7 +24,9 @@
 //! | `plan/backoff.rs` | how long to wait before trying again |
 //! | `plan/collect.rs` | which images and releases are no longer needed |
 //! | `plan/evict.rs` | who is stopped when the device runs out of disk space |
+//! | `plan/trial.rs` | how a release on trial is judged |
 //! | `plan/turn.rs` | whether a disruption budget lets others go first |
+//! | `plan/window.rs` | whether an app's windows are open |
 //! | `plan/status.rs` | what is reported |
 //! | `plan/history.rs` | what is remembered, and how a step's outcome changes it |
 //! | `plan/check.rs` | whether a plan keeps the rules; for tests and debug builds |
@@ -55,16 +57,19 @@ mod status;
 mod step;
 #[cfg(test)]
 mod tests;
+mod trial;
 mod turn;
+mod window;
 #[cfg(test)]
 mod world;
 
 pub use history::{
-    AppHistory, Assignment, Cause, Condemned, History, LastKnownGood, Poison, Resume,
+    AppHistory, Assignment, Cause, Condemned, History, HubProof, LastKnownGood, Poison, Resume,
     ServiceHistory, StagingHistory, Trial,
 };
 pub use step::{Outcome, Step};
 pub use turn::{Turn, TurnWish};
+pub use window::{DeviceZone, Look, WallClock, look};
 
 /// One life of the kernel: `/proc/sys/kernel/random/boot_id`. Times of different lives do not compare.
 #[derive(
@@ -157,8 +162,46 @@ pub struct Observed {
     pub secrets: BTreeMap<SecretName, u64>,
     /// The turns that the hub has granted, and until when they count.
     pub turns: BTreeMap<AppName, Turn>,
+    /// What time it is, if that is known. For windows only: everything else goes by [`Now`].
+    pub wall: WallClock,
+    /// Whose local time windows are in that name no other.
+    pub zone: DeviceZone,
+    /// What is known of the way to the hub.
+    pub hub: HubContact,
     /// What is being done at this moment; no second step is planned on it.
     pub busy: Busy,
+}
+
+/// What is known of the way to the hub. Only a trial that must prove that it is open asks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HubContact {
+    /// Since when there is a session with the broker; `None` while there is none.
+    pub connected_since: Option<BootMs>,
+    /// A session whose broker is out of reach is noticed after this long, in milliseconds.
+    pub noticed_after_ms: u64,
+    /// When the newest report was sent that the hub acknowledged.
+    pub answered: Option<BootMs>,
+    /// When the broker, or the machine where it should be, last refused a connection: it is away, but the way to it is
+    /// open.
+    pub refused: Option<BootMs>,
+}
+
+impl HubContact {
+    /// Whether the way to the hub is known to have been open after `since`; else when it may be, if nothing changes.
+    fn was_reached_after(&self, since: BootMs, now: BootMs) -> Result<(), Option<BootMs>> {
+        let heard = [self.connected_since, self.answered, self.refused];
+        if heard.into_iter().flatten().any(|at| at > since) {
+            return Ok(());
+        }
+        // A session from before is proof only once it would have been noticed that it is dead.
+        match self
+            .connected_since
+            .map(|_| since.plus(self.noticed_after_ms))
+        {
+            Some(at) if at <= now => Ok(()),
+            later => Err(later),
+        }
+    }
 }
 
 impl Observed {

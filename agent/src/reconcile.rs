@@ -31,14 +31,16 @@ use crate::config::Config;
 use crate::execute::Tools;
 use crate::inventory;
 use crate::link::{Birth, Incoming, Link, Outgoing, Receipt};
-use crate::plan::{BootId, BootMs, Busy, History, Outcome};
+use crate::plan::{BootId, BootMs, Busy, History, HubContact, Outcome};
 use crate::policy;
 use crate::runtime::{ContainerState, Runtime};
 use crate::state::{Loaded, Outbox, State};
 use crate::status::{ContainerLine, Doing, Published};
 use crate::update_lock::Locks;
 use crate::vault::Vault;
+use crate::wall::Wall;
 use crate::watchdog::Watchdog;
+use crate::zone::LocalZone;
 
 mod disk;
 mod downlink;
@@ -189,11 +191,14 @@ pub struct Agent<R> {
     policy: policy::Watched,
     fetching: BTreeSet<Digest>,
     turns: Turns,
+    wall: Wall,
+    zone: LocalZone,
     offered: Option<Offered>,
     vault: Vault,
     /// Secrets that arrived and are not stored yet.
     offered_secrets: Option<(SealedSecrets, Receipt)>,
     connected_at: Option<Instant>,
+    contact: HubContact,
     /// Why there is no connection, once that was told: whether the broker refused us.
     offline: Option<bool>,
     wake_at: Option<Instant>,
@@ -213,6 +218,13 @@ impl<R: Runtime + 'static> Agent<R> {
         let interval = parts.config.hub.report_interval();
         let run = parts.config.paths.run.clone();
         let policy = parts.config.policy_source();
+        // A ping that is not answered is noticed when the next one is due; the rest is for slow links.
+        let contact = HubContact {
+            noticed_after_ms: 2 * parts.config.hub.keepalive.millis() + 30_000,
+            ..HubContact::default()
+        };
+        let wall = Wall::new(parts.config.time.trust_clock);
+        let zone = LocalZone::new(parts.config.time.zone.clone());
         let mut damage = parts.loaded.damage;
         let mut vault = Vault::new(parts.config.device.clone(), parts.loaded.secrets_key);
         match parts.loaded.secrets.map(|sealed| vault.open(&sealed)) {
@@ -251,10 +263,13 @@ impl<R: Runtime + 'static> Agent<R> {
             policy: policy::Watched::new(policy),
             fetching: BTreeSet::new(),
             turns: Turns::new(boot_count, jitter(&parts.boot)),
+            wall,
+            zone,
             offered: None,
             vault,
             offered_secrets: None,
             connected_at: None,
+            contact,
             offline: None,
             wake_at: None,
             said: None,

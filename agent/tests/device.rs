@@ -413,3 +413,49 @@ fn a_release_that_the_policy_denies_is_rejected_until_the_owner_allows_it() {
         device.running("shop", &two).await;
     });
 }
+
+#[test]
+fn a_release_that_cuts_its_device_off_is_taken_back_by_the_device_if_it_must_reach_the_hub() {
+    run(async {
+        let bed = Bed::new();
+        let (one, two) = (bed.release(&shop("one")), bed.release(&shop("two")));
+        let device = Device::start(&bed).await;
+        bed.hub.assign(1, &one);
+        device.phase("shop", Phase::Succeeded).await;
+        // Nothing is heard of the hub, but the session is there; then the network swallows everything.
+        bed.hub.acknowledge(false);
+        bed.hub.assign_requiring_hub(2, &two, 8_000);
+        device.phase("shop", Phase::Soaking).await;
+        bed.hub.freeze_broker(true);
+        wait_for("the release of before to be started again", || {
+            (device.starts() == 3).then_some(())
+        })
+        .await;
+        bed.hub.freeze_broker(false);
+        let status = device.phase("shop", Phase::RolledBack).await;
+        assert_eq!(status.reason.unwrap().code, ReasonCode::HubUnreachable);
+        assert_eq!(status.running, Some(one.digest()));
+    });
+}
+
+#[test]
+fn a_broker_that_is_away_takes_no_release_back() {
+    run(async {
+        let bed = Bed::new();
+        let (one, two) = (bed.release(&shop("one")), bed.release(&shop("two")));
+        let device = Device::start(&bed).await;
+        bed.hub.assign(1, &one);
+        device.phase("shop", Phase::Succeeded).await;
+        bed.hub.acknowledge(false);
+        bed.hub.assign_requiring_hub(2, &two, 8_000);
+        device.phase("shop", Phase::Soaking).await;
+        bed.hub.stop_broker();
+        // Longer than it may wait for the hub.
+        tokio::time::sleep(std::time::Duration::from_secs(10)).await;
+        assert_eq!(device.starts(), 2, "nothing was taken back");
+        bed.hub.start_broker();
+        let status = device.phase("shop", Phase::Succeeded).await;
+        assert_eq!(status.running, Some(two.digest()));
+        assert_eq!(status.last_known_good, Some(two.digest()));
+    });
+}

@@ -413,6 +413,11 @@ Examples:
         /// The app
         app: AppName,
     },
+    /// Update devices although their windows are closed
+    OverrideWindows {
+        /// The app
+        app: AppName,
+    },
     /// Roll out the release before, in waves like any other
     Undo {
         /// The app

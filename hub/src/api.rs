@@ -134,6 +134,10 @@ pub fn router(api: Api) -> Router {
             "/rollouts/{id}/override-locks",
             post(rollouts::override_locks),
         )
+        .route(
+            "/rollouts/{id}/override-windows",
+            post(rollouts::override_windows),
+        )
         .route("/events", get(events::list))
         .route("/events/stream", get(events::stream))
         .route("/images", get(images::list))

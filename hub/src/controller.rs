@@ -36,6 +36,7 @@ use tokio::sync::{Notify, watch};
 use crate::clock::HubClock;
 use crate::rollout::{Refused, UnixMs};
 use crate::store::{self, Store, StoreError};
+use crate::zone::UnknownZone;
 
 pub mod analysis;
 pub mod apps;
@@ -99,6 +100,12 @@ pub enum ControlError {
     /// The rollout is in a state that does not allow it.
     #[error("{0}")]
     Refused(#[from] Refused),
+    /// The rollout's devices wait for no window.
+    #[error("rollout {0} has no windows that its devices could wait for")]
+    NoWindows(u64),
+    /// A window names a time zone that does not exist.
+    #[error("the manifest's rollout cannot be carried out: {0}")]
+    UnknownZone(#[from] UnknownZone),
     /// The app is being deleted.
     #[error("app {0} is being deleted; apply it again to keep it")]
     Deleting(AppName),

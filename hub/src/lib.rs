@@ -65,3 +65,4 @@ pub mod registry;
 pub mod rollout;
 pub mod secrets;
 pub mod store;
+pub mod zone;

@@ -70,8 +70,8 @@ use gates::Gate;
 use observe::Patience;
 pub use state::{
     Action, Approval, Assignment, Cause, Clock, Deferral, Facts, Fleet, Member, News, Opening,
-    Placement, Policy, Pulse, Refused, Report, Revert, Rollout, StateName, Step, Tick, Touched,
-    UnixMs, Wave,
+    Placement, Policy, Pulse, Refused, Report, Revert, Rollout, StateName, Step, Terms, Tick,
+    Touched, UnixMs, Wave,
 };
 use trial::Trial;
 pub use waves::joiner_release;

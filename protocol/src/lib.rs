@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`id`] | names, labels, [`Epoch`], [`Generation`], [`Version`] |
 //! | [`digest`] | [`Digest`], the SHA-256 that names releases, blobs and layers |
+//! | [`cron`] | cron expressions: minutes of days, in local time |
 //! | [`quantity`] | sizes, CPU shares and durations as users write them |
 //! | [`manifest`] | the App manifest: strict YAML and JSON |
 //! | [`release`] | the immutable snapshot of an app's services, and its canonical JSON |
@@ -17,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod cron;
 pub mod digest;
 pub mod frame;
 pub mod id;

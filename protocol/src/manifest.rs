@@ -27,6 +27,7 @@ pub(crate) mod pull_secret;
 mod rollout;
 mod secret;
 mod selector;
+mod window;
 
 pub use analysis::{Analysis, Control, ControlMetric, Endpoint, PassIf, PromQl, Webhook};
 pub use blkio::{BlkioConfig, BytesRate, DeviceWeight, DiskPath, OperationsRate};
@@ -45,6 +46,7 @@ pub use rollout::{
 };
 pub use secret::{OnRotate, SECRETS_DIR, SecretMount, SecretSource};
 pub use selector::{Expression, Operator, Selector};
+pub use window::{MAX_ZONE_NAME_BYTES, MaintenanceWindow, ParseTimeZoneError, TimeZone};
 
 /// An App: *which devices* (selector), *what runs there* (services), *how changes arrive* (rollout).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Digest;
+use crate::cron::Cron;
 use crate::id::{AppName, BudgetName, Epoch, Generation, Labels, ServiceName, Version};
 use crate::secret::PublicKey;
 
@@ -15,7 +16,7 @@ mod nodes;
 
 pub use bounds::{
     MAX_APPS, MAX_BUDGETS, MAX_DEV_NODES, MAX_FACT_BYTES, MAX_GROUP_LABELS, MAX_LABELS,
-    MAX_SERVICE_STATES, MAX_TEXT_BYTES, fit,
+    MAX_SERVICE_STATES, MAX_TEXT_BYTES, MAX_WINDOW_MS, MAX_ZONE_BYTES, fit,
 };
 pub use nodes::{DEV_NODE_DEPTH, tells_of};
 
@@ -109,6 +110,53 @@ pub struct HeadApp {
     /// Whether to switch although the app holds its update lock
     /// ([`crate::manifest::Service::update_lock`]): an operator said so.
     pub override_lock: bool,
+    /// When the device may begin to switch and to fetch.
+    pub windows: Windows,
+    /// So many unexpected ends of services during the soak do not fail the release; the soak begins anew after each.
+    pub max_restarts: u32,
+    /// If the hub is connected when the device switches, it must be reached again within so many milliseconds, or the
+    /// release has failed. `None`: it need not.
+    pub require_hub_ms: Option<u64>,
+}
+
+/// When a device may begin something for a new release of an app. What it has begun is finished; what runs is healed and
+/// the way back to the last-known-good is taken at any time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Windows {
+    /// When it may begin to switch. `None`: at any time. With one, the device also needs a [`Lease`], as under a
+    /// disruption budget: or all whose window opens at the same time would switch at once.
+    pub switch: Option<Window>,
+    /// When it may begin to fetch images. `None`: at any time.
+    pub fetch: Option<Window>,
+}
+
+impl Windows {
+    /// Whether anything waits for anything.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.switch.is_none() && self.fetch.is_none()
+    }
+}
+
+/// Opens at certain minutes of the device's local time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// When it opens.
+    pub cron: Cron,
+    /// For how long, in milliseconds; at most [`MAX_WINDOW_MS`].
+    pub open_ms: u64,
+    /// Whose local time.
+    pub zone: Zone,
+}
+
+/// Whose local time a [`Window`] is in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Zone {
+    /// The device's own.
+    Device,
+    /// That of a POSIX `TZ` string (POSIX.1-2024, "Environment Variables"), for example `CET-1CEST,M3.5.0,M10.5.0/3`: so that
+    /// devices need no database of zones. At most [`MAX_ZONE_BYTES`].
+    Posix(String),
 }
 
 /// Down: something to do or to know once. Not retained.
@@ -121,6 +169,8 @@ pub enum Command {
         event: u64,
         /// Highest report sequence number.
         reported: u64,
+        /// The hub's wall clock when this was sent, milliseconds since 1970: for devices whose own is not set.
+        unix_ms: u64,
     },
     /// Send a report and all events kept, now.
     Resync,
@@ -216,7 +266,8 @@ pub enum Phase {
     Failed,
     /// The app no longer selects this device and is being removed.
     Removing,
-    /// All is staged, and the device waits for a [`Lease`]: its turn under a disruption budget. Leaves to `Activating`.
+    /// Nothing is wrong, and the device waits: all is staged and it needs a [`Lease`], or one of its [`Windows`] is closed;
+    /// the reason says which. Leaves to `Activating`, or to `Staging` when it waited to fetch.
     Waiting,
 }
 
@@ -318,6 +369,10 @@ pub enum ReasonCode {
     ImageUnsigned,
     /// A disruption budget lets others of the device's group go first.
     WaitsForTurn,
+    /// The app's window is closed, or the device does not know what time it is.
+    WaitsForWindow,
+    /// The hub was not reached again since the device switched, and the release must show that it leaves the way open.
+    HubUnreachable,
 }
 
 /// One service in an [`AppStatus`].

@@ -16,7 +16,7 @@ use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
     AppStatus, Beacon, BudgetGroup, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull,
     Inventory, Lease, LeaseRequest, Phase, Presence, PullProgress, PullState, Reason, ReasonCode,
-    Reported, ServiceState, ServiceStatus,
+    Reported, ServiceState, ServiceStatus, Window, Windows, Zone,
 };
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::secret::{
@@ -75,6 +75,24 @@ fn downlinks() {
         soak_ms: 60_000,
         progress_deadline_ms: 300_000,
         override_lock: name == "web",
+        windows: if name == "web" {
+            Windows {
+                switch: Some(Window {
+                    cron: "0 2 * * *".parse().unwrap(),
+                    open_ms: 7_200_000,
+                    zone: Zone::Posix("CET-1CEST,M3.5.0,M10.5.0/3".to_owned()),
+                }),
+                fetch: Some(Window {
+                    cron: "*/10 22-23 * * mon-fri".parse().unwrap(),
+                    open_ms: 600_000,
+                    zone: Zone::Device,
+                }),
+            }
+        } else {
+            Windows::default()
+        },
+        max_restarts: u32::from(name == "web"),
+        require_hub_ms: (name == "web").then_some(900_000),
     };
     message(
         "head.bin",
@@ -104,6 +122,7 @@ fn downlinks() {
         &Command::Ack {
             event: 300,
             reported: 70_000,
+            unix_ms: 1_790_000_000_000,
         },
     );
     message("command-resync.bin", &Command::Resync);
@@ -233,6 +252,8 @@ fn reports_with_every_phase_and_reason() {
         R::IoLimit,
         R::ImageUnsigned,
         R::WaitsForTurn,
+        R::WaitsForWindow,
+        R::HubUnreachable,
     ];
     let states = [
         ServiceState::Waiting,

@@ -5,29 +5,19 @@
 //! last-known-good or is given up. An assignment that is replaced while it is on trial leaves the trial going:
 //! so a device whose next release cannot be fetched still goes back by itself from a bad one.
 
-use foreshore_protocol::message::{EventKind, HeadApp, Phase, Reason, ReasonCode};
-use foreshore_protocol::quantity::Span;
+use foreshore_protocol::message::{HeadApp, Phase, Reason, ReasonCode};
 use foreshore_protocol::{AppName, Digest};
 
 use super::ends;
-use super::health::{Health, health};
 use super::history::reason;
 use super::secret;
 use super::service::{self, Target};
+use super::trial;
 use super::turn;
+use super::window;
 use super::{
-    AppHistory, Assignment, Draft, LastKnownGood, ObservedContainer, Poison, PolicyVerdict, Trial,
+    AppHistory, Assignment, Draft, HubProof, LastKnownGood, ObservedContainer, PolicyVerdict, Trial,
 };
-
-/// A release during whose trial the device booted so often takes the device down.
-const MAX_TRIAL_BOOTS: u32 = 3;
-
-/// A release whose trial was broken into so often, by agents that ended and containers that were lost, brings that about.
-/// More than any operator or update of the agent does to one trial.
-const MAX_TRIAL_SETBACKS: u32 = 10;
-
-/// How many failed assignments are remembered of one app; only the newest can come again.
-const MAX_POISONED: usize = 8;
 
 /// Decides on one app that the hub wants here, or that is kept because we do not know what the hub wants.
 pub(super) fn advance(
@@ -57,7 +47,7 @@ pub(super) fn advance(
             stage_and_switch(draft, app, history, desired);
         }
     }
-    judge(draft, app, history, containers);
+    trial::judge(draft, app, history, containers);
     let Some(current) = history.current else {
         return;
     };
@@ -107,7 +97,7 @@ pub(super) fn remove(
             .any(|service| draft.is_busy(app, service))
 }
 
-fn target<'a>(draft: &Draft<'a>, release: Option<Digest>) -> Option<Target<'a>> {
+pub(super) fn target<'a>(draft: &Draft<'a>, release: Option<Digest>) -> Option<Target<'a>> {
     let digest = release?;
     Some(Target::new(digest, draft.observed.releases.get(&digest)?))
 }
@@ -198,6 +188,13 @@ fn assign(draft: &mut Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
     {
         trial.soak_ms = desired.soak_ms;
         trial.progress_deadline_ms = desired.progress_deadline_ms;
+        trial.max_restarts = desired.max_restarts;
+        if let HubProof::Awaited { within_ms, .. } = &mut trial.hub {
+            match desired.require_hub_ms {
+                Some(within) => *within_ms = within,
+                None => trial.hub = HubProof::NotAsked,
+            }
+        }
     }
 }
 
@@ -232,9 +229,11 @@ fn stage_and_switch(
     history: &mut AppHistory,
     desired: &HeadApp,
 ) {
-    let release = desired.release;
-    let gate = match gate(draft, app, release) {
-        Gate::Open => match turn::waits(draft, app, history, desired) {
+    let gate = match gate(draft, app, desired) {
+        // A turn that nobody may use is one that others lack, so it is asked for only while the window is open.
+        Gate::Open => match window::keeps_from_switching(draft, history, desired)
+            .or_else(|| turn::waits(draft, app, history, desired))
+        {
             // Last, so that nothing is locked while others go first.
             None => update_lock(draft, app, history, desired),
             Some(why) => Gate::Closed(Phase::Waiting, Some(why)),
@@ -260,7 +259,8 @@ enum Gate {
     Closed(Phase, Option<Reason>),
 }
 
-fn gate(draft: &mut Draft<'_>, app: &AppName, release: Digest) -> Gate {
+fn gate(draft: &mut Draft<'_>, app: &AppName, desired: &HeadApp) -> Gate {
+    let release = desired.release;
     let trouble = draft.staging_trouble(&release);
     if let Some((reason, true)) = &trouble {
         return Gate::Closed(Phase::Rejected, Some(reason.clone()));
@@ -305,6 +305,9 @@ fn gate(draft: &mut Draft<'_>, app: &AppName, release: Digest) -> Gate {
     }
     if let Some(why) = secret::missing_login(draft.observed, &release) {
         return Gate::Closed(Phase::Blocked, Some(why));
+    }
+    if let Some(why) = window::keeps_from_fetching(draft, desired) {
+        return Gate::Closed(Phase::Waiting, Some(why));
     }
     draft.stage(app, release, missing);
     waiting(Phase::Staging)
@@ -380,200 +383,32 @@ fn switch(draft: &Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
         boots: 0,
         setbacks: 0,
         failed: None,
-    });
-}
-
-/// Judges the release that is on trial.
-fn judge(
-    draft: &mut Draft<'_>,
-    app: &AppName,
-    history: &mut AppHistory,
-    containers: &[&ObservedContainer],
-) {
-    let Some(trial) = history.trial.clone() else {
-        return;
-    };
-    let verdict = match target(draft, Some(trial.release)) {
-        Some(target) => verdict(draft, history, containers, &target, &trial),
-        None => blind_verdict(draft, history, &trial),
-    };
-    let phase = match verdict {
-        Verdict::Fail(why) => return fail(draft, app, history, &trial, why),
-        Verdict::Pass => return succeed(draft, app, history, &trial),
-        Verdict::Wait => Phase::Activating,
-        Verdict::Soak => Phase::Soaking,
-    };
-    if let Some(trial) = &mut history.trial {
-        if phase == Phase::Soaking {
-            trial.soaking_since.get_or_insert(draft.now.ms);
-        } else if trial.soaking_since.take().is_some() {
-            // Not known any more, rather than unwell: it gets the whole deadline again.
-            trial.started = draft.now.ms;
-        }
-    }
-    set_phase(history, &trial, phase, None);
-}
-
-#[derive(Debug)]
-enum Verdict {
-    /// Not all are ready.
-    Wait,
-    /// All are ready.
-    Soak,
-    Pass,
-    Fail(Reason),
-}
-
-/// The manifest of what is on trial was damaged or lost, so nothing of it can be started or told: it is asked
-/// for again, and given up when its time is over and there is something to go back to.
-fn blind_verdict(draft: &mut Draft<'_>, history: &AppHistory, trial: &Trial) -> Verdict {
-    let can_go_back = history
-        .last_known_good
-        .as_ref()
-        .is_some_and(|good| good.release != trial.release && is_runnable(draft, &good.release));
-    let deadline = trial.started.plus(trial.progress_deadline_ms);
-    let shaken = trial.boots >= MAX_TRIAL_BOOTS || trial.setbacks >= MAX_TRIAL_SETBACKS;
-    if !can_go_back || (!shaken && draft.is_later(deadline)) {
-        return Verdict::Wait;
-    }
-    let message = "its manifest was lost on this device and could not be fetched again in time";
-    Verdict::Fail(reason(ReasonCode::DeadlineExceeded, None, message))
-}
-
-fn verdict(
-    draft: &mut Draft<'_>,
-    history: &AppHistory,
-    containers: &[&ObservedContainer],
-    target: &Target<'_>,
-    trial: &Trial,
-) -> Verdict {
-    if let Some(why) = &trial.failed {
-        return Verdict::Fail(why.clone());
-    }
-    if trial.boots >= MAX_TRIAL_BOOTS {
-        let message = format!("the device booted {} times during the trial", trial.boots);
-        return Verdict::Fail(reason(ReasonCode::DeadlineExceeded, None, &message));
-    }
-    if trial.setbacks >= MAX_TRIAL_SETBACKS {
-        let message = format!(
-            "{} times during the trial the agent ended or a container was lost",
-            trial.setbacks
-        );
-        return Verdict::Fail(reason(ReasonCode::DeadlineExceeded, None, &message));
-    }
-    let health = health(draft.observed, history, containers, target);
-    let mut waiting = None;
-    for health in health.into_values() {
-        match health {
-            Health::Ready => {}
-            Health::Hopeless(why) => return Verdict::Fail(why),
-            Health::Unwell(why) if trial.soaking_since.is_some() => return Verdict::Fail(why),
-            Health::Unwell(why) | Health::Lost(why) | Health::NotYet(why) => {
-                waiting.get_or_insert(why);
+        max_restarts: desired.max_restarts,
+        restarts: 0,
+        hub: match desired.require_hub_ms {
+            Some(within_ms) if !proven && draft.observed.hub.connected_since.is_some() => {
+                HubProof::Awaited {
+                    since: draft.now.ms,
+                    within_ms,
+                }
             }
-        }
-    }
-    if waiting.is_none() && service::has_stale(containers, target) {
-        let message = "containers of the release before are still there";
-        waiting = Some(reason(ReasonCode::NotReady, None, message));
-    }
-    if let Some(why) = waiting {
-        let deadline = trial.started.plus(trial.progress_deadline_ms);
-        if draft.is_later(deadline) {
-            return Verdict::Wait;
-        }
-        let message = format!(
-            "not all services were ready within {}: {}",
-            Span(trial.progress_deadline_ms),
-            why.message
-        );
-        return Verdict::Fail(reason(ReasonCode::DeadlineExceeded, why.service, &message));
-    }
-    let soaking_since = trial.soaking_since.unwrap_or(draft.now.ms);
-    if draft.is_later(soaking_since.plus(trial.soak_ms)) {
-        Verdict::Soak
-    } else {
-        Verdict::Pass
-    }
-}
-
-fn succeed(draft: &mut Draft<'_>, app: &AppName, history: &mut AppHistory, trial: &Trial) {
-    history.last_known_good = Some(LastKnownGood {
-        release: trial.release,
-        since: trial.since,
+            _ => HubProof::NotAsked,
+        },
     });
-    history.trial = None;
-    set_phase(history, trial, Phase::Succeeded, None);
-    draft.collect_soon = true;
-    draft.notice(
-        EventKind::Succeeded,
-        app,
-        None,
-        format!(
-            "release {} is the last-known-good now",
-            trial.release.short()
-        ),
-    );
 }
 
-fn fail(
-    draft: &mut Draft<'_>,
-    app: &AppName,
-    history: &mut AppHistory,
-    trial: &Trial,
-    why: Reason,
-) {
-    let failed = trial.release.short();
-    let service = why.service.clone();
-    history.poisoned.push(Poison {
-        since: trial.since,
-        release: trial.release,
-        reason: why.clone(),
-    });
-    if history.poisoned.len() > MAX_POISONED {
-        history.poisoned.remove(0);
-    }
-    history.trial = None;
-    let good = history
-        .last_known_good
-        .as_ref()
-        .map(|good| good.release)
-        .filter(|good| *good != trial.release && is_runnable(draft, good));
-    let (phase, kind, message) = match good {
-        Some(good) => {
-            history.current = Some(good);
-            // What is there was looked at as the other release's so far: whether its secrets are new enough, say.
-            draft.wake_at = Some(draft.now.ms);
-            (
-                Phase::RolledBack,
-                EventKind::RolledBack,
-                format!(
-                    "release {failed} was given up for {}: {}",
-                    good.short(),
-                    why.message
-                ),
-            )
-        }
-        None => (
-            Phase::Failed,
-            EventKind::Failed,
-            format!(
-                "release {failed} failed and there is none to go back to: {}",
-                why.message
-            ),
-        ),
-    };
-    draft.notice(kind, app, service, message);
-    set_phase(history, trial, phase, Some(why));
-}
-
-fn is_runnable(draft: &Draft<'_>, release: &Digest) -> bool {
+pub(super) fn is_runnable(draft: &Draft<'_>, release: &Digest) -> bool {
     target(draft, Some(*release))
         .is_some_and(|target| target.missing_images(&draft.observed.images).is_empty())
 }
 
 /// Tells the assignment how its trial goes; a newer assignment has its own phase.
-fn set_phase(history: &mut AppHistory, trial: &Trial, phase: Phase, why: Option<Reason>) {
+pub(super) fn set_phase(
+    history: &mut AppHistory,
+    trial: &Trial,
+    phase: Phase,
+    why: Option<Reason>,
+) {
     if let Some(assignment) = &mut history.assignment
         && (assignment.since, assignment.release) == (trial.since, trial.release)
     {

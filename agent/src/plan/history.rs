@@ -118,6 +118,29 @@ pub struct Trial {
     pub setbacks: u32,
     /// A failure that needs no deadline: set when a start was refused.
     pub failed: Option<Reason>,
+    /// How many ends of services during the soak are forgiven.
+    pub max_restarts: u32,
+    /// How many there were.
+    pub restarts: u32,
+    /// Whether the hub must be reached again.
+    pub hub: HubProof,
+}
+
+/// Whether a release proved that it leaves the way to the hub open.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HubProof {
+    /// Nobody asked, or there was no way before.
+    #[default]
+    NotAsked,
+    /// The hub must be reached within so many milliseconds of `since`.
+    Awaited {
+        /// When it was switched to, or when this boot began.
+        since: BootMs,
+        /// For how long.
+        within_ms: u64,
+    },
+    /// It was reached.
+    Given,
 }
 
 /// What is remembered of one service.
@@ -369,6 +392,9 @@ impl History {
             if let Some(trial) = &mut app.trial {
                 trial.started = now.ms;
                 trial.soaking_since = None;
+                if let HubProof::Awaited { since, .. } = &mut trial.hub {
+                    *since = now.ms;
+                }
                 trial.boots = trial.boots.saturating_add(1);
             }
             for service in app.services.values_mut() {

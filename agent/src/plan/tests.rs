@@ -891,7 +891,9 @@ mod properties;
 mod secret;
 mod setbacks;
 mod signature;
+mod trial;
 mod turn;
+mod window;
 
 #[test]
 fn a_release_that_the_devices_policy_denies_is_rejected_before_anything_is_staged() {

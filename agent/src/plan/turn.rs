@@ -1,4 +1,5 @@
-//! Whose turn it is: under a disruption budget a device switches to another release only with a lease of the hub's.
+//! Whose turn it is: under a disruption budget, and where there is a window, a device switches to another release only
+//! with a lease of the hub's.
 //!
 //! Staging goes on without one, what runs is healed without one, and the way back to the last-known-good never needs one.
 
@@ -36,7 +37,9 @@ pub(super) fn waits(
     history: &AppHistory,
     desired: &HeadApp,
 ) -> Option<Reason> {
-    if draft.budgets.is_empty() || goes_on(history, desired) {
+    // All whose window opens at the same moment would switch at once: then the hub says who goes first, too.
+    let asks = !draft.budgets.is_empty() || desired.windows.switch.is_some();
+    if !asks || goes_on(history, desired) {
         return None;
     }
     let wish = TurnWish {
@@ -57,13 +60,16 @@ pub(super) fn waits(
 
 /// Whether nothing is disrupted: what is assigned runs already and is good, or is being switched to. One that failed is tried
 /// anew like any other.
-fn goes_on(history: &AppHistory, desired: &HeadApp) -> bool {
+pub(super) fn goes_on(history: &AppHistory, desired: &HeadApp) -> bool {
     let good = history.last_known_good.as_ref();
     history.current == Some(desired.release)
         && (history.trial.is_some() || good.is_some_and(|good| good.release == desired.release))
 }
 
 fn why(budgets: &[BudgetGroup]) -> String {
+    if budgets.is_empty() {
+        return "waits for its turn (maxUnavailable of the rollout)".to_owned();
+    }
     let budgets: Vec<String> = budgets.iter().map(ToString::to_string).collect();
     format!("waits for its turn ({})", budgets.join("; "))
 }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_protocol::manifest::{OnRotate, RestartPolicy, Service};
-use foreshore_protocol::message::{AppStatus, HeadApp, Phase, ReasonCode};
+use foreshore_protocol::message::{AppStatus, HeadApp, Phase, ReasonCode, Windows, Zone};
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::{AppName, Digest, Version};
 
@@ -80,6 +80,15 @@ pub(super) struct World {
     pub(super) secrets: BTreeMap<SecretName, u64>,
     /// The turns that the hub has granted.
     pub(super) turns: BTreeMap<AppName, Turn>,
+    /// Those of the next assignment.
+    pub(super) windows: Windows,
+    pub(super) max_restarts: u32,
+    pub(super) require_hub_ms: Option<u64>,
+    pub(super) contact: HubContact,
+    /// The wall clock when the boot clock showed nothing; `None` while nobody knows.
+    pub(super) wall_at_boot: Option<u64>,
+    /// The device's time zone.
+    pub(super) zone: DeviceZone,
     /// How often a secret got another value.
     pub(super) rotations: u64,
     /// Every container whose secrets were renewed, with the signals it got.
@@ -123,6 +132,12 @@ impl World {
             unsigned: BTreeMap::new(),
             secrets: BTreeMap::new(),
             turns: BTreeMap::new(),
+            windows: Windows::default(),
+            max_restarts: 0,
+            require_hub_ms: None,
+            contact: HubContact::default(),
+            wall_at_boot: None,
+            zone: DeviceZone::default(),
             rotations: 0,
             renewed: Vec::new(),
             unplugged: false,
@@ -153,6 +168,9 @@ impl World {
                 soak_ms: SOAK_MS,
                 progress_deadline_ms: DEADLINE_MS,
                 override_lock: false,
+                windows: self.windows.clone(),
+                max_restarts: self.max_restarts,
+                require_hub_ms: self.require_hub_ms,
             },
         );
         digest
@@ -166,6 +184,7 @@ impl World {
 
     /// The agent is killed and started again.
     pub(super) fn crash(&mut self) {
+        self.contact = HubContact::default();
         self.turns.clear();
         self.update_locks = UpdateLocks::default();
         self.watching_since = self.now.ms;
@@ -183,6 +202,7 @@ impl World {
         self.now.boot.0[0] = self.now.boot.0[0].wrapping_add(1);
         self.now.ms = BootMs(1_000);
         self.watching_since = self.now.ms;
+        self.contact = HubContact::default();
         self.turns.clear();
         self.containers.clear();
     }
@@ -228,8 +248,17 @@ impl World {
             unsigned: self.unsigned.clone(),
             secrets: self.secrets.clone(),
             turns: self.turns.clone(),
+            wall: self.wall(),
+            zone: self.zone.clone(),
+            hub: self.contact,
             busy: self.busy.clone(),
         }
+    }
+
+    pub(super) fn wall(&self) -> WallClock {
+        self.wall_at_boot.map_or_else(WallClock::default, |at| {
+            WallClock::Trusted(at + self.now.ms.0)
+        })
     }
 
     /// Whether the device is under a disruption budget.
@@ -253,6 +282,37 @@ impl World {
         }
     }
 
+    /// Nothing is switched to while its window is closed, or while nobody knows the time.
+    fn check_windows(&self, plan: &Plan) {
+        for (app, after) in &plan.history.apps {
+            let before = self.history.apps.get(app).and_then(|before| before.current);
+            let trial = after
+                .trial
+                .as_ref()
+                .map(|trial| (trial.since, trial.release));
+            let Some(assigned) = self.desired.apps.get(app) else {
+                continue;
+            };
+            let switched =
+                after.current != before && trial == Some((assigned.since, assigned.release));
+            let Some(window) = assigned.windows.switch.as_ref().filter(|_| switched) else {
+                continue;
+            };
+            let zone = match &window.zone {
+                Zone::Device => self.zone.0.clone().unwrap(),
+                Zone::Posix(text) => jiff::tz::TimeZone::posix(text).unwrap(),
+            };
+            let open = match self.wall() {
+                WallClock::Untrusted(_) => false,
+                WallClock::Trusted(now) => {
+                    let look = look(&window.cron, window.open_ms, &zone, now);
+                    matches!(look, Look::Open { .. })
+                }
+            };
+            assert!(open, "{app} switched while its window was closed");
+        }
+    }
+
     /// Under a budget nothing is switched to without a turn that still counts.
     fn check_turns(&self, plan: &Plan) {
         for (app, after) in &plan.history.apps {
@@ -267,7 +327,9 @@ impl World {
                 .as_ref()
                 .map(|trial| (trial.since, trial.release));
             let switched = after.current != before && trial.is_some() && trial == assigned;
-            if switched && !self.desired.budgets.is_empty() {
+            let windowed = self.desired.apps.get(app);
+            let windowed = windowed.is_some_and(|assigned| assigned.windows.switch.is_some());
+            if switched && (windowed || !self.desired.budgets.is_empty()) {
                 let counts = |turn: &Turn| {
                     Some((turn.since, turn.release)) == trial && self.now.ms < turn.until
                 };
@@ -298,6 +360,7 @@ impl World {
         let violations = check::check(observed, &self.history, &plan);
         assert!(violations.is_empty(), "{violations:?}\n{plan:#?}");
         self.check_turns(&plan);
+        self.check_windows(&plan);
         self.history = plan.history.clone();
         let (refused, held) =
             plan.update_locks.iter().cloned().partition(|app| {

@@ -11,8 +11,9 @@ use tokio::time::Instant;
 
 use super::{Agent, Next, Offered, RETRY};
 use crate::causes::chain;
+use crate::clock;
 use crate::link::{Incoming, Outgoing, Receipt};
-use crate::plan::Outcome;
+use crate::plan::{BootMs, HubProof, Outcome};
 use crate::runtime::Runtime;
 use crate::state::AcceptError;
 use crate::vault::Refused;
@@ -31,7 +32,19 @@ impl<R: Runtime + 'static> Agent<R> {
     pub(super) fn handle_link(&mut self, message: Incoming) -> Next {
         match message {
             Incoming::Connected => self.handle_connected(),
-            Incoming::Disconnected { why, refused } => self.handle_disconnected(&why, refused),
+            Incoming::Disconnected {
+                why,
+                refused,
+                answered,
+            } => {
+                self.handle_disconnected(&why, refused);
+                if answered {
+                    self.contact.refused = Some(clock::boot_ms());
+                    if self.awaits_hub() {
+                        return Next::Plan;
+                    }
+                }
+            }
             Incoming::Head(head, receipt) => return self.handle_head(head, receipt),
             Incoming::Secrets(sealed, receipt) => {
                 self.offered_secrets = Some((sealed, receipt));
@@ -41,10 +54,25 @@ impl<R: Runtime + 'static> Agent<R> {
                     Next::Nothing
                 };
             }
-            Incoming::Command(Command::Ack { event, reported }) => {
+            Incoming::Command(Command::Ack {
+                event,
+                reported,
+                unix_ms,
+            }) => {
+                let mut news = Next::Nothing;
+                if let Some(took) = self.uplink.answered_within(reported) {
+                    let now = clock::boot_ms();
+                    self.wall.hear(unix_ms, took, now);
+                    let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+                    self.contact.answered = Some(BootMs(now.0.saturating_sub(took)));
+                    if self.awaits_hub() {
+                        news = Next::Plan;
+                    }
+                }
                 let stored = self.outbox.acknowledge(event);
                 self.note_disk(stored);
                 self.uplink.acknowledged(reported);
+                return news;
             }
             Incoming::Command(Command::Resync) => self.uplink.resync(),
             Incoming::Lease(lease) => {
@@ -67,6 +95,16 @@ impl<R: Runtime + 'static> Agent<R> {
         Next::Nothing
     }
 
+    /// Whether a release on trial must show that the way to the hub is open.
+    fn awaits_hub(&self) -> bool {
+        let mut trials = self
+            .history
+            .apps
+            .values()
+            .filter_map(|app| app.trial.as_ref());
+        trials.any(|trial| matches!(trial.hub, HubProof::Awaited { .. }))
+    }
+
     fn handle_connected(&mut self) {
         tracing::info!(
             host = self.config.hub.broker.host,
@@ -75,6 +113,7 @@ impl<R: Runtime + 'static> Agent<R> {
         );
         self.offline = None;
         self.connected_at = Some(Instant::now());
+        self.contact.connected_since = Some(clock::boot_ms());
         self.uplink.connected();
         self.turns.connected(Instant::now());
         // What was asked for on the connection before is asked for again by the next plan.
@@ -84,6 +123,7 @@ impl<R: Runtime + 'static> Agent<R> {
 
     fn handle_disconnected(&mut self, why: &str, refused: bool) {
         let was_connected = self.connected_at.take().is_some();
+        self.contact.connected_since = None;
         // Receipts of a connection that is gone are worth nothing; the heads come again.
         self.uplink.disconnected();
         if let Some(offered) = &mut self.offered {
@@ -110,6 +150,7 @@ impl<R: Runtime + 'static> Agent<R> {
     }
 
     fn handle_hub(&mut self, info: &HubInfo) {
+        self.wall.not_before(info.unix_ms);
         let asked = Duration::from_millis(info.beacon_interval_ms.into());
         self.uplink
             .set_beacon_interval(asked.clamp(BEACON_RANGE.0, BEACON_RANGE.1));

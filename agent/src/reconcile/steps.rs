@@ -95,6 +95,9 @@ impl<R: Runtime + 'static> Agent<R> {
             unsigned: self.unsigned(),
             secrets: self.vault.revisions(),
             turns: self.turns.granted(),
+            wall: self.wall.read(clock::boot_ms()),
+            zone: self.zone.read(),
+            hub: self.contact,
             busy: self.busy.clone(),
         }
     }

@@ -57,6 +57,8 @@ pub(super) struct Uplink {
     reported_at: Option<Instant>,
     /// The device is no more what the newest report says of it.
     changed: bool,
+    /// When the newest report was first handed to the link.
+    sent_at: Option<Instant>,
     acknowledged: u64,
     /// The newest report has to be handed to the link.
     unsent: bool,
@@ -93,6 +95,7 @@ impl Uplink {
             report: None,
             reported_at: None,
             changed: false,
+            sent_at: None,
             acknowledged: 0,
             unsent: false,
             urgent: false,
@@ -179,6 +182,13 @@ impl Uplink {
         self.resend_at = None;
     }
 
+    /// How long ago, at most, the hub wrote an acknowledgement of this report: since the report was first sent. `None` for
+    /// another than the newest report.
+    pub(super) fn answered_within(&self, reported: u64) -> Option<Duration> {
+        let sent = self.sent_at.filter(|_| reported == self.seq);
+        sent.map(|at| at.elapsed())
+    }
+
     pub(super) fn set_beacon_interval(&mut self, interval: Duration) {
         if interval != self.beacon_interval {
             self.beacon_interval = interval;
@@ -246,6 +256,7 @@ impl Uplink {
             self.urgent = false;
             self.changed = false;
             self.reported_at = Some(now);
+            self.sent_at = None;
         }
         if let Some(report) = &self.report
             && self.unsent
@@ -255,6 +266,7 @@ impl Uplink {
                 return false;
             }
             self.unsent = false;
+            self.sent_at.get_or_insert(now);
         }
         true
     }

@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use foreshore_protocol::frame;
 use foreshore_protocol::message::{
-    Command as Order, Event, EventKind, Head, HeadApp, Presence, Reported,
+    Command as Order, Event, EventKind, Head, HeadApp, Presence, Reported, Windows,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::topic::{self, Leaf};
 use foreshore_protocol::{DeviceId, Digest, Version};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use rumqttc::{AsyncClient, Event as Polled, Incoming, MqttOptions, PublishOptions, QoS};
 
 #[derive(Debug, Default)]
@@ -128,6 +130,19 @@ impl Hub {
         }
     }
 
+    /// The broker stands still: nothing that is sent to it is answered, and connections are neither made nor refused. Like a
+    /// network that swallows everything.
+    pub fn freeze_broker(&self, frozen: bool) {
+        let broker = self.broker.borrow();
+        let pid = i32::try_from(broker.as_ref().unwrap().id()).unwrap();
+        let signal = if frozen {
+            Signal::SIGSTOP
+        } else {
+            Signal::SIGCONT
+        };
+        nix::sys::signal::kill(Pid::from_raw(pid), signal).unwrap();
+    }
+
     fn publish(&self, topic: String, bytes: Vec<u8>, retain: bool) {
         let options = PublishOptions::new(QoS::AtLeastOnce).retain(retain);
         self.client.try_publish(topic, bytes, options).unwrap();
@@ -147,11 +162,30 @@ impl Hub {
         self.assign_within(generation, release, 3_000);
     }
 
+    /// Assigns a release that must show within so many milliseconds that the way to the hub is open.
+    pub fn assign_requiring_hub(&self, generation: u64, release: &Release, within: u64) {
+        self.publish_release(&release.digest(), &release.to_canonical_json());
+        self.assign_on(generation, release, 3_000, Some(within));
+    }
+
     /// The same with another deadline for progress, in milliseconds.
     pub fn assign_within(&self, generation: u64, release: &Release, deadline: u64) {
+        self.assign_on(generation, release, deadline, None);
+    }
+
+    fn assign_on(
+        &self,
+        generation: u64,
+        release: &Release,
+        deadline: u64,
+        require_hub_ms: Option<u64>,
+    ) {
         let version = Version::from_numbers(1, generation).unwrap();
         let app = HeadApp {
             override_lock: false,
+            windows: Windows::default(),
+            max_restarts: 0,
+            require_hub_ms,
             app: release.app.clone(),
             release: release.digest(),
             since: version,
@@ -245,6 +279,7 @@ fn acknowledge(client: &AsyncClient, device: &DeviceId, heard: &Heard) {
             .max()
             .unwrap_or(0),
         reported: heard.reported.as_ref().map_or(0, |report| report.seq),
+        unix_ms: 0,
     };
     let options = PublishOptions::new(QoS::AtLeastOnce);
     client

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use foreshore_agent::state::State;
 use foreshore_images::store::Store;
-use foreshore_protocol::message::{Event, EventKind, Head, HeadApp, Phase};
+use foreshore_protocol::message::{Event, EventKind, Head, HeadApp, Phase, Windows};
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, Digest, Version};
 
@@ -142,6 +142,9 @@ impl Device {
                 soak_ms: 100,
                 progress_deadline_ms: 80_000,
                 override_lock: false,
+                windows: Windows::default(),
+                max_restarts: 0,
+                require_hub_ms: None,
             }],
             budgets: vec![],
         });

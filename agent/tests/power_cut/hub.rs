@@ -162,6 +162,7 @@ impl Talk {
         let order = Command::Ack {
             event: self.events.keys().next_back().copied().unwrap_or(0),
             reported: self.reported.as_ref().map_or(0, |report| report.seq),
+            unix_ms: 0,
         };
         let mut body = text(&topic::device(device, Leaf::Command));
         body.push(0);

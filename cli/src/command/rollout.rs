@@ -43,6 +43,7 @@ pub(super) fn run(hub: &Hub, verb: &Rollout, format: Format, out: &mut dyn Write
         } => steer(hub, app, &format!("retry?device={device}"), format, out),
         Rollout::Abort { app } => steer(hub, app, "abort", format, out),
         Rollout::OverrideLocks { app } => steer(hub, app, "override-locks", format, out),
+        Rollout::OverrideWindows { app } => steer(hub, app, "override-windows", format, out),
         Rollout::Undo { app } => {
             let answer: ApplyAnswer = hub.call(
                 "POST",

@@ -161,6 +161,13 @@ impl From<ControlError> for Failure {
             ControlError::Refused(Refused::Nothing { .. }) => conflict("nothing-to-do"),
             ControlError::Refused(Refused::NothingBefore { .. })
             | ControlError::NothingToUndo(_) => conflict("nothing-before"),
+            ControlError::NoWindows(_) => conflict("no-windows"),
+            ControlError::UnknownZone(_) => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "unknown-time-zone",
+                "there is no such time zone",
+                detail,
+            ),
             ControlError::Deleting(_) => conflict("app-deleting"),
             ControlError::Connected(_) => conflict("device-connected"),
             ControlError::UnknownImage(_) => Self::not_found("unknown-image", detail),

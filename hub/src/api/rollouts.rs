@@ -185,6 +185,22 @@ pub async fn override_locks(
     view(&api, id).await
 }
 
+/// `POST /rollouts/{id}/override-windows`: devices begin at any time although the rollout has windows.
+///
+/// # Errors
+///
+/// When there is none, it has ended, it has no windows, or the store fails.
+pub async fn override_windows(
+    State(api): Hub,
+    Segment(id): Segment,
+) -> Result<Json<RolloutView>, Failure> {
+    let id = rollout_id(&id)?;
+    api.controller
+        .change(move |change| rollouts::override_windows(change, id))
+        .await?;
+    view(&api, id).await
+}
+
 /// How much of a rollout's devices is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Devices {

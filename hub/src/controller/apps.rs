@@ -16,6 +16,7 @@ use super::membership::{self, Beyond};
 use super::{Change, ControlError, rollouts, secrets};
 use crate::rollout::{Policy, Rollout, waves};
 use crate::store::{self, app::AppRow};
+use crate::zone;
 
 /// A manifest with its release, images pinned.
 #[derive(Debug, Clone)]
@@ -37,13 +38,14 @@ const MAX_REASON: usize = 512;
 ///
 /// # Errors
 ///
-/// When a secret is not set, a device is selected by too many apps then, or the store fails.
+/// When a time zone does not exist, a secret is not set, a device is selected by too many apps then, or the store fails.
 pub fn apply(
     change: &mut Change<'_>,
     resolved: &Resolved,
     seed: u64,
 ) -> Result<ApplyAnswer, ControlError> {
     let name = &resolved.app.metadata.name;
+    zone::windows(&resolved.app.spec.rollout)?;
     secrets::check(change.connection, &resolved.release)?;
     let existing = revive(change, name)?;
     let outcome = outcome(change, existing.as_ref(), resolved)?;
@@ -196,6 +198,7 @@ pub fn plan(
     seed: u64,
 ) -> Result<PlanAnswer, ControlError> {
     let name = &resolved.app.metadata.name;
+    zone::windows(&resolved.app.spec.rollout)?;
     // Those are said with everything else that is in the way.
     if secrets::unset(change.connection, &resolved.release)?.is_empty() {
         secrets::check(change.connection, &resolved.release)?;

@@ -272,6 +272,8 @@ impl Room {
 /// not: it asks first.
 fn busy(connection: &Connection, header: &Rollout) -> rusqlite::Result<BTreeSet<DeviceId>> {
     let mut busy = BTreeSet::new();
+    // Where there is a window, devices ask first whether they are under a budget or not.
+    let all_ask = header.policy.terms.windows.switch.is_some();
     for (device, assignment) in store::rollout::holding_slots(connection, header.id)? {
         let asks_first = match assignment.state {
             AssignmentState::Offered => true,
@@ -284,7 +286,9 @@ fn busy(connection: &Connection, header: &Rollout) -> rusqlite::Result<BTreeSet<
             | AssignmentState::Deferred
             | AssignmentState::Reverted => false,
         };
-        if !asks_first || store::disruption_budget::bounds_of(connection, &device)?.is_empty() {
+        let asks = asks_first
+            && (all_ask || !store::disruption_budget::bounds_of(connection, &device)?.is_empty());
+        if !asks {
             busy.insert(device);
         }
     }
@@ -386,9 +390,11 @@ fn grant(
     ttl_ms: u64,
 ) -> rusqlite::Result<()> {
     let mut entry = store::lease::get(change.connection, device, app)?;
+    let terms = store::desired::terms(change.connection, device, app)?;
     let end_within = placement
         .progress_deadline_ms
         .saturating_add(placement.soak_ms)
+        .saturating_add(terms.more_ms(placement.progress_deadline_ms, placement.soak_ms))
         .saturating_add(Policy::SILENT_MARGIN_MS);
     let Some(lease) = entry.grant(app, ttl_ms, end_within, change.now) else {
         return Ok(());

@@ -13,7 +13,7 @@ use foreshore_protocol::message::MAX_APPS;
 use foreshore_protocol::{AppName, DeviceId};
 
 use super::{Change, ControlError, disruption_budgets, rollouts};
-use crate::rollout::{Action, Placement, Revert, joiner_release};
+use crate::rollout::{Action, Placement, Revert, Terms, joiner_release};
 use crate::store::{self, app::AppRow};
 
 /// What becomes of an app that a device has no room for.
@@ -163,8 +163,8 @@ fn place_newcomer(
         return join(change, newest.id, [(device.clone(), None)]);
     }
     let completed = store::rollout::newest_completed(change.connection, app)?;
-    if let Some(placement) = joiner_release(completed.as_ref()) {
-        place(change, app, device, &placement)?;
+    if let (Some(placement), Some(completed)) = (joiner_release(completed.as_ref()), &completed) {
+        place(change, app, device, &placement, &completed.policy.terms)?;
     }
     Ok(())
 }
@@ -198,8 +198,10 @@ fn place(
     app: &AppName,
     device: &DeviceId,
     placement: &Placement,
+    terms: &Terms,
 ) -> Result<(), ControlError> {
     store::desired::place(change.connection, device, app, placement)?;
+    store::desired::set_terms(change.connection, device, app, terms)?;
     store::desired::enqueue_release(change.connection, &placement.release)?;
     change.effects.publish = true;
     Ok(())
@@ -220,7 +222,8 @@ pub fn settle(change: &mut Change<'_>, app: &AppName) -> Result<(), ControlError
         return Ok(());
     }
     let completed = store::rollout::newest_completed(change.connection, app)?;
-    let Some(placement) = joiner_release(completed.as_ref()) else {
+    let (Some(placement), Some(completed)) = (joiner_release(completed.as_ref()), &completed)
+    else {
         return Ok(());
     };
     let mut joining = Vec::new();
@@ -235,7 +238,7 @@ pub fn settle(change: &mut Change<'_>, app: &AppName) -> Result<(), ControlError
                 joining.push((device, placed));
             }
         } else if placed.is_none() {
-            place(change, app, &device, &placement)?;
+            place(change, app, &device, &placement, &completed.policy.terms)?;
         }
     }
     if joining.is_empty() {

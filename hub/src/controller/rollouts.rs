@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
 use foreshore_protocol::manifest::RolloutPolicy;
+use foreshore_protocol::message::Windows;
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 
 use super::lives::Live;
 use super::{Change, ControlError, membership};
 use crate::rollout::analysis::Verdict;
 use crate::rollout::{
-    self, Action, News, Opening, Policy, Refused, Rollout, StateName, advance_by, command,
+    self, Action, News, Opening, Policy, Refused, Rollout, StateName, Touched, advance_by, command,
 };
 use crate::store;
 
@@ -203,6 +204,39 @@ pub fn override_locks(change: &mut Change<'_>, id: u64) -> Result<(), ControlErr
     Ok(())
 }
 
+/// Lets the devices of a rollout begin at any time, those that come after its last wave included, although it has windows.
+///
+/// # Errors
+///
+/// When there is no such rollout, it has ended and nobody comes after, it has no windows, or the store fails.
+pub fn override_windows(change: &mut Change<'_>, id: u64) -> Result<(), ControlError> {
+    let found = with(change, id, |change, live| {
+        let rollout = &mut live.rollout;
+        if rollout.state.is_final() && rollout.state != RolloutState::Completed {
+            let state = StateName(rollout.state);
+            return Err(Refused::Final { id, state }.into());
+        }
+        if rollout.policy.terms.windows.is_empty() {
+            return Err(ControlError::NoWindows(id));
+        }
+        rollout.policy.terms.windows = Windows::default();
+        store::rollout::put(change.connection, rollout, &Touched::Header)?;
+        let told = store::desired::clear_windows(change.connection, &rollout.app, &rollout.to)?;
+        change
+            .event("windows-overridden")
+            .app(&rollout.app)
+            .rollout(id)
+            .record(format!(
+                "for {}; {told} devices are told now",
+                rollout.to.short()
+            ))?;
+        change.effects.dirty.insert(rollout.app.clone());
+        change.effects.publish = true;
+        Ok(())
+    })?;
+    found.ok_or(ControlError::UnknownRollout(id))
+}
+
 /// Ends a live rollout where it stands, without giving devices anything; its app is being removed from them.
 ///
 /// # Errors
@@ -236,7 +270,7 @@ pub fn act(
 ) -> Result<(), ControlError> {
     change.effects.analysis |= !rollout.policy.analysis.is_empty() && !actions.is_empty();
     for action in actions {
-        let written = write_desired(change, &rollout.app, action)?;
+        let written = write_desired(change, rollout, action)?;
         let held = |rollout: &Rollout| {
             let assignment = action
                 .device()
@@ -259,9 +293,10 @@ pub fn act(
 
 fn write_desired(
     change: &mut Change<'_>,
-    app: &AppName,
+    rollout: &Rollout,
     action: &Action,
 ) -> Result<Option<Version>, ControlError> {
+    let app = &rollout.app;
     let (device, placement) = match action {
         Action::Offer {
             device, placement, ..
@@ -287,7 +322,13 @@ fn write_desired(
         Some(placement) => {
             // A broker that was emptied meanwhile was given only what was placed then.
             store::desired::enqueue_release(change.connection, &placement.release)?;
-            store::desired::place(change.connection, device, app, placement)?
+            let version = store::desired::place(change.connection, device, app, placement)?;
+            // The way back waits for no window and has nothing to prove.
+            if let Action::Offer { .. } = action {
+                let terms = &rollout.policy.terms;
+                store::desired::set_terms(change.connection, device, app, terms)?;
+            }
+            version
         }
         None => match store::desired::remove(change.connection, device, app)? {
             Some(version) => version,

@@ -13,6 +13,7 @@ use foreshore_protocol::{DeviceId, frame};
 use rumqttc::{AsyncClient, ClientError, PublishOptions, PublishProperties};
 use tokio::sync::Notify;
 
+use crate::clock::wall_clock;
 use crate::controller::Controller;
 use crate::controller::ingest::{Receipt, Receipts};
 use crate::store::{self, StoreError};
@@ -66,7 +67,13 @@ pub async fn run(client: &AsyncClient, commands: &Commands) -> Result<(), Client
     loop {
         for (device, receipt) in commands.take() {
             if let Some((event, reported)) = receipt.stored {
-                send(client, &device, &Command::Ack { event, reported }).await?;
+                let unix_ms = wall_clock().0;
+                let ack = Command::Ack {
+                    event,
+                    reported,
+                    unix_ms,
+                };
+                send(client, &device, &ack).await?;
             }
             let lately = asked
                 .get(&device)

@@ -239,8 +239,8 @@ impl Look<'_> {
                 "that to pass; it tries again",
             ),
             Some(Phase::Waiting) => chain.stop(
-                format!("it has the release ready{why}"),
-                "its turn: a disruption budget lets only so many switch at once",
+                format!("nothing is wrong, and it waits{why}"),
+                "its window to open, or its turn: only so many switch at once",
             ),
             Some(Phase::Activating) => chain.stop(
                 "it replaces its containers",

@@ -113,7 +113,8 @@ impl Look<'_> {
         }
         if let Some(report) = report.filter(|report| report.phase == Phase::Waiting) {
             let news = self.assignment.state != AssignmentState::Device(Phase::Waiting)
-                || self.assignment.deadline.is_some();
+                || self.assignment.deadline.is_some()
+                || self.assignment.message != report.reason;
             return news.then(|| self.record(report.phase, None, report.reason.clone()));
         }
         if self.overdue() && self.patience.runs {

@@ -12,12 +12,14 @@ use foreshore_protocol::id::Labels;
 use foreshore_protocol::manifest::{
     Analysis, FailureBudget, OnFailure, Pace, RolloutPolicy, Tail, WaveSpec, WaveTarget,
 };
-use foreshore_protocol::message::Phase;
+use foreshore_protocol::message::{Phase, Windows};
+use foreshore_protocol::quantity::Span;
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 use serde::{Deserialize, Serialize};
 
 use super::analysis::{Measured, Verdict};
 use super::assignments::Assignments;
+use crate::zone;
 
 /// A point in time on the hub: milliseconds since 1970.
 ///
@@ -149,6 +151,36 @@ pub struct Policy {
     /// What else is asked of each wave while it bakes.
     #[serde(default)]
     pub analysis: Vec<Analysis>,
+    /// What else devices are told with an offer.
+    #[serde(default)]
+    pub terms: Terms,
+}
+
+/// What devices are told with an offer besides the [`Placement`], and not when they are given their release of before.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Terms {
+    /// When they may begin. They alone know whether that is now.
+    #[serde(default)]
+    pub windows: Windows,
+    /// How many unexpected ends of services during the soak are forgiven.
+    #[serde(default)]
+    pub max_restarts: u32,
+    /// Within how many milliseconds they must reach the hub again.
+    #[serde(default)]
+    pub require_hub_ms: Option<u64>,
+}
+
+impl Terms {
+    /// How much longer than without them a device may take until it says how it ended, in milliseconds: each end that is
+    /// forgiven is followed by a deadline and a soak of its own.
+    #[must_use]
+    pub fn more_ms(&self, progress_deadline_ms: u64, soak_ms: u64) -> u64 {
+        progress_deadline_ms
+            .saturating_add(soak_ms)
+            .saturating_mul(self.max_restarts.into())
+            .saturating_add(self.require_hub_ms.unwrap_or(0))
+    }
 }
 
 impl Policy {
@@ -187,6 +219,12 @@ impl Policy {
             priority: policy.priority,
             tail: policy.tail,
             analysis: policy.analysis.clone(),
+            // Applying refuses unknown zones; only an older hub can meet one, and a window of some kind is better than none.
+            terms: Terms {
+                windows: zone::windows(policy).unwrap_or_else(|_| zone::in_utc(policy)),
+                max_restarts: policy.max_restarts,
+                require_hub_ms: policy.require_hub.map(Span::millis),
+            },
         };
         if policy.emergency {
             frozen.hurry();
@@ -211,9 +249,10 @@ impl Policy {
 
     /// From the report of a switching phase until the device counts as silent, in milliseconds.
     #[must_use]
-    pub const fn silent_after_ms(&self) -> u64 {
+    pub fn silent_after_ms(&self) -> u64 {
         self.progress_deadline_ms
             .saturating_add(self.soak_ms)
+            .saturating_add(self.terms.more_ms(self.progress_deadline_ms, self.soak_ms))
             .saturating_add(self.silent_margin_ms)
     }
 }

@@ -85,6 +85,7 @@ fn policy(waves: Vec<WaveTarget>, devices: usize) -> Policy {
         begin_within_ms: 60_000,
         silent_margin_ms: 30_000,
         analysis: Vec::new(),
+        terms: Terms::default(),
     }
 }
 

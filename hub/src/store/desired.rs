@@ -10,7 +10,7 @@ use foreshore_protocol::{AppName, DeviceId, Digest, Epoch, Version, topic};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::{column, disruption_budget, secret};
-use crate::rollout::{Placement, UnixMs};
+use crate::rollout::{Placement, Terms, UnixMs};
 
 /// The hub's epoch.
 ///
@@ -99,6 +99,69 @@ pub fn place(
         .execute([device.as_str(), app.as_str()])?;
     secret::refresh(connection, device)?;
     Ok(version)
+}
+
+/// Says what else a device is told with what was just placed on it. [`place`] alone means nothing.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn set_terms(
+    connection: &Connection,
+    device: &DeviceId,
+    app: &AppName,
+    terms: &Terms,
+) -> rusqlite::Result<()> {
+    if *terms == Terms::default() {
+        return Ok(());
+    }
+    connection
+        .prepare_cached("UPDATE placement SET terms = ?3 WHERE device = ?1 AND app = ?2")?
+        .execute(params![
+            device.as_str(),
+            app.as_str(),
+            column::to_json(terms)?
+        ])?;
+    Ok(())
+}
+
+/// What else a device is told with what is placed on it.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn terms(connection: &Connection, device: &DeviceId, app: &AppName) -> rusqlite::Result<Terms> {
+    let found = connection
+        .prepare_cached("SELECT terms FROM placement WHERE device = ?1 AND app = ?2")?
+        .query_row([device.as_str(), app.as_str()], |row| {
+            column::json_option(row, 0)
+        })
+        .optional()?;
+    Ok(found.flatten().unwrap_or_default())
+}
+
+/// Lets devices begin at any time with this release of an app that they have assigned, and tells them. How many.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn clear_windows(
+    connection: &Connection,
+    app: &AppName,
+    release: &Digest,
+) -> rusqlite::Result<usize> {
+    let release = release.to_string();
+    let devices: Vec<DeviceId> = connection
+        .prepare_cached(
+            "UPDATE placement SET terms = json_remove(terms, '$.windows')
+             WHERE app = ?1 AND release = ?2 AND terms IS NOT NULL RETURNING device",
+        )?
+        .query_map([app.as_str(), &release], |row| column::parsed(row, 0))?
+        .collect::<rusqlite::Result<_>>()?;
+    for device in &devices {
+        bump(connection, device)?;
+    }
+    Ok(devices.len())
 }
 
 /// Lets devices switch to this release of an app although the app holds its update lock: those that have it assigned
@@ -199,10 +262,11 @@ pub fn head(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
     let apps = connection
         .prepare_cached(
             "SELECT p.app, p.release, p.since_epoch, p.since_generation, p.soak_ms, p.deadline_ms,
-                    coalesce(a.unlocked_release = p.release, 0)
+                    coalesce(a.unlocked_release = p.release, 0), p.terms
              FROM placement p LEFT JOIN app a ON a.name = p.app WHERE p.device = ?1 ORDER BY p.app",
         )?
         .query_map([device.as_str()], |row| {
+            let terms: Terms = column::json_option(row, 7)?.unwrap_or_default();
             Ok(HeadApp {
                 app: column::parsed(row, 0)?,
                 release: column::parsed(row, 1)?,
@@ -210,6 +274,9 @@ pub fn head(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
                 soak_ms: row.get(4)?,
                 progress_deadline_ms: row.get(5)?,
                 override_lock: row.get(6)?,
+                windows: terms.windows,
+                max_restarts: terms.max_restarts,
+                require_hub_ms: terms.require_hub_ms,
             })
         })?
         .collect::<rusqlite::Result<_>>()?;

@@ -16,7 +16,11 @@ const MIGRATIONS: &[&str] = &[
     PULSE,
     RESTORED,
     GAUGES,
+    TERMS,
 ];
+
+/// What devices are told besides with what is placed on them, as JSON; NULL is nothing.
+const TERMS: &str = "ALTER TABLE placement ADD COLUMN terms TEXT;";
 
 /// Disruption budgets, whom they hold for, and whose turn it is.
 const LEASES: &str = "

@@ -269,7 +269,9 @@ fn incoming(client: &AsyncClient, id: &DeviceId, state: &mut State, packet: Pack
                     client.try_unsubscribe(name).unwrap();
                 }
                 Topic::Device(_, Leaf::Command) => match frame::decode(&publish.payload).unwrap() {
-                    Command::Ack { event, reported } => state.acked = Some((event, reported)),
+                    Command::Ack {
+                        event, reported, ..
+                    } => state.acked = Some((event, reported)),
                     Command::Resync => {
                         state.resyncs += 1;
                         report(client, id, state);

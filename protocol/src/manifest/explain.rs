@@ -194,6 +194,7 @@ enum Scope {
     PromQl,
     Webhook,
     Control,
+    Window,
     ConfigMount,
     ConfigFile,
     SecretSource,
@@ -204,7 +205,7 @@ enum Scope {
 
 impl Scope {
     fn of(expected: &[&str]) -> Option<Self> {
-        const MARKS: [(&str, Scope); 26] = [
+        const MARKS: [(&str, Scope); 27] = [
             ("apiVersion", Scope::App),
             ("promql", Scope::Analysis),
             ("passIf", Scope::PromQl),
@@ -227,6 +228,7 @@ impl Scope {
             ("waves", Scope::Rollout),
             ("percent", Scope::Wave),
             ("perStratum", Scope::Canary),
+            ("cron", Scope::Window),
             ("source", Scope::ConfigMount),
             ("content", Scope::ConfigFile),
             ("external", Scope::SecretSource),
@@ -259,6 +261,7 @@ impl Scope {
             Self::Analysis => analysis_key(key),
             Self::PromQl | Self::Webhook => endpoint_key(key),
             Self::Control => control_key(key),
+            Self::Window => window_key(key),
             Self::ConfigMount => config_mount_key(key),
             Self::ConfigFile => config_file_key(key),
             Self::SecretSource => secret_source_key(key),
@@ -433,11 +436,16 @@ fn logging_key(key: &str) -> Option<&'static str> {
 fn rollout_key(key: &str) -> Option<&'static str> {
     Some(match key {
         "approval" => "belongs to a wave: `waves: [{percent: 10, approval: true}]`",
-        "window" | "windows" => "is not built yet; `startAt` says when a rollout begins",
+        "windows" | "maintenanceWindow" | "updateWindow" | "activateWindow" => {
+            "does not exist; use `window: {cron: \"0 2 * * *\", for: 2h}`"
+        }
         "maxSurge" => "does not exist; a device runs one release of an app at a time",
         "groupBy" => "belongs to `kind: DisruptionBudget`, which holds for all apps at once",
         "rate" | "maxRate" => "does not exist; use `pace: {perMinute: 10}`",
-        "schedule" => "does not exist; use `startAt: 2026-12-01T02:00:00Z`",
+        "schedule" => {
+            "does not exist; use `startAt: 2026-12-01T02:00:00Z`, or `window` for times that come again"
+        }
+        "restarts" | "restartLimit" => "does not exist; use `maxRestarts`",
         "seed" | "requiresFrom" => NOT_BUILT,
         _ => return None,
     })
@@ -518,6 +526,21 @@ fn canary_key(key: &str) -> Option<&'static str> {
     Some(match key {
         "count" | "size" => "does not exist; use `perStratum`, or a first wave `{count: 1}`",
         "groupBy" | "labels" => "does not exist; use `by: [model, site]`",
+        _ => return None,
+    })
+}
+
+fn window_key(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "schedule" | "start" | "at" => {
+            "does not exist; use `cron`, for example `cron: \"0 2 * * *\"`"
+        }
+        "duration" | "open_for" | "openFor" | "length" | "end" => {
+            "does not exist; use `for`, for example `for: 2h`"
+        }
+        "tz" | "zone" | "location" => {
+            "does not exist; use `timezone`, for example `timezone: Europe/Berlin`"
+        }
         _ => return None,
     })
 }

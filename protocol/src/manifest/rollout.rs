@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::analysis::Analysis;
 use super::selector::Selector;
+use super::window::MaintenanceWindow;
 use crate::id::LabelKey;
 use crate::quantity::Span;
 
@@ -57,8 +58,8 @@ pub struct RolloutPolicy {
     )]
     pub priority: u8,
     /// A change that cannot wait: it goes before every other rollout, and once its first wave has passed the rest
-    /// follows at once, without bake, analysis, pace, approval and `maxUnavailable`. `startAt` is not waited for. The first wave, the soak and
-    /// the failure budget stay. Default: false.
+    /// follows at once, without bake, analysis, pace, approval and `maxUnavailable`. `startAt`, `window` and `downloadWindow`
+    /// are not waited for. The first wave, the soak and the failure budget stay. Default: false.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub emergency: bool,
     /// How the release reaches devices that come only after the last wave: those that were offline, and those that
@@ -68,6 +69,21 @@ pub struct RolloutPolicy {
     /// What else is asked while a wave bakes: the wave passes only when all of these do. At most 8. Default: nothing.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub analysis: Vec<Analysis>,
+    /// When a device may begin to switch to the release: to stop and start containers for it. What has begun is finished.
+    /// Default: at any time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<MaintenanceWindow>,
+    /// When a device may begin to fetch the release's images. Default: at any time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub download_window: Option<MaintenanceWindow>,
+    /// So many unexpected ends of services during the soak do not fail the release on a device; the soak begins anew after
+    /// each. 0 to 10. Default: 0.
+    #[serde(default, skip_serializing_if = "defaults::is_none")]
+    pub max_restarts: u32,
+    /// A device that is connected to the hub when it switches must reach it again within this time, or it goes back: the
+    /// release has cut it off. 1m to 1d. Default: it need not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub require_hub: Option<Span>,
 }
 
 impl Default for RolloutPolicy {
@@ -87,6 +103,10 @@ impl Default for RolloutPolicy {
             emergency: false,
             tail: Tail::default(),
             analysis: Vec::new(),
+            window: None,
+            download_window: None,
+            max_restarts: 0,
+            require_hub: None,
         }
     }
 }
@@ -401,6 +421,13 @@ mod defaults {
     )]
     pub(super) const fn is_priority(priority: &u8) -> bool {
         *priority == self::priority()
+    }
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde asks with a reference"
+    )]
+    pub(super) const fn is_none(count: &u32) -> bool {
+        *count == 0
     }
     pub(super) const fn soak() -> Span {
         Span::from_secs(60)

@@ -4,7 +4,7 @@
 
 use super::{
     AppStatus, Beacon, Command, Event, Head, HubInfo, Inventory, Lease, LeaseRequest, Presence,
-    PullProgress, Reported,
+    PullProgress, Reported, Windows, Zone,
 };
 use crate::id::AppName;
 use crate::manifest::MAX_SERVICES;
@@ -17,6 +17,12 @@ pub const MAX_BUDGETS: usize = 16;
 
 /// Labels that the devices of a disruption budget's group have in common.
 pub const MAX_GROUP_LABELS: usize = 8;
+
+/// Bytes of a POSIX `TZ` string ([`Zone::Posix`]); the longest of today's zones has 33.
+pub const MAX_ZONE_BYTES: usize = 64;
+
+/// How long a window may stay open, in milliseconds: 7 days.
+pub const MAX_WINDOW_MS: u64 = 7 * 24 * 3_600_000;
 
 /// Bytes of a text for people: [`super::Reason::message`] and [`Event::message`].
 pub const MAX_TEXT_BYTES: usize = 512;
@@ -66,6 +72,10 @@ impl Head {
     pub(crate) fn bounds(&self) -> Bounds {
         apps(self.apps.len(), self.apps.iter().map(|app| &app.app))?;
         ensure(
+            self.apps.iter().all(|app| are_bounded(&app.windows)),
+            "a time zone of more than 64 bytes, or a window of more than 7 days",
+        )?;
+        ensure(
             self.budgets.len() <= MAX_BUDGETS,
             "more than 16 disruption budgets",
         )?;
@@ -76,6 +86,17 @@ impl Head {
             "a group of more than 8 labels",
         )
     }
+}
+
+fn are_bounded(windows: &Windows) -> bool {
+    let mut all = [&windows.switch, &windows.fetch].into_iter().flatten();
+    all.all(|window| {
+        let zone = match &window.zone {
+            Zone::Device => true,
+            Zone::Posix(text) => text.len() <= MAX_ZONE_BYTES,
+        };
+        zone && window.open_ms <= MAX_WINDOW_MS
+    })
 }
 
 impl Reported {

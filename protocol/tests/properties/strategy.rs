@@ -10,8 +10,8 @@ use foreshore_protocol::id::{
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
     AppStatus, Beacon, BudgetGroup, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull,
-    Inventory, Lease, LeaseRequest, Phase, Presence, PullProgress, PullState, Reason, ReasonCode,
-    Reported, ServiceState, ServiceStatus,
+    Inventory, Lease, LeaseRequest, MAX_WINDOW_MS, Phase, Presence, PullProgress, PullState,
+    Reason, ReasonCode, Reported, ServiceState, ServiceStatus, Window, Windows, Zone,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::secret::{PublicKey, SealedSecrets};
@@ -158,10 +158,36 @@ pub(crate) fn head() -> impl Strategy<Value = Head> {
                         since,
                         soak_ms,
                         progress_deadline_ms,
+                        windows: windows(progress_deadline_ms),
+                        max_restarts: u32::from(soak_ms % 3 == 1),
+                        require_hub_ms: (soak_ms % 5 == 1).then_some(progress_deadline_ms),
                     },
                 )
                 .collect(),
         })
+}
+
+/// None, one or two, as `bits` has it.
+fn windows(bits: u64) -> Windows {
+    let window = |bits: u64| Window {
+        cron: match bits % 3 {
+            0 => "0 2 * * *",
+            1 => "*/5 22-23 * jan mon-fri",
+            _ => "0 0 29 2 *",
+        }
+        .parse()
+        .expect("written above"),
+        open_ms: bits % MAX_WINDOW_MS,
+        zone: if bits % 7 < 3 {
+            Zone::Device
+        } else {
+            Zone::Posix("CET-1CEST,M3.5.0,M10.5.0/3".to_owned())
+        },
+    };
+    Windows {
+        switch: bits.is_multiple_of(2).then(|| window(bits / 2)),
+        fetch: bits.is_multiple_of(5).then(|| window(bits / 5)),
+    }
 }
 
 pub(crate) fn lease_request() -> impl Strategy<Value = LeaseRequest> {
@@ -191,7 +217,11 @@ pub(crate) fn lease() -> impl Strategy<Value = Lease> {
 
 pub(crate) fn command() -> impl Strategy<Value = Command> {
     prop_oneof![
-        (any::<u64>(), any::<u64>()).prop_map(|(event, reported)| Command::Ack { event, reported }),
+        any::<(u64, u64, u64)>().prop_map(|(event, reported, unix_ms)| Command::Ack {
+            event,
+            reported,
+            unix_ms
+        }),
         Just(Command::Resync),
     ]
 }
@@ -281,6 +311,8 @@ fn reason() -> impl Strategy<Value = Reason> {
         ReasonCode::IoLimit,
         ReasonCode::ImageUnsigned,
         ReasonCode::WaitsForTurn,
+        ReasonCode::WaitsForWindow,
+        ReasonCode::HubUnreachable,
     ]);
     (code, option::of(name::<ServiceName>()), "\\PC{0,200}")
         .prop_map(|(code, service, message)| Reason::new(code, service, message))

@@ -9,7 +9,7 @@ use foreshore_hub::rollout::check::{Rule, check, check_action};
 use foreshore_hub::rollout::command;
 use foreshore_hub::rollout::{
     Action, Cause, Deferral, Facts, Fleet, Member, News, Opening, Placement, Pulse, Refused,
-    Report, Rollout, UnixMs, advance_by,
+    Report, Rollout, Terms, UnixMs, advance_by,
 };
 use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
 use foreshore_protocol::message::{AppStatus, Beacon, Head, HeadApp, Presence, Reported};
@@ -38,6 +38,8 @@ pub struct Row {
     pub generation: u64,
     /// What that is.
     pub desired: BTreeMap<AppName, (Placement, Version)>,
+    /// What it is told with that of each app.
+    pub terms: BTreeMap<AppName, Terms>,
     /// Whether it said that it is connected.
     pub online: bool,
     /// In which session.
@@ -133,13 +135,19 @@ impl Hub {
             .devices
             .get(device)
             .filter(|row| row.generation > 0)?;
-        let apps = row.desired.iter().map(|(app, (placement, since))| HeadApp {
-            app: app.clone(),
-            release: placement.release,
-            since: *since,
-            soak_ms: placement.soak_ms,
-            progress_deadline_ms: placement.progress_deadline_ms,
-            override_lock: false,
+        let apps = row.desired.iter().map(|(app, (placement, since))| {
+            let terms = row.terms.get(app).cloned().unwrap_or_default();
+            HeadApp {
+                app: app.clone(),
+                release: placement.release,
+                since: *since,
+                soak_ms: placement.soak_ms,
+                progress_deadline_ms: placement.progress_deadline_ms,
+                override_lock: false,
+                windows: terms.windows,
+                max_restarts: terms.max_restarts,
+                require_hub_ms: terms.require_hub_ms,
+            }
         });
         Some(Head {
             version: version(row.generation),
@@ -292,7 +300,7 @@ impl Hub {
                     self.act(index, &join, None, now);
                 }
             } else if placed.is_none() {
-                self.write(&device, &app, Some(placement));
+                self.write(&device, &app, Some(placement), Terms::default());
             }
         }
     }
@@ -384,9 +392,13 @@ impl Hub {
             ));
         }
         let app = rollout.app.clone();
+        let terms = match action {
+            Action::Offer { .. } => rollout.policy.terms.clone(),
+            _ => Terms::default(),
+        };
         let written = action
             .writes()
-            .map(|(device, placement)| self.write(device, &app, placement));
+            .map(|(device, placement)| self.write(device, &app, placement, terms));
         self.store.rollouts[index].apply(action, written, unix(now));
     }
 
@@ -407,16 +419,24 @@ impl Hub {
         dark * 2 > recent
     }
 
-    fn write(&mut self, device: &DeviceId, app: &AppName, placement: Option<Placement>) -> Version {
+    fn write(
+        &mut self,
+        device: &DeviceId,
+        app: &AppName,
+        placement: Option<Placement>,
+        terms: Terms,
+    ) -> Version {
         let row = self.store.devices.entry(device.clone()).or_default();
         row.generation += 1;
         let since = version(row.generation);
         match placement {
             Some(placement) => {
                 row.desired.insert(app.clone(), (placement, since));
+                row.terms.insert(app.clone(), terms);
             }
             None => {
                 row.desired.remove(app);
+                row.terms.remove(app);
             }
         }
         self.store.outbox.insert(device.clone());

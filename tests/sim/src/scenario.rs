@@ -248,6 +248,10 @@ impl Scenario {
             } else {
                 OnFailure::Pause
             },
+            window: None,
+            download_window: None,
+            max_restarts: 0,
+            require_hub: None,
         };
         let mut policy = Policy::freeze(&written, devices);
         policy.start_at = random

@@ -24,6 +24,10 @@ enum Op {
     Budget(bool),
     /// The hub grants what is waited for, for so long.
     Turn(u64),
+    /// Whether what is assigned from now on may be switched to, and fetched, between 02:00 and 04:00 only.
+    Windows(bool, bool),
+    /// Somebody sets the clock to this hour, or nobody knows the time any more.
+    Clock(Option<u64>),
 }
 
 const APPS: [&str; 2] = ["shop", "till"];
@@ -60,6 +64,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..2_usize).prop_map(Op::LoseSecret),
         2 => any::<bool>().prop_map(Op::Budget),
         4 => (0..60_000_u64).prop_map(Op::Turn),
+        2 => any::<(bool, bool)>().prop_map(|(switch, fetch)| Op::Windows(switch, fetch)),
+        3 => prop::option::weighted(0.8, 0..6_u64).prop_map(Op::Clock),
     ]
 }
 
@@ -153,6 +159,20 @@ fn apply(world: &mut World, op: &Op) {
                 world.grant(&app, *ttl_ms);
             }
         }
+        Op::Windows(switch, fetch) => {
+            let nightly = || foreshore_protocol::message::Window {
+                cron: "0 2 * * *".parse().unwrap(),
+                open_ms: 2 * HOUR,
+                zone: foreshore_protocol::message::Zone::Device,
+            };
+            world.windows.switch = switch.then(nightly);
+            world.windows.fetch = fetch.then(nightly);
+        }
+        Op::Clock(hour) => {
+            // 2026-06-01, at midnight.
+            let wall = hour.map(|hour| 1_780_272_000_000 + hour * HOUR);
+            world.wall_at_boot = wall.map(|wall| wall - world.now.ms.0);
+        }
         Op::LoseSecret(which) => _ = world.secrets.remove(SECRETS[*which]),
     }
 }
@@ -162,6 +182,7 @@ fn heal(world: &mut World) {
     world.registry = None;
     world.hub_reachable = true;
     world.set_budget(false);
+    world.windows = foreshore_protocol::message::Windows::default();
     for name in SECRETS {
         rotate(world, name);
     }

@@ -5,8 +5,10 @@ use std::fmt::Display;
 use super::{Checked, MAX_WAVES, ensure};
 use crate::manifest::analysis::PLACEHOLDERS;
 use crate::manifest::{
-    Analysis, Canary, FailureBudget, Pace, RolloutPolicy, Selector, WaveSpec, WaveTarget,
+    Analysis, Canary, FailureBudget, MaintenanceWindow, Pace, RolloutPolicy, Selector, WaveSpec,
+    WaveTarget,
 };
+use crate::message::MAX_WINDOW_MS;
 use crate::quantity::Span;
 
 /// Requirements of one selector.
@@ -26,6 +28,15 @@ const MAX_TOLERANCE: u32 = 1000;
 /// Of fewer on each side the test that compares them can tell nothing.
 const MIN_SAMPLE: u32 = 5;
 const MAX_SAMPLE: u32 = 10_000;
+/// Each one lets a device take its deadline and its soak once more.
+const MAX_RESTARTS: u32 = 10;
+/// A lost connection is made again within five minutes at the latest, but seldom takes one.
+const MIN_REQUIRE_HUB: Span = Span::from_secs(60);
+const MAX_REQUIRE_HUB: Span = Span::from_secs(24 * 3600);
+/// Cron expressions have whole minutes.
+const MIN_WINDOW: Span = Span::from_secs(60);
+/// A window that is open for a week is one that is always open, or one that should be written otherwise.
+const MAX_WINDOW: Span = Span(MAX_WINDOW_MS);
 
 pub(in crate::manifest) fn selector(path: impl Display, selector: &Selector) -> Checked {
     ensure(selector.requirements() <= MAX_REQUIREMENTS, &path, || {
@@ -72,6 +83,26 @@ pub(super) fn policy(path: &str, policy: &RolloutPolicy) -> Checked {
         &policy.tail.failure_budget,
     )?;
     analyses(path, &policy.analysis)?;
+    for (key, window) in [
+        ("window", policy.window.as_ref()),
+        ("downloadWindow", policy.download_window.as_ref()),
+    ] {
+        window.map_or(Ok(()), |window| {
+            self::window(&format!("{path}.{key}"), window)
+        })?;
+    }
+    ensure(
+        policy.max_restarts <= MAX_RESTARTS,
+        format_args!("{path}.maxRestarts"),
+        || format!("must be 0 to {MAX_RESTARTS}, not {}", policy.max_restarts),
+    )?;
+    if let Some(within) = policy.require_hub {
+        ensure(
+            (MIN_REQUIRE_HUB..=MAX_REQUIRE_HUB).contains(&within),
+            format_args!("{path}.requireHub"),
+            || format!("must be {MIN_REQUIRE_HUB} to {MAX_REQUIRE_HUB}, not {within}"),
+        )?;
+    }
     ensure(
         policy.priority <= MAX_PRIORITY,
         format_args!("{path}.priority"),
@@ -208,6 +239,15 @@ fn budget(path: impl Display, budget: &FailureBudget) -> Checked {
         budget.min_sample >= 1,
         format_args!("{path}.minSample"),
         || "must be at least 1".to_owned(),
+    )
+}
+
+fn window(path: &str, window: &MaintenanceWindow) -> Checked {
+    let open = window.open_for;
+    ensure(
+        (MIN_WINDOW..=MAX_WINDOW).contains(&open),
+        format_args!("{path}.for"),
+        || format!("must be {MIN_WINDOW} to {MAX_WINDOW}, not {open}"),
     )
 }
 
