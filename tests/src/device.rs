@@ -89,13 +89,30 @@ impl Device {
         command
             .args(["run", "--config"])
             .arg(&self.config)
-            .env("RUST_LOG", "info");
+            .env("RUST_LOG", "info")
+            // Its own clock counts while there is no such file.
+            .env("FORESHORE_WALL_CLOCK", self.clock());
         self.program = Some(Program::start(
             "foreshore-agent",
             &mut command,
             &self.log,
             "the workspace's programs",
         ));
+    }
+
+    fn clock(&self) -> PathBuf {
+        self.config.with_file_name("clock")
+    }
+
+    /// Sets its wall clock, which then stands still, to so many milliseconds since 1970. Only in builds with kill points.
+    ///
+    /// # Panics
+    ///
+    /// When the bed is not writable.
+    pub fn set_clock(&self, unix_ms: u64) {
+        let new = self.clock().with_extension("new");
+        std::fs::write(&new, unix_ms.to_string()).expect("the bed is writable");
+        std::fs::rename(&new, self.clock()).expect("the bed is writable");
     }
 
     /// The agent's process.

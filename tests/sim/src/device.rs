@@ -7,15 +7,19 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_agent::plan::{
     self, BootId, BootMs, Busy, Desired, History, Now, Observed, ObservedContainer, Outcome, Plan,
-    ProbeState, ProbeStates, Resume, Step, UpdateLocks,
+    ProbeState, ProbeStates, Resume, Step, UpdateLocks, WallClock,
 };
 use foreshore_agent::runtime::{Container, ContainerId, ContainerState, Exit};
-use foreshore_protocol::message::{AppStatus, Head, Phase, Reason, ReasonCode, Reported};
+use foreshore_protocol::message::{
+    AppStatus, Head, LeaseRequest, Phase, Reason, ReasonCode, Reported, Windows,
+};
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 
 mod rules;
+mod turns;
 
+use crate::hub::unix;
 use crate::mutation::Mutation;
 use crate::random::Random;
 use crate::scenario::{Fate, JOB, MINUTE, Ms, SECOND, Scenario};
@@ -88,6 +92,8 @@ pub struct Device {
     /// The newest report that the hub acknowledged in this life.
     pub acknowledged: u64,
     planned: Option<Ms>,
+    asked: BTreeMap<AppName, turns::Asked>,
+    nonce: u64,
     /// Whether to write the event log.
     pub verbose: bool,
     /// For the rules only: what it said that it rolled back from.
@@ -107,6 +113,10 @@ pub struct Asks {
     pub wake_at: Option<Ms>,
     /// Whether there is a new report to send.
     pub report: bool,
+    /// Turns to ask for, or to give back.
+    pub requests: Vec<LeaseRequest>,
+    /// Assignments that it began to switch in.
+    pub began: Vec<(AppName, Version)>,
     /// Rules that the plan breaks.
     pub violations: Vec<String>,
     /// For the event log.
@@ -136,6 +146,8 @@ impl Device {
             reported: None,
             acknowledged: 0,
             planned: None,
+            asked: BTreeMap::new(),
+            nonce: 0,
             verbose: false,
             gave_up: BTreeSet::new(),
             jobs_done: BTreeSet::new(),
@@ -184,6 +196,7 @@ impl Device {
         self.acknowledged = 0;
         self.reported = None;
         self.planned = None;
+        self.forget_turns();
     }
 
     /// Ends a life of the agent in the middle of whatever it does: each step on its way may or may not have
@@ -300,7 +313,18 @@ impl Device {
             images: self.disk.images.clone(),
             update_locks: UpdateLocks::default(),
             busy,
+            turns: self.granted(),
+            wall: self.wall(now),
             ..Observed::default()
+        }
+    }
+
+    /// Some devices have no clock of their own and know the time from the hub only.
+    fn wall(&self, now: Ms) -> WallClock {
+        if self.number % 4 == 3 && self.session.is_none() {
+            WallClock::default()
+        } else {
+            WallClock::Trusted(unix(now).0)
         }
     }
 
@@ -315,12 +339,17 @@ impl Device {
         for outcome in self.outcomes.drain(..) {
             history.record(&outcome, at);
         }
-        let desired = self
+        let mut desired = self
             .disk
             .head
             .as_ref()
             .map(Desired::from)
             .unwrap_or_default();
+        if mutation == Some(Mutation::IgnoreWindows) {
+            for app in desired.apps.values_mut() {
+                app.windows = Windows::default();
+            }
+        }
         let observed = self.observe(now);
         if mutation == Some(Mutation::IgnoreJobs) {
             believe_jobs_done(&mut history, &observed);
@@ -337,7 +366,30 @@ impl Device {
         asks.violations
             .extend(self.poisoned_starts(&history, &plan));
         asks.violations.extend(self.early_starts(&plan));
+        asks.violations
+            .extend(self.closed_windows(&observed, &history, &plan));
+        let before: BTreeMap<AppName, Version> = self
+            .switching()
+            .into_iter()
+            .map(|(app, since)| (app.clone(), since))
+            .collect();
+        let current = |history: &History, app: &AppName| history.apps.get(app)?.current;
+        let was: BTreeMap<_, _> = before
+            .keys()
+            .map(|app| (app.clone(), current(&self.disk.history, app)))
+            .collect();
         self.disk.history = plan.history;
+        for (app, since) in self.switching() {
+            // The same trial under a newer number is no new one.
+            let goes_on = was
+                .get(app)
+                .is_some_and(|was| *was == current(&self.disk.history, app));
+            if !goes_on {
+                asks.began.push((app.clone(), since));
+            }
+        }
+        let (requests, next_request) = self.follow(&plan.turns, now, random);
+        asks.requests = requests;
         asks.fetch = plan.fetch;
         // A staging that was given up has ended: that is news, so it is planned again at once.
         let abandoned = plan
@@ -359,6 +411,7 @@ impl Device {
         asks.wake_at = natural
             .chain(wake)
             .chain(abandoned.then_some(now + 10))
+            .chain(next_request)
             .filter(|at| *at > now)
             .min();
         asks.report = self.note_status(plan.status);

@@ -15,9 +15,16 @@ use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
 use foreshore_protocol::message::{AppStatus, Beacon, Head, HeadApp, Presence, Reported};
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 
+use foreshore_hub::lease::Entry;
+use foreshore_protocol::message::Lease;
+
 use crate::mutation::Mutation;
 use crate::random::hash;
-use crate::scenario::{self, MINUTE, Ms, SECOND, Scenario};
+use crate::scenario::{self, Budget, MINUTE, Ms, SECOND, Scenario};
+
+mod leases;
+
+pub use leases::TTL;
 
 /// 2026-01-01, so that times look like times.
 const START: u64 = 1_767_225_600_000;
@@ -65,6 +72,8 @@ pub struct Store {
     pub rollouts: Vec<Rollout>,
     /// The devices that each app selects.
     pub members: BTreeMap<AppName, BTreeSet<DeviceId>>,
+    /// Turns, and who waits for one.
+    pub leases: BTreeMap<(DeviceId, AppName), Entry>,
 }
 
 /// The hub.
@@ -91,6 +100,20 @@ pub struct Hub {
     /// What the engine was last told of the devices of each rollout; memory of the process, which looks at all when it
     /// has none.
     pub known: BTreeMap<u64, BTreeMap<DeviceId, Facts>>,
+    /// The place of each device in the scenario.
+    pub numbers: BTreeMap<DeviceId, usize>,
+    /// The disruption budget.
+    pub budget: Option<Budget>,
+    /// Leases that devices are to be sent.
+    pub leases: Vec<(DeviceId, Lease)>,
+    /// For the rules only: when what a device should run of an app was last changed.
+    pub changed: BTreeMap<(DeviceId, AppName), Ms>,
+    /// For tests only: every state that a rollout came to, and when.
+    pub history: Vec<(Ms, u64, RolloutState)>,
+    /// For tests only: when which device was given another release of an app, or none.
+    pub writes: Vec<(Ms, DeviceId, Option<Digest>)>,
+    /// Since when this process runs.
+    pub started: Ms,
     /// For the rules only: whether each device is truly connected, and since when it is or is not.
     pub contacts: BTreeMap<DeviceId, (bool, Ms)>,
 }
@@ -123,6 +146,8 @@ impl Hub {
                 ..Store::default()
             },
             mutation,
+            budget: scenario.budget,
+            numbers: scenario.devices.iter().cloned().zip(0..).collect(),
             ..Self::default()
         }
     }
@@ -152,7 +177,7 @@ impl Hub {
         Some(Head {
             version: version(row.generation),
             apps: apps.collect(),
-            budgets: Vec::new(),
+            budgets: self.budgets(device),
         })
     }
 
@@ -222,12 +247,22 @@ impl Hub {
             .is_none_or(|known| (reported.boot, reported.seq) > (known.boot, known.seq));
         if newer {
             row.reported = Some(reported.clone());
+            self.hear_leases(device, reported, now);
             self.advance(now);
         }
     }
 
     /// Time passes.
     pub fn advance(&mut self, now: Ms) {
+        self.advance_rollouts(now);
+        let granted = self.leases.len();
+        self.decide(now);
+        if self.leases.len() > granted {
+            self.advance_rollouts(now);
+        }
+    }
+
+    fn advance_rollouts(&mut self, now: Ms) {
         self.wake_at = None;
         for index in 0..self.store.rollouts.len() {
             if !self.is_newest(index) {
@@ -237,7 +272,7 @@ impl Hub {
             let ended = self.store.rollouts[index].state.is_final();
             let news = self.news(index, &fleet);
             let step = advance_by(&mut self.store.rollouts[index], &fleet, &news, unix(now));
-            for action in self.mutate(&step.actions, index, &fleet) {
+            for action in self.mutate(&step.actions, index, &fleet, now) {
                 self.act(index, &action, Some(&fleet), now);
             }
             if self.store.rollouts[index].state.is_final() && !ended {
@@ -324,7 +359,12 @@ impl Hub {
                 last_seen: row.last_seen,
                 version: row.reported.as_ref().and_then(|reported| reported.version),
                 report: status.map(report),
-                leased: None,
+                leased: self
+                    .store
+                    .leases
+                    .get(&(device.clone(), rollout.app.clone()))
+                    .and_then(|entry| entry.held.as_ref())
+                    .map(|held| held.since),
                 held: row.held,
                 busy: self.is_busy(device, rollout),
             };
@@ -396,10 +436,17 @@ impl Hub {
             Action::Offer { .. } => rollout.policy.terms.clone(),
             _ => Terms::default(),
         };
-        let written = action
-            .writes()
-            .map(|(device, placement)| self.write(device, &app, placement, terms));
-        self.store.rollouts[index].apply(action, written, unix(now));
+        let written = action.writes().map(|(device, placement)| {
+            self.changed.insert((device.clone(), app.clone()), now);
+            let release = placement.map(|placement| placement.release);
+            self.writes.push((now, device.clone(), release));
+            self.write(device, &app, placement, terms)
+        });
+        let rollout = &mut self.store.rollouts[index];
+        rollout.apply(action, written, unix(now));
+        if let Action::Enter { state, .. } = action {
+            self.history.push((now, rollout.id, *state));
+        }
     }
 
     /// Whether most of those devices that were there around the rollout are cut off from the hub, whatever the hub
@@ -500,6 +547,11 @@ impl Hub {
             scenario::Command::Resume => asked(command::resume, self),
             scenario::Command::Abort => asked(command::abort, self),
         };
+        let forgets = self.mutation == Some(Mutation::AbortKeepsIntent);
+        let actions = actions.map(|mut actions: Vec<Action>| {
+            actions.retain(|action| !forgets || !matches!(action, Action::Restore { .. }));
+            actions
+        });
         if let (Some(index), Some(actions)) = (newest, actions) {
             let ended = self.store.rollouts[index].state.is_final();
             for action in actions {
@@ -605,6 +657,7 @@ impl Hub {
     /// The process starts. Who is online is not known before the broker has told it.
     pub fn start(&mut self, now: Ms, broker: bool) {
         self.up = true;
+        self.started = now;
         self.listening_since = broker.then(|| unix(now));
         for row in self.store.devices.values_mut() {
             row.online = false;
@@ -612,8 +665,34 @@ impl Hub {
         self.advance(now);
     }
 
-    fn mutate(&self, actions: &[Action], index: usize, fleet: &Fleet) -> Vec<Action> {
+    fn mutate(&self, actions: &[Action], index: usize, fleet: &Fleet, now: Ms) -> Vec<Action> {
         let rollout = &self.store.rollouts[index];
+        if self.mutation == Some(Mutation::ForgetFailures) && self.forgot_failures(rollout, now) {
+            let brakes = |action: &Action| {
+                matches!(
+                    action,
+                    Action::Wave {
+                        state: WaveState::Failed,
+                        ..
+                    } | Action::Enter {
+                        cause: Some(Cause::Budget),
+                        ..
+                    }
+                )
+            };
+            let before = actions.iter().take_while(|action| !brakes(action));
+            let on = actions.iter().any(brakes).then(|| {
+                let next = rollout.assignments.iter().find(|(_, assignment)| {
+                    assignment.state == AssignmentState::Planned && rollout.opened(assignment)
+                });
+                next.map(|(device, _)| Action::Offer {
+                    device: device.clone(),
+                    placement: rollout.placement(),
+                    next: None,
+                })
+            });
+            return before.cloned().chain(on.flatten()).collect();
+        }
         let planned = |extra: usize| {
             let offers = rollout
                 .assignments
@@ -691,6 +770,18 @@ impl Hub {
                     placement: rollout.placement(),
                     next: None,
                 },
+                (
+                    Some(Mutation::FinishedIsGood),
+                    Action::Wave {
+                        ordinal,
+                        state: WaveState::Failed,
+                        ..
+                    },
+                ) => Action::Wave {
+                    ordinal,
+                    state: WaveState::Passed,
+                    bake_until: None,
+                },
                 (Some(Mutation::AnyCanary), Action::Replace { out, into }) => Action::Replace {
                     into: self.of_another_kind(rollout, &out).unwrap_or(into),
                     out,
@@ -698,6 +789,28 @@ impl Hub {
                 (_, action) => action,
             })
             .collect();
+        if self.mutation == Some(Mutation::FinishedIsGood) {
+            actions.retain(|action| {
+                !matches!(
+                    action,
+                    Action::Enter {
+                        cause: Some(Cause::WaveFailed),
+                        ..
+                    }
+                )
+            });
+        }
+        if self.mutation == Some(Mutation::SilenceIsFine) {
+            actions.retain(|action| {
+                !matches!(
+                    action,
+                    Action::Assign {
+                        state: AssignmentState::Silent,
+                        ..
+                    }
+                )
+            });
+        }
         if self.mutation == Some(Mutation::IgnoreTailBudget) {
             let stops = |action: &Action| matches!(action, Action::StopTail { .. });
             if actions.iter().any(stops) {
@@ -742,6 +855,17 @@ impl Hub {
             actions.extend(planned(usize::MAX));
         }
         actions
+    }
+
+    /// Whether a hub that counts in memory would see no broken budget: too few failed since it was started.
+    fn forgot_failures(&self, rollout: &Rollout, now: Ms) -> bool {
+        let since = rollout.clock.tick(unix(self.started.min(now)));
+        let seen = rollout
+            .assignments
+            .values()
+            .filter(|assignment| assignment.failed && assignment.changed >= since)
+            .count();
+        seen < usize::try_from(rollout.policy.budget.count).unwrap_or(usize::MAX)
     }
 
     /// What is still unfinished although the network is whole: rollouts that neither ended nor say what they wait

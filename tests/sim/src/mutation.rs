@@ -40,11 +40,23 @@ pub enum Mutation {
     RestartUnchanged,
     /// A device takes jobs for done.
     IgnoreJobs,
+    /// A device begins whether its windows are open or not.
+    IgnoreWindows,
+    /// The hub gives the turn of a device that is dark to another.
+    FreeWhenDark,
+    /// The hub counts failures in memory only.
+    ForgetFailures,
+    /// The hub takes a wave that is over for one that went well.
+    FinishedIsGood,
+    /// The hub waits for ever for devices that went dark while switching.
+    SilenceIsFine,
+    /// The hub leaves what it has offered in place when a rollout is aborted.
+    AbortKeepsIntent,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 24] = [
         Self::SkipBake,
         Self::OfferAfterBreak,
         Self::IgnoreSlots,
@@ -63,5 +75,11 @@ impl Mutation {
         Self::CollectLastKnownGood,
         Self::RestartUnchanged,
         Self::IgnoreJobs,
+        Self::IgnoreWindows,
+        Self::FreeWhenDark,
+        Self::ForgetFailures,
+        Self::FinishedIsGood,
+        Self::SilenceIsFine,
+        Self::AbortKeepsIntent,
     ];
 }

@@ -120,6 +120,37 @@ pub struct Scenario {
     pub faults: Vec<(Ms, Fault)>,
     /// When everything is whole again.
     pub heals_at: Ms,
+    /// The disruption budget that its devices are under.
+    pub budget: Option<Budget>,
+    /// How every rollout goes about it; `None`: each has a policy of its own from the seed.
+    pub policy: Option<manifest::RolloutPolicy>,
+}
+
+/// A disruption budget over all devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// In how many groups they are.
+    pub groups: usize,
+    /// How many of each may be switching at once.
+    pub max: usize,
+}
+
+impl Budget {
+    /// In every other run.
+    fn of(seed: u64) -> Option<Self> {
+        let mut random = Random::new(hash(&[seed, 42]));
+        let small = |number: u64| usize::try_from(number).unwrap_or(1);
+        random.chance(50).then(|| Self {
+            groups: small(random.between(1, 4)),
+            max: small(random.between(1, 2)),
+        })
+    }
+
+    /// The group of the device of that number.
+    #[must_use]
+    pub const fn group_of(self, number: usize) -> usize {
+        number % self.groups
+    }
 }
 
 const GROUPS: u64 = 2;
@@ -142,6 +173,8 @@ impl Scenario {
         let faults = draw_faults(&mut random, count, heals_at);
         Self {
             seed,
+            budget: Budget::of(seed),
+            policy: None,
             devices: (0..count).map(device_id).collect(),
             apps,
             loss: random.below(15),
@@ -150,6 +183,51 @@ impl Scenario {
             commands,
             faults,
             heals_at,
+        }
+    }
+
+    /// One app on so many devices, of which those from `joiners_from` on join later, with one service and a release for
+    /// each fate; every rollout has this policy. Nothing is lost, nobody does anything and nothing goes wrong, for a day.
+    #[must_use]
+    pub fn calm(
+        devices: usize,
+        joiners_from: usize,
+        fates: &[Fate],
+        policy: manifest::RolloutPolicy,
+    ) -> Self {
+        let name: AppName = "app".parse().expect("a plain name");
+        let plain = Shape {
+            job: false,
+            chain: false,
+            beside: false,
+        };
+        let releases = (0_u64..).take(fates.len());
+        let image = |release| image_digest(&name, "alpha", release);
+        let app = App {
+            releases: releases
+                .clone()
+                .map(|release| compose(&name, &[("alpha", release)].into(), plain))
+                .collect(),
+            fates: releases
+                .zip(fates)
+                .map(|(release, fate)| (image(release), (*fate, 100)))
+                .collect(),
+            group: None,
+            joiners_from,
+            name,
+        };
+        Self {
+            seed: 1,
+            devices: (0..devices).map(device_id).collect(),
+            apps: vec![app],
+            loss: 0,
+            duplication: 0,
+            delay: 50,
+            commands: Vec::new(),
+            faults: Vec::new(),
+            heals_at: 24 * HOUR,
+            budget: None,
+            policy: Some(policy),
         }
     }
 
@@ -188,6 +266,9 @@ impl Scenario {
     /// The policy that an app's rollout of that number, opened now, has over so many devices.
     #[must_use]
     pub fn policy(&self, rollout: u64, devices: usize, now: UnixMs) -> Policy {
+        if let Some(policy) = &self.policy {
+            return Policy::freeze(policy, devices);
+        }
         let mut random = Random::new(hash(&[self.seed, rollout, 7]));
         let targets = random
             .pick(&[
@@ -248,9 +329,9 @@ impl Scenario {
             } else {
                 OnFailure::Pause
             },
-            window: None,
-            download_window: None,
-            max_restarts: 0,
+            window: self.window(rollout, 8),
+            download_window: self.window(rollout, 9),
+            max_restarts: u32::try_from(hash(&[self.seed, rollout, 10]) % 3).unwrap_or(0),
             require_hub: None,
         };
         let mut policy = Policy::freeze(&written, devices);
@@ -258,6 +339,21 @@ impl Scenario {
             .chance(10)
             .then(|| now.plus(random.below(30 * MINUTE)));
         policy
+    }
+}
+
+impl Scenario {
+    /// One in six rollouts has a window: for some minutes of each half hour, so that nobody waits for long.
+    fn window(&self, rollout: u64, which: u64) -> Option<manifest::MaintenanceWindow> {
+        let mut random = Random::new(hash(&[self.seed, rollout, which]));
+        let minute = random.below(30);
+        random.chance(16).then(|| manifest::MaintenanceWindow {
+            cron: format!("{minute},{} * * * *", minute + 30)
+                .parse()
+                .expect("a plain expression"),
+            open_for: manifest_span(random.between(120, 900)),
+            timezone: manifest::TimeZone::Utc,
+        })
     }
 }
 

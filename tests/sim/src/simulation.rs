@@ -4,12 +4,12 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
-use foreshore_protocol::Digest;
-use foreshore_protocol::message::{Beacon, Head, Phase, Presence, Reported};
+use foreshore_protocol::message::{Beacon, Head, Lease, LeaseRequest, Phase, Presence, Reported};
 use foreshore_protocol::release::Release;
+use foreshore_protocol::{AppName, Digest, Version};
 
 use crate::device::Device;
-use crate::hub::{BEACON_INTERVAL, Hub, Store};
+use crate::hub::{BEACON_INTERVAL, Hub, Store, TTL};
 use crate::mutation::Mutation;
 use crate::random::{Random, hash};
 use crate::scenario::{Command, Fault, HOUR, MINUTE, Ms, SECOND, Scenario};
@@ -42,6 +42,7 @@ enum Up {
     Presence(Presence),
     Beacon(Beacon),
     Reported(Box<Reported>),
+    LeaseRequest(LeaseRequest),
 }
 
 /// Hub or broker to device.
@@ -51,6 +52,7 @@ enum Down {
     Ack(u64),
     Resync,
     Release(Digest),
+    Lease(Lease),
 }
 
 #[derive(Debug, Clone)]
@@ -158,7 +160,12 @@ pub fn run(
     mutation: Option<Mutation>,
     verbose: bool,
 ) -> Outcome {
-    let scenario = Scenario::of(seed, devices);
+    play(Scenario::of(seed, devices), mutation, verbose).0
+}
+
+/// Runs a scenario; with the hub as it is in the end.
+#[must_use]
+pub fn play(scenario: Scenario, mutation: Option<Mutation>, verbose: bool) -> (Outcome, Hub) {
     let mut simulation = Simulation::new(scenario, mutation, verbose);
     let mut count = 0;
     while simulation.violations.is_empty() && simulation.step() {
@@ -169,13 +176,14 @@ pub fn run(
                 .push("it goes in circles: too many events".to_owned());
         }
     }
-    Outcome {
+    let outcome = Outcome {
         violations: simulation.violations,
         events: count,
         virtual_ms: simulation.now,
         rollouts: simulation.hub.store.rollouts.len(),
         log: simulation.log,
-    }
+    };
+    (outcome, simulation.hub)
 }
 
 impl Simulation {
@@ -353,6 +361,7 @@ impl Simulation {
             self.hub.store = before;
             self.hub.log.clear();
             self.hub.violations.clear();
+            self.hub.leases.clear();
             self.hub_dies(away);
             return None;
         }
@@ -361,6 +370,11 @@ impl Simulation {
             self.schedule(at.saturating_sub(self.now), Event::HubWakes { life });
         }
         self.publish_soon();
+        for (id, lease) in std::mem::take(&mut self.hub.leases) {
+            if let Some(device) = self.devices.iter().position(|one| one.id == id) {
+                self.send_down(device, &Down::Lease(lease));
+            }
+        }
         Some(done)
     }
 
@@ -419,6 +433,10 @@ impl Simulation {
             Up::Beacon(beacon) => self.transaction(|hub| hub.receive_beacon(&id, beacon, now)),
             Up::Reported(reported) => self.transaction(|hub| {
                 hub.receive_reported(&id, reported, retained, now);
+                (false, false)
+            }),
+            Up::LeaseRequest(request) => self.transaction(|hub| {
+                hub.receive_request(&id, request, now);
                 (false, false)
             }),
         };
@@ -539,7 +557,7 @@ impl Simulation {
             Up::Reported(reported) => {
                 self.broker.reported.insert(device, (**reported).clone());
             }
-            Up::Beacon(_) => {}
+            Up::Beacon(_) | Up::LeaseRequest(_) => {}
         }
     }
 
@@ -699,10 +717,46 @@ impl Simulation {
         if let Some(at) = asks.wake_at {
             self.poll_at(device, at);
         }
+        for request in asks.requests {
+            self.send_up(device, &Up::LeaseRequest(request));
+        }
+        for (app, since) in asks.began {
+            self.check_turn(device, &app, since);
+        }
         if asks.report
             && let Some(reported) = self.devices[device].reported.clone()
         {
             self.report(device, reported);
+        }
+    }
+
+    /// A device began to switch: not while as many of its group do as the budget says, and not long after the hub
+    /// changed its mind.
+    fn check_turn(&mut self, device: usize, app: &AppName, since: Version) {
+        let Some(budget) = self.scenario.budget else {
+            return;
+        };
+        let group = budget.group_of(device);
+        let switching: Vec<usize> = (0..self.devices.len())
+            .filter(|number| budget.group_of(*number) == group)
+            .filter(|number| !self.devices[*number].switching().is_empty())
+            .collect();
+        if switching.len() > budget.max {
+            let max = budget.max;
+            self.violations.push(format!(
+                "devices {switching:?} of a group switch at once, and {max} may"
+            ));
+        }
+        let key = (self.devices[device].id.clone(), app.clone());
+        let wanted = self.hub.store.devices[&key.0]
+            .desired
+            .get(app)
+            .map(|(_, since)| *since);
+        let changed = self.hub.changed.get(&key).copied().unwrap_or(0);
+        if wanted != Some(since) && self.now > changed + TTL {
+            self.violations.push(format!(
+                "device-{device} switches {app} in {since:?}, long after it was taken back at {changed}"
+            ));
         }
     }
 
@@ -765,6 +819,11 @@ impl Simulation {
                     ));
                 }
                 if taken {
+                    self.poll(device);
+                }
+            }
+            Down::Lease(lease) => {
+                if self.devices[device].receive_lease(&lease) {
                     self.poll(device);
                 }
             }
@@ -980,8 +1039,9 @@ impl Simulation {
                 | Phase::Blocked
                 | Phase::Activating
                 | Phase::Soaking
-                | Phase::Removing
-                | Phase::Waiting => false,
+                | Phase::Removing => false,
+                // Nobody gets a turn while an operator is to look.
+                Phase::Waiting => self.hub.is_paused(&status.app),
             };
             (!about || !well).then(|| format!("{}: {wanted:?} but {status:?}", one.id))
         })
@@ -994,6 +1054,7 @@ fn describe(message: &Up) -> String {
             "presence online={} session={}",
             presence.online, presence.session
         ),
+        Up::LeaseRequest(request) => format!("{request:?}"),
         Up::Beacon(beacon) => format!("beacon version={:?}", beacon.version),
         Up::Reported(reported) => {
             let apps: Vec<_> = reported

@@ -95,6 +95,13 @@ fn every_built_in_fault_is_noticed_by_the_right_rule() {
             Mutation::CollectLastKnownGood => &["was collected"],
             Mutation::RestartUnchanged => &["NeedlessStop", "unchanged container"],
             Mutation::IgnoreJobs => &["before its job"],
+            Mutation::IgnoreWindows => &["window is closed"],
+            // Random runs seldom meet what these need; `known_defects.rs` has a run for each.
+            Mutation::FreeWhenDark
+            | Mutation::ForgetFailures
+            | Mutation::FinishedIsGood
+            | Mutation::SilenceIsFine
+            | Mutation::AbortKeepsIntent => continue,
         };
         let violation = noticed(mutation);
         assert!(

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use foreshore_agent::plan::{History, Observed, Plan, ProbeState, Step};
+use foreshore_agent::plan::{History, Observed, Plan, ProbeState, Step, WallClock};
 use foreshore_agent::runtime::{ContainerId, ContainerState};
 use foreshore_protocol::manifest::Condition;
+use foreshore_protocol::message::Window;
 use foreshore_protocol::release::service_digest;
 
 use super::Device;
@@ -71,6 +72,63 @@ impl Device {
                 found.push(format!(
                     "{}: {id} starts a release that was given up",
                     self.id
+                ));
+            }
+        }
+        found
+    }
+
+    /// "Closed windows": nothing is switched to, and no fetching begins, while the window for it is closed or the device does
+    /// not know the time.
+    pub(super) fn closed_windows(
+        &self,
+        observed: &Observed,
+        before: &History,
+        plan: &Plan,
+    ) -> Vec<String> {
+        let is_open = |window: &Window| match &observed.wall {
+            WallClock::Untrusted(_) => false,
+            // Every window here is in UTC, opens at the same minutes of each hour, and is open for less than half an hour:
+            // so it is open when one of these minutes is not longer ago than that.
+            WallClock::Trusted(now) => {
+                let minute = now / 60_000;
+                let back = window.open_ms / 60_000 + 1;
+                let mut ago = (0..=back.min(minute)).map(|back| minute - back);
+                ago.any(|at| {
+                    let meant = window
+                        .cron
+                        .matches_time(0, u32::try_from(at % 60).unwrap_or(60));
+                    meant && *now < at * 60_000 + window.open_ms
+                })
+            }
+        };
+        let heads = self.disk.head.iter().flat_map(|head| &head.apps);
+        let mut found = Vec::new();
+        for head in heads {
+            let assigned = (head.since, head.release);
+            let trial = |history: &History| {
+                let app = history.apps.get(&head.app)?;
+                let trial = app.trial.as_ref()?;
+                Some((trial.since, trial.release))
+            };
+            let current = |history: &History| history.apps.get(&head.app)?.current;
+            let switched = trial(&plan.history) == Some(assigned)
+                && current(before) != Some(head.release)
+                && trial(before) != Some(assigned);
+            if switched && !head.windows.switch.as_ref().is_none_or(is_open) {
+                found.push(format!(
+                    "{}: {} is switched while its window is closed",
+                    self.id, head.app
+                ));
+            }
+            let fetched = current(&plan.history) != Some(head.release)
+                && plan.steps.iter().any(|step| {
+                    matches!(step, Step::Stage { app, release, .. } if (app, release) == (&head.app, &head.release))
+                });
+            if fetched && !head.windows.fetch.as_ref().is_none_or(is_open) {
+                found.push(format!(
+                    "{}: {} is fetched while its download window is closed",
+                    self.id, head.app
                 ));
             }
         }
