@@ -74,10 +74,15 @@ fn kept(bytes: &[u8], value: &Value, config: &DockerConfig) {
         let once = count(bytes, host.as_bytes()) == 1;
         let text = |key: &str| entry.get(key).and_then(Value::as_str).unwrap_or_default();
         let (auth, username) = (text("auth"), text("username"));
+        let (registry, identity) = (text("registrytoken"), text("identitytoken"));
         if !alone || !plain || !once {
             continue;
         }
-        let expected = if !auth.is_empty() {
+        let expected = if !registry.is_empty() {
+            Some(Credentials::access_token(registry))
+        } else if !identity.is_empty() {
+            Some(Credentials::refresh_token(identity))
+        } else if !auth.is_empty() {
             let decoded = BASE64_STANDARD
                 .decode(auth.trim())
                 .expect("it was accepted");
