@@ -129,7 +129,8 @@ pub struct Identity {
 #[must_use]
 pub fn container(bed: &Bed, device: &str, app: &str, service: &str) -> Option<Identity> {
     let mut found = containers(bed, device, &format!("{app}.{service}."));
-    found.sort_by_key(|identity| identity.pid);
+    // The first process is the oldest; its id is not the lowest once the kernel has come round.
+    found.sort_by_key(|identity| (identity.start_time, identity.pid));
     found.first().copied()
 }
 

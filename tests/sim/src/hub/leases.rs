@@ -75,9 +75,6 @@ impl Hub {
 
     /// Grants what may be granted.
     pub(super) fn decide(&mut self, now: Ms) {
-        let Some(budget) = self.budget else {
-            return;
-        };
         if !self.hears_the_fleet(now) {
             return;
         }
@@ -99,18 +96,21 @@ impl Hub {
                 device: device.clone(),
                 app: app.clone(),
                 first: queued.first,
-                bounds: self.bounds(budget, device, app),
+                bounds: self.bounds(device, app),
             })
             .collect();
         queue.sort_by(|one, other| {
             (one.first, &one.device, &one.app).cmp(&(other.first, &other.device, &other.app))
         });
-        let limits = self.limits(budget, now);
+        let limits = self.limits(now);
         for place in choose(&queue, &limits) {
             let asking = &queue[place];
-            let placement = self.store.devices[&asking.device].desired[&asking.app].0;
-            let end_within =
-                placement.progress_deadline_ms + placement.soak_ms + Policy::SILENT_MARGIN_MS;
+            let row = &self.store.devices[&asking.device];
+            let placement = row.desired[&asking.app].0;
+            let (deadline, soak) = (placement.progress_deadline_ms, placement.soak_ms);
+            let terms = row.terms.get(&asking.app).cloned().unwrap_or_default();
+            let more = terms.more_ms(deadline, soak);
+            let end_within = deadline + soak + more + Policy::SILENT_MARGIN_MS;
             let key = (asking.device.clone(), asking.app.clone());
             let entry = self.store.leases.entry(key).or_default();
             if let Some(lease) = entry.grant(&asking.app, TTL, end_within, unix(now)) {
@@ -160,17 +160,27 @@ impl Hub {
         })
     }
 
-    fn bounds(&self, budget: Budget, device: &DeviceId, app: &AppName) -> Vec<Bound> {
+    fn bounds(&self, device: &DeviceId, app: &AppName) -> Vec<Bound> {
         let takes_part = self
             .live(app)
             .is_some_and(|rollout| rollout.assignments.contains_key(device));
         let rollout = takes_part.then(|| Bound::Rollout(app.clone()));
-        let group = bound(budget.group_of(self.number(device)));
-        rollout.into_iter().chain([group]).collect()
+        let group = self
+            .budget
+            .map(|budget| bound(budget.group_of(self.number(device))));
+        rollout.into_iter().chain(group).collect()
     }
 
-    fn limits(&self, budget: Budget, now: Ms) -> BTreeMap<Bound, Limit> {
+    fn limits(&self, now: Ms) -> BTreeMap<Bound, Limit> {
         let mut limits = BTreeMap::new();
+        if let Some(budget) = self.budget {
+            self.limit_groups(budget, now, &mut limits);
+        }
+        self.limit_rollouts(&mut limits);
+        limits
+    }
+
+    fn limit_groups(&self, budget: Budget, now: Ms, limits: &mut BTreeMap<Bound, Limit>) {
         for (device, row) in &self.store.devices {
             let group = bound(budget.group_of(self.number(device)));
             let group: &mut Limit = limits.entry(group).or_default();
@@ -191,6 +201,9 @@ impl Hub {
                 }
             }
         }
+    }
+
+    fn limit_rollouts(&self, limits: &mut BTreeMap<Bound, Limit>) {
         let apps: BTreeSet<&AppName> = self.store.rollouts.iter().map(|one| &one.app).collect();
         for rollout in apps.into_iter().filter_map(|app| self.live(app)) {
             let holds = |device: &DeviceId| {
@@ -200,6 +213,8 @@ impl Hub {
                     .get(&key)
                     .is_some_and(|entry| entry.holds_slot())
             };
+            // Where there is a window, devices ask first whether they are under a budget or not.
+            let all_ask = self.budget.is_some() || rollout.policy.terms.windows.switch.is_some();
             let busy = rollout.assignments.iter().filter(|(device, assignment)| {
                 let asks_first = match assignment.state {
                     AssignmentState::Offered => true,
@@ -209,7 +224,7 @@ impl Hub {
                     ),
                     _ => false,
                 };
-                (assignment.holds_slot() && !asks_first)
+                (assignment.holds_slot() && !(asks_first && all_ask))
                     || (holds(device) && !assignment.has_ended())
             });
             let limit = Limit {
@@ -219,7 +234,6 @@ impl Hub {
             };
             limits.insert(Bound::Rollout(rollout.app.clone()), limit);
         }
-        limits
     }
 }
 
