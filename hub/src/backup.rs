@@ -141,11 +141,15 @@ pub fn restore(from: &Path, data: &Path) -> Result<(Epoch, Contents), BackupErro
     };
     copy_secrets(from, data)?;
     // A write-ahead log of another database would be played into this one.
-    for name in ["hub.db-wal", "hub.db-shm"] {
+    for name in ["hub.db-wal", "hub.db-shm", "hub.db-journal"] {
         remove(&data.join(name))?;
     }
     // Under its name only once it belongs to the new epoch: a hub that starts before knows nothing rather than too much.
     let half = data.join("hub.db.restoring");
+    // So would the journal of a restore that was cut off.
+    for name in ["", "-wal", "-shm", "-journal"] {
+        remove(&data.join(format!("hub.db.restoring{name}")))?;
+    }
     copy_file(&copy, &half)?;
     let failed = |source| BackupError::Database {
         path: half.clone(),
