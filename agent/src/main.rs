@@ -31,6 +31,7 @@ use foreshore_images::store::{LayerFinding, LayerState, Progress, Store};
 use foreshore_protocol::AppName;
 use foreshore_protocol::api::PullView;
 use foreshore_protocol::message::{AppStatus, ServiceState};
+use foreshore_protocol::quantity::Span;
 
 /// Runs containers on this device as the hub wants them, and keeps them running without it.
 ///
@@ -737,6 +738,16 @@ fn print_status(out: &mut impl std::io::Write, status: &Status) -> std::io::Resu
                 "  {:<20} {state}, {ready}, {} restarts",
                 service.service, service.restarts
             )?;
+            if let Some(kept) = &service.kept {
+                writeln!(
+                    out,
+                    "  {:<20} container {} of release {} is kept, through the trial and for {} from the switch",
+                    "",
+                    kept.instance,
+                    kept.release.short(),
+                    Span(kept.keep_ms)
+                )?;
+            }
         }
     }
     if let Some(pull) = &status.pull {

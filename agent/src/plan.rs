@@ -19,6 +19,8 @@
 //! | `plan/app.rs` | how an assignment goes: staging and switching |
 //! | `plan/ends.rs` | what became of containers, and when they may be started again |
 //! | `plan/service.rs` | which containers are stopped, removed, started |
+//! | `plan/next.rs` | the next step on one of them |
+//! | `plan/kept.rs` | which old containers run on beside the new ones |
 //! | `plan/secret.rs` | whose secrets are missing, and who must get new ones |
 //! | `plan/health.rs` | how well services are, and what they wait for |
 //! | `plan/backoff.rs` | how long to wait before trying again |
@@ -51,6 +53,8 @@ mod ends;
 mod evict;
 mod health;
 mod history;
+mod kept;
+mod next;
 mod secret;
 mod service;
 mod status;
@@ -64,8 +68,8 @@ mod window;
 mod world;
 
 pub use history::{
-    AppHistory, Assignment, Cause, Condemned, History, HubProof, LastKnownGood, Poison, Resume,
-    ServiceHistory, StagingHistory, Trial,
+    AppHistory, Assignment, Cause, Condemned, History, HubProof, Kept, KeptUntil, LastKnownGood,
+    Poison, Resume, ServiceHistory, StagingHistory, Trial,
 };
 pub use step::{Outcome, Step};
 pub use turn::{Turn, TurnWish};

@@ -111,6 +111,8 @@ fn the_power_may_be_cut_at_every_kill_point() {
             let (queue, made) = (&queue, &made);
             scope.spawn(move || {
                 let mut device = Device::new(number);
+                // Every other keeps old containers for a moment.
+                device.beside = number % 2 == 1;
                 // The first life has no cut and shows how often each point is passed.
                 device.assign();
                 device.start(None);

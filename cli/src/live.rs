@@ -31,7 +31,7 @@ pub(crate) fn awaits_approval(rollout: &RolloutView) -> bool {
 }
 
 /// The state of one device's part, in one word.
-pub(crate) fn state_word(state: AssignmentState) -> String {
+fn state_word(state: AssignmentState) -> String {
     match state {
         AssignmentState::Planned => "planned".to_owned(),
         AssignmentState::Offered => "offered".to_owned(),
@@ -139,7 +139,7 @@ fn named<'a>(parts: impl Iterator<Item = &'a AssignmentView>) -> String {
             let pull = part.pull.as_ref().map(pulling::brief);
             let pull = pull.filter(|text| !text.is_empty());
             let pull = pull.map_or_else(String::new, |text| format!(" {text}"));
-            format!("{} {}{pull}", part.device, state_word(part.state))
+            format!("{} {}{pull}", part.device, stage(part))
         })
         .collect();
     if !named.is_empty() {
@@ -150,6 +150,15 @@ fn named<'a>(parts: impl Iterator<Item = &'a AssignmentView>) -> String {
         text.push_str(&format!(" · and {} more", busy.len() - NAMED));
     }
     text
+}
+
+/// How far a device is, and with which release if that is only a step on its way.
+pub(crate) fn stage(part: &AssignmentView) -> String {
+    let state = state_word(part.state);
+    part.via.map_or_else(
+        || state.to_owned(),
+        |via| format!("{state} (via {})", via.short()),
+    )
 }
 
 /// Whether a device is worth a word: neither waiting for its wave nor done and well.
@@ -179,8 +188,10 @@ pub(crate) fn changes(old: Option<&RolloutView>, new: &RolloutView) -> Vec<Strin
     for part in &new.assignments {
         let before = old
             .and_then(|old| assignment(old, &part.device))
-            .map_or(AssignmentState::Planned, |part| part.state);
-        if before != part.state {
+            .map_or((AssignmentState::Planned, None), |part| {
+                (part.state, part.via)
+            });
+        if before != (part.state, part.via) {
             let message = part
                 .message
                 .as_ref()
@@ -193,7 +204,7 @@ pub(crate) fn changes(old: Option<&RolloutView>, new: &RolloutView) -> Vec<Strin
             lines.push(format!(
                 "  {place} {}: {}{message}",
                 part.device,
-                state_word(part.state)
+                stage(part)
             ));
         }
     }
@@ -403,6 +414,7 @@ mod tests {
                 wave: 2,
                 tail: false,
                 state: AssignmentState::Offered,
+                via: None,
                 message: None,
                 pull: None,
             });

@@ -201,6 +201,7 @@ fn alone(devices: usize, reports: usize) -> anyhow::Result<Alone> {
             release: rollout.to,
             phase: Phase::Succeeded,
             reason: None,
+            has: None,
         };
         let facts = fleet.devices.entry(device.clone()).or_default();
         facts.report = Some(report);

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use foreshore_protocol::id::Epoch;
 use rusqlite::{Connection, OpenFlags};
 
+use crate::rollout::UnixMs;
 use crate::secrets;
 use crate::store::{self, StoreError};
 
@@ -118,13 +119,13 @@ pub fn write(data: &Path, to: &Path, images: bool) -> Result<Contents, BackupErr
     })
 }
 
-/// Makes a data directory `data` of the backup `from`, and begins a new epoch. `data` must hold no database; images that are
+/// Makes a data directory `data` of the backup `from` at `now`, and begins a new epoch. `data` must hold no database; images that are
 /// there stay.
 ///
 /// # Errors
 ///
 /// See [`BackupError`].
-pub fn restore(from: &Path, data: &Path) -> Result<(Epoch, Contents), BackupError> {
+pub fn restore(from: &Path, data: &Path, now: UnixMs) -> Result<(Epoch, Contents), BackupError> {
     let copy = from.join(DATABASE);
     if !copy.is_file() {
         return Err(BackupError::NoDatabase(from.to_owned()));
@@ -160,7 +161,7 @@ pub fn restore(from: &Path, data: &Path) -> Result<(Epoch, Contents), BackupErro
     let (epoch, devices) = connection
         .transaction()
         .and_then(|transaction| {
-            let epoch = store::desired::begin_epoch(&transaction)?;
+            let epoch = store::desired::begin_epoch(&transaction, now)?;
             let devices =
                 transaction.query_row("SELECT count(*) FROM device", [], |row| row.get(0))?;
             transaction.commit()?;

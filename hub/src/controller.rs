@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use foreshore_images::registry::LoginsError;
+use foreshore_protocol::digest::DigestPrefix;
 use foreshore_protocol::id::{BudgetName, SecretName};
 use foreshore_protocol::message::{Lease, MAX_APPS, MAX_LABELS};
 use foreshore_protocol::secret::MAX_BUNDLE_BYTES;
@@ -34,6 +35,7 @@ use rusqlite::Connection;
 use tokio::sync::{Notify, watch};
 
 use crate::clock::HubClock;
+use crate::rollout::steps::Requirements;
 use crate::rollout::{Refused, UnixMs};
 use crate::store::{self, Store, StoreError};
 use crate::zone::UnknownZone;
@@ -106,6 +108,49 @@ pub enum ControlError {
     /// A window names a time zone that does not exist.
     #[error("the manifest's rollout cannot be carried out: {0}")]
     UnknownZone(#[from] UnknownZone),
+    /// The app has no such release that another could be reached from.
+    #[error(
+        "requiresFrom: app {app} has no release {prefix} that this hub knows of; see `foreshore rollout history {app}`"
+    )]
+    UnknownRelease {
+        /// Whose.
+        app: AppName,
+        /// As it was written.
+        prefix: DigestPrefix,
+    },
+    /// Several releases of the app begin so.
+    #[error(
+        "requiresFrom: more than one release of app {app} begins with {prefix}; write more digits"
+    )]
+    AmbiguousRelease {
+        /// Whose.
+        app: AppName,
+        /// As it was written.
+        prefix: DigestPrefix,
+    },
+    /// The way to a release leads over too many others.
+    #[error(
+        "requiresFrom: the way to {release} of app {app} leads over more than {} releases; name a release that can be \
+         reached from older ones",
+        Requirements::MAX_RELEASES
+    )]
+    TooManySteps {
+        /// Whose.
+        app: AppName,
+        /// Which, short.
+        release: String,
+    },
+    /// Releases can only be reached from each other.
+    #[error(
+        "requiresFrom: no device could ever get there from outside: the releases on the way to {release} of app {app} can \
+         only be reached from each other"
+    )]
+    NoWay {
+        /// Whose.
+        app: AppName,
+        /// Which, short.
+        release: String,
+    },
     /// The app is being deleted.
     #[error("app {0} is being deleted; apply it again to keep it")]
     Deleting(AppName),

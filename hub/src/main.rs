@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use foreshore_hub::broker::mosquitto::{self, MosquittoConfig};
+use foreshore_hub::clock::wall_clock;
 use foreshore_hub::config::Config;
 use foreshore_hub::store::{self, Store, StoreError};
 use foreshore_hub::{backup, process, secrets};
@@ -245,7 +246,7 @@ fn restore(arguments: &Restore) -> anyhow::Result<()> {
     std::fs::create_dir_all(&arguments.data)
         .with_context(|| format!("failed to make {}", arguments.data.display()))?;
     let _lock = process::lock(&arguments.data)?;
-    let (epoch, contents) = backup::restore(&arguments.from, &arguments.data)?;
+    let (epoch, contents) = backup::restore(&arguments.from, &arguments.data, wall_clock())?;
     println!("epoch {epoch}, {} devices", contents.devices);
     eprintln!(
         "devices that went on without this backup keep what they run, and are held once they connect; \
@@ -263,8 +264,9 @@ fn new_epoch(data: &Path) -> anyhow::Result<()> {
     secrets::Secrets::load_or_create(data)?;
     let _lock = process::lock(data)?;
     let (store, writer) = Store::open(&data.join("hub.db"))?;
-    let change =
-        store.write(|connection| Ok::<_, StoreError>(store::desired::begin_epoch(connection)?));
+    let change = store.write(|connection| {
+        Ok::<_, StoreError>(store::desired::begin_epoch(connection, wall_clock())?)
+    });
     let epoch = tokio::runtime::Builder::new_current_thread()
         .build()?
         .block_on(change)?;

@@ -29,6 +29,9 @@ pub struct Wants {
     pub images: BTreeSet<String>,
     /// The sum of its services' `mem_limit`.
     pub memory_bytes: u64,
+    /// What old containers may use that run on beside the new ones (`keep_old`): as much as the new ones of their services,
+    /// since nobody knows better here.
+    pub kept_bytes: u64,
     /// The device nodes of its services.
     pub nodes: BTreeSet<String>,
     /// Whether devices need a key for it.
@@ -46,6 +49,9 @@ impl Wants {
         Self {
             images: services().map(|service| service.image.clone()).collect(),
             memory_bytes: memory_of(release),
+            kept_bytes: services()
+                .filter(|service| service.deploy.update_config.keep_old_ms().is_some())
+                .fold(0, |sum, service| sum.saturating_add(service.mem_limit.0)),
             nodes: nodes.map(|device| device.source.clone()).collect(),
             secrets: !release.image_pull_secrets.is_empty()
                 || services().any(|service| !service.secrets.is_empty()),
@@ -307,9 +313,17 @@ impl<'a> Draft<'a> {
         }
         let memory = (inventory.memory_bytes > 0).then_some(inventory.memory_bytes);
         if let (Some(has), Some(others)) = (memory, device.others_memory_bytes) {
-            let all = others.saturating_add(self.wants.memory_bytes);
+            // Where nothing of the app runs, nothing is kept.
+            let kept = device.running.map_or(0, |_| self.wants.kept_bytes);
+            let all = others
+                .saturating_add(self.wants.memory_bytes)
+                .saturating_add(kept);
             if all > has {
-                let detail = format!("{all} bytes of {has}");
+                let kept = match kept {
+                    0 => String::new(),
+                    kept => format!(", {kept} of them for old containers (keep_old)"),
+                };
+                let detail = format!("{all} bytes of {has}{kept}");
                 self.note(ObstacleCode::MemoryShort, device, Some(detail));
             }
         }

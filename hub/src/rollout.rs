@@ -30,6 +30,7 @@
 //! | [`gates`] | when a wave passed |
 //! | [`analysis`] | what else is asked of a wave, and what follows |
 //! | [`budget`] | what failed so far, and when that is too much |
+//! | [`steps`] | which release comes first, where one can only be reached from some others |
 //! | `rollback` | who goes back, in which order |
 //! | [`command`] | what an operator may ask |
 //! | [`explain`] | why a device is where it is, for people |
@@ -51,6 +52,7 @@ pub mod gates;
 mod observe;
 mod rollback;
 pub mod state;
+pub mod steps;
 #[cfg(test)]
 mod tests;
 mod trial;
@@ -492,11 +494,15 @@ impl Work<'_> {
             .policy
             .max_unavailable
             .saturating_sub(tally.slots);
-        let placement = self.trial.placement();
         for _ in 0..free {
             let Some(device) = self.next_candidate().cloned() else {
                 return;
             };
+            let facts = self.fleet.devices.get(&device);
+            let placement = self.trial.assignments.get(&device).map_or_else(
+                || self.trial.placement(),
+                |assignment| self.trial.next_placement(assignment, facts),
+            );
             let next = match pace {
                 None => None,
                 Some(_) if self.tick() < self.trial.next_offer => return,

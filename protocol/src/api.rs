@@ -653,6 +653,9 @@ pub struct AssignmentView {
     pub tail: bool,
     /// How far it is.
     pub state: AssignmentState,
+    /// The release that it was offered, if that is a step on its way and not yet the rollout's own (`requiresFrom`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub via: Option<Digest>,
     /// Why, if not well.
     pub message: Option<String>,
     /// What the device fetches of the release right now, as in [`DeviceView::pull`].

@@ -1,4 +1,4 @@
-//! [`Digest`]: the SHA-256 that names releases, image blobs and layers.
+//! [`Digest`]: the SHA-256 that names releases, image blobs and layers; and [`DigestPrefix`], as people write it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -124,9 +124,80 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
+/// The beginning of a [`Digest`], as people copy it from a table: 12 to 64 lower-case hexadecimal digits, with or without
+/// `sha256:` before them. Kept as it was written.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct DigestPrefix(String);
+
+/// Why a text is not a [`DigestPrefix`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a release is written as 12 to 64 lower-case hexadecimal digits, with or without \"sha256:\" before them"
+)]
+pub struct ParsePrefixError;
+
+impl DigestPrefix {
+    /// The digits, without the algorithm.
+    #[must_use]
+    pub fn hex(&self) -> &str {
+        self.0.strip_prefix("sha256:").unwrap_or(&self.0)
+    }
+}
+
+impl fmt::Display for DigestPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl TryFrom<String> for DigestPrefix {
+    type Error = ParsePrefixError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let prefix = Self(text);
+        let hex = prefix.hex().as_bytes();
+        if (12..=64).contains(&hex.len()) && hex.iter().all(|digit| nibble(*digit).is_ok()) {
+            Ok(prefix)
+        } else {
+            Err(ParsePrefixError)
+        }
+    }
+}
+
+impl From<DigestPrefix> for String {
+    fn from(prefix: DigestPrefix) -> Self {
+        prefix.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_prefix_is_what_people_copy_from_a_table_or_all_of_it() {
+        let digest = Digest::of(b"");
+        for text in [digest.short(), digest.hex(), digest.to_string()] {
+            let prefix = DigestPrefix::try_from(text.clone()).unwrap();
+            assert!(digest.hex().starts_with(prefix.hex()));
+            assert_eq!(prefix.to_string(), text);
+        }
+        let long = format!("{}0", digest.hex());
+        for wrong in [
+            "",
+            "e3b0c44298f",
+            "E3B0C44298FC",
+            "sha512:e3b0c44298fc",
+            "e3b0c44298fg",
+            &long,
+        ] {
+            assert_eq!(
+                DigestPrefix::try_from(wrong.to_owned()),
+                Err(ParsePrefixError)
+            );
+        }
+    }
 
     #[test]
     fn the_empty_digest_is_the_known_one() {

@@ -386,6 +386,21 @@ pub struct ServiceStatus {
     pub ready: bool,
     /// How often it was started again since its container's spec last changed.
     pub restarts: u32,
+    /// The old container that runs on beside it, if there is one.
+    #[serde(default)]
+    pub kept: Option<KeptOld>,
+}
+
+/// An old container that is kept beside the one that took its place
+/// ([`crate::manifest::UpdateConfig::keep_old`]): going back to its release starts nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptOld {
+    /// The number of the container.
+    pub instance: u64,
+    /// The last-known-good release that it is of.
+    pub release: Digest,
+    /// How long it is kept from when the new one is ready, in milliseconds, and in any case through the trial.
+    pub keep_ms: u64,
 }
 
 /// What a service's container does.
@@ -593,6 +608,12 @@ pub enum EventKind {
     StateWritable,
     /// A container is stopped, or its files were replaced, because a secret of it has a new value.
     SecretRotated,
+    /// An old container runs on beside the one that took its place.
+    Kept,
+    /// An old container is not kept any more: its time is over, it ended, or it cannot be kept.
+    LetGo,
+    /// An old container that was kept is its service's own again; it never stopped.
+    TakenBack,
 }
 
 /// Down, retained: what the hub tells every device.

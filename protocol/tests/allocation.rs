@@ -77,13 +77,13 @@ fn hostile_input_takes_bounded_memory() {
             );
         }
     }
-    // As many services as fit into a frame: five bytes each.
+    // As many services as fit into a frame: six bytes each.
     let mut body = vec![1, 1, 0, 1, b'1', 1, b'a', 1, b'6', 0, 0, 0, 0, 0, 0, 0];
     body.extend_from_slice(&[1, 1, b'a', 1, 1]);
     body.extend_from_slice(&[0; 32]);
     body.extend_from_slice(&[0, 0, 0, 0]);
-    body.extend_from_slice(&[0x80, 0x60]); // 12288 of them
-    body.extend((0..12_288).flat_map(|_| [1, b'a', 0, 0, 0]));
+    body.extend_from_slice(&[0x80, 0x50]); // 10240 of them
+    body.extend((0..10_240).flat_map(|_| [1, b'a', 0, 0, 0, 0]));
     let bytes = framed(Reported::SCHEMA, &body);
     let taken = peak(|| {
         assert!(matches!(

@@ -15,8 +15,8 @@ use foreshore_protocol::id::{Epoch, Version};
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
     AppStatus, Beacon, BudgetGroup, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull,
-    Inventory, Lease, LeaseRequest, Phase, Presence, PullProgress, PullState, Reason, ReasonCode,
-    Reported, ServiceState, ServiceStatus, Window, Windows, Zone,
+    Inventory, KeptOld, Lease, LeaseRequest, Phase, Presence, PullProgress, PullState, Reason,
+    ReasonCode, Reported, ServiceState, ServiceStatus, Window, Windows, Zone,
 };
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::secret::{
@@ -270,6 +270,11 @@ fn reports_with_every_phase_and_reason() {
                 state: state.clone(),
                 ready,
                 restarts: 5,
+                kept: (index == 1).then(|| KeptOld {
+                    instance: 70_000,
+                    release: digest("old"),
+                    keep_ms: 3_600_000,
+                }),
             })
             .collect()
     };
@@ -343,6 +348,9 @@ fn events_of_every_kind() {
         K::StateUnwritable,
         K::StateWritable,
         K::SecretRotated,
+        K::Kept,
+        K::LetGo,
+        K::TakenBack,
     ];
     for (seq, kind) in (1..).zip(kinds) {
         let event = Event::new(seq, 3, 1_790_000_000_000, kind, "what happened");

@@ -26,6 +26,8 @@ pub struct Hub {
 pub struct HubOptions<'a> {
     /// Use this broker instead of the embedded one.
     pub broker: Option<&'a Mosquitto>,
+    /// Or the one at this URL.
+    pub url: Option<String>,
     /// Registries reached over plain HTTP, as `host:port`.
     pub plain_http: Vec<String>,
     /// Appended to `hub.toml`.
@@ -55,9 +57,10 @@ impl Hub {
         if let Some(broker) = options.broker {
             broker.give_secrets(&data);
         }
-        let broker = options.broker.map_or_else(
+        let url = options.broker.map(Mosquitto::url);
+        let broker = url.or_else(|| options.url.clone()).map_or_else(
             || "kind = \"embedded\"\nlisten = \"127.0.0.1:0\"".to_owned(),
-            |broker| format!("kind = \"external\"\nurl = \"{}\"", broker.url()),
+            |url| format!("kind = \"external\"\nurl = \"{url}\""),
         );
         let registries: String = (options.plain_http.iter())
             .map(|host| format!("[registries.\"{host}\"]\nplain_http = true\n"))

@@ -1,10 +1,11 @@
 //! Probes, dependencies, jobs, hooks and the order of a switch, with real containers.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use e2e::fleet::{
-    Fleet, LONG, app_status, await_container, await_rollout, container, containers, http_get,
-    import, web_manifest,
+    Fleet, Identity, LONG, Requests, app_status, await_container, await_rollout, container,
+    containers, http_get, import, web_manifest,
 };
 use e2e::image::Builder;
 use e2e::{Bed, Hub, wait_for, wait_until};
@@ -311,4 +312,89 @@ fn start_first_serves_without_a_break_through_a_good_and_a_bad_update() {
         versions() == ["two"]
     });
     let _ = await_rollout(&fleet.api(), "shop", "rolled-back");
+}
+
+/// Containers that were kept are found again by who they are: the very processes that ran before.
+#[test]
+fn what_is_kept_is_taken_back_without_a_start_and_serves_without_a_break_until_its_time_is_over() {
+    let (bed, builder) = bed("kept");
+    for (tag, version) in [("v2", "two"), ("v3", "three"), ("v4", "four")] {
+        builder.web(tag, version, true);
+    }
+    let mut fleet = Fleet::start(&bed, Hub::start(&bed), 1);
+    let apply = |fleet: &Fleet, tag: &str, keep: &str, more: &str| {
+        let image = import(&fleet.api(), &builder, tag);
+        let update = format!("{{order: start-first, keep_old: {keep}}}");
+        let manifest = web_manifest("shop", &image, "[{percent: 100}]")
+            .replace(
+                "stop_grace_period: 1s\n",
+                &format!(
+                    "stop_grace_period: 1s\n      deploy: {{update_config: {update}}}\n{more}"
+                ),
+            )
+            .replace("soak: 1s", "soak: 3s");
+        fleet.api().apply("shop", &manifest).ok();
+    };
+    let version = |identity: Identity| http_get(identity, "/version");
+    let servers = || containers(&bed, "device-1", "shop.server.");
+    let kept = |fleet: &Fleet| status(fleet)["services"][0]["kept"].clone();
+    let await_kept = |fleet: &Fleet, instance: u64| {
+        wait_for(
+            "the old container to be told as kept",
+            LONG,
+            || match kept(fleet) {
+                kept if kept["instance"] == instance => Ok(()),
+                kept => Err(kept),
+            },
+        );
+    };
+    apply(&fleet, "v1", "10m", "");
+    fleet.await_rollout("shop", "completed");
+    let first = await_container(&bed, "device-1", "shop", "server");
+    let mut client = Requests::begin(first, Duration::from_secs(5));
+
+    // It serves for a while, and then ends: in the middle of its trial.
+    let dies = "      entrypoint: [/bin/sh, -c]\n      command: ['httpd -p 8080 -h /www; sleep 2; exit 1']\n";
+    apply(&fleet, "v2", "10m", dies);
+    await_kept(&fleet, 1);
+    let rollout = fleet.await_rollout("shop", "rolled-back");
+    wait_until("only the first to be left", LONG, || servers() == [first]);
+    assert_eq!(status(&fleet)["running"], rollout["from"]);
+    let events = fleet.api().get("/events?limit=200").ok().to_string();
+    assert!(
+        events.contains("is the service's own again; it never stopped"),
+        "{events}"
+    );
+
+    // A good one, an agent that ends and starts again meanwhile, and an operator who wants the first back.
+    apply(&fleet, "v3", "10m", "");
+    fleet.await_rollout("shop", "completed");
+    await_kept(&fleet, 1);
+    assert_eq!(version(first).as_deref(), Ok("one"));
+    assert_eq!(servers().len(), 2);
+    fleet.devices[0].kill9();
+    fleet.devices[0].restart();
+    fleet.await_online(1);
+    await_kept(&fleet, 1);
+    fleet.api().send("POST", "/apps/shop/undo", b"").ok();
+    wait_until("only the first to be left", LONG, || servers() == [first]);
+    fleet.await_rollout("shop", "completed");
+    assert_eq!(servers(), [first]);
+    assert!(kept(&fleet).is_null());
+
+    // Through all of that it answered every question.
+    let (answered, failed) = client.end();
+    assert!(answered.len() > 100, "{} answers", answered.len());
+    assert_eq!(failed, 0, "questions without an answer");
+
+    // In the end its time is over.
+    apply(&fleet, "v4", "4s", "");
+    await_kept(&fleet, 1);
+    fleet.await_rollout("shop", "completed");
+    wait_until("the old container to go", LONG, || {
+        let servers = servers();
+        servers.len() == 1 && servers != [first]
+    });
+    assert_eq!(version(servers()[0]).as_deref(), Ok("four"));
+    wait_until("the device to say so", LONG, || kept(&fleet).is_null());
 }

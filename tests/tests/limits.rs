@@ -44,7 +44,12 @@ fn bombs_are_contained_and_the_neighbour_keeps_serving() {
 
     api.apply(
         "forks",
-        &small("forks", &plain, "b() { b | b & }; b; exec sleep 1000"),
+        // Set off again each second: memory may run out first, and what is killed for that forks no more.
+        &small(
+            "forks",
+            &plain,
+            "b() { b | b & }; (while :; do b; sleep 1; done) & exec sleep 1000",
+        ),
     )
     .ok();
     let bomb = await_container(&bed, "device-1", "forks", "bomb");

@@ -10,6 +10,7 @@ use foreshore_protocol::{AppName, Digest};
 
 use super::ends;
 use super::history::reason;
+use super::kept;
 use super::secret;
 use super::service::{self, Target};
 use super::trial;
@@ -47,6 +48,9 @@ pub(super) fn advance(
             stage_and_switch(draft, app, history, desired);
         }
     }
+    if let Some(target) = target(draft, history.current) {
+        kept::take_back(draft, app, history, containers, &target);
+    }
     trial::judge(draft, app, history, containers);
     let Some(current) = history.current else {
         return;
@@ -58,7 +62,7 @@ pub(super) fn advance(
     };
     if history.trial.is_some()
         && draft.observed.update_locks.held.contains(app)
-        && service::is_before_start(containers, &target)
+        && service::is_before_start(containers, &target, &history.kept)
     {
         draft.update_locks.insert(app.clone());
     }
@@ -85,6 +89,7 @@ pub(super) fn remove(
     ends::observe(draft, app, history, containers, None, instance_floor);
     history.trial = None;
     history.current = None;
+    history.kept.clear();
     if let Some(assignment) = &mut history.assignment {
         assignment.phase = Phase::Removing;
         assignment.reason = None;
@@ -118,7 +123,8 @@ fn adopt(
     };
     // Services that did not change keep the name of an older release, so the name alone does not tell.
     let covers = |release: &Digest| {
-        target(draft, Some(*release)).is_some_and(|target| !service::has_stale(containers, &target))
+        target(draft, Some(*release))
+            .is_some_and(|target| !service::has_stale(containers, &target, &history.kept))
     };
     let on_disk = draft.observed.releases.iter();
     let running = desired

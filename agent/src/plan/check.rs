@@ -11,7 +11,7 @@ use foreshore_protocol::release::service_digest;
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::service::{image_digest, service_of};
-use super::{AppHistory, History, Observed, ObservedContainer, Plan, Step};
+use super::{AppHistory, History, Kept, KeptUntil, Observed, ObservedContainer, Plan, Step};
 use crate::runtime::{ContainerId, ContainerState};
 
 /// A broken rule.
@@ -32,8 +32,14 @@ pub enum Violation {
     WithoutSecret(ContainerId),
     /// A start of a release that is not the app's current one.
     NotCurrent(ContainerId),
+    /// A start of a third container of a service.
+    ThirdInstance(ContainerId),
     /// A stop of a running container that is what should run.
     NeedlessStop(ContainerId),
+    /// A stop of a running old container that is to be kept.
+    KeptStopped(ContainerId),
+    /// A start of what runs already, as an old container that is kept.
+    KeptStartedAgain(ContainerId),
     /// A step on a container that does not exist.
     UnknownContainer(ContainerId),
     /// A collection that does not spare an image or release in use.
@@ -157,9 +163,24 @@ fn check_start(
     if siblings.clone().next().is_some() && !beside {
         found.push(Violation::SecondInstance(id.clone()));
     }
-    let used = before
-        .apps
-        .get(&id.app)
+    if siblings.clone().count() > 1 {
+        found.push(Violation::ThirdInstance(id.clone()));
+    }
+    let known = before.apps.get(&id.app);
+    let kept = known
+        .and_then(|app| app.kept.get(&id.service))
+        .filter(|kept| kept.until != KeptUntil::Over);
+    let same = kept.filter(|kept| kept.service.spec == service.map(service_digest));
+    let still_runs = |kept: &Kept| {
+        of_service(observed, id).any(|seen| {
+            seen.container.id.instance == kept.service.instance
+                && matches!(seen.container.state, ContainerState::Running { .. })
+        })
+    };
+    if same.is_some_and(still_runs) {
+        found.push(Violation::KeptStartedAgain(id.clone()));
+    }
+    let used = known
         .and_then(|app| app.services.get(&id.service))
         .map_or(0, |service| service.last_instance);
     if used >= id.instance || siblings.any(|other| other.instance >= id.instance) {
@@ -221,8 +242,22 @@ fn check_end(observed: &Observed, plan: &Plan, id: &ContainerId, found: &mut Vec
         .and_then(|app| app.services.get(&id.service))
         .is_some_and(|service| service.has_ended(id.instance));
     let runs = matches!(seen.container.state, ContainerState::Running { .. }) && !condemned;
-    if runs && wanted == Some(seen.container.service_digest) && twins == 1 {
-        found.push(Violation::NeedlessStop(id.clone()));
+    let kept = plan
+        .history
+        .apps
+        .get(&id.app)
+        .and_then(|app| app.kept.get(&id.service))
+        .filter(|kept| kept.service.instance == id.instance);
+    match kept.map(|kept| kept.until) {
+        // Its end may have begun.
+        Some(KeptUntil::Over) => {}
+        Some(KeptUntil::Ready | KeptUntil::At(_)) if runs => {
+            found.push(Violation::KeptStopped(id.clone()));
+        }
+        _ if runs && wanted == Some(seen.container.service_digest) && twins == 1 => {
+            found.push(Violation::NeedlessStop(id.clone()));
+        }
+        _ => {}
     }
 }
 

@@ -188,7 +188,7 @@ fn note_lost(
 }
 
 /// Why a running container has to end, if it has to.
-fn condemnation(
+pub(super) fn condemnation(
     draft: &Draft<'_>,
     seen: &ObservedContainer,
     service: &Service,

@@ -1,9 +1,9 @@
 //! Eviction: which container is stopped when the device runs out of disk space.
 //!
-//! Garbage goes first. Then, one at a time, the service of the lowest priority that has something to give: the
+//! Old containers that are kept go first (`kept.rs`), then garbage. Then, one at a time, the service of the lowest priority that has something to give: the
 //! largest of them. What has nothing to give is never touched, and nobody starts again before there is room.
 
-use super::{Draft, History, ObservedContainer};
+use super::{Draft, History, ObservedContainer, kept};
 use crate::plan::service::service_of;
 use crate::runtime::{ContainerId, ContainerState};
 
@@ -30,13 +30,15 @@ pub(super) fn choose<'a>(draft: &mut Draft<'a>, history: &mut History) -> Option
         history.swept = false;
         return None;
     }
+    let observed = draft.observed;
     let removing = |id: &ContainerId| draft.is_busy(&id.app, &id.service);
     let under_way = draft.observed.busy.collecting
-        || draft
-            .observed
+        || observed
             .containers
             .iter()
             .any(|seen| removing(&seen.container.id));
+    // What old containers leave behind is garbage too.
+    let under_way = under_way || kept::are_leaving(observed, history);
     if under_way || draft.is_later(history.evict_after) {
         return None;
     }
@@ -47,7 +49,6 @@ pub(super) fn choose<'a>(draft: &mut Draft<'a>, history: &mut History) -> Option
         draft.is_later(next);
         return None;
     }
-    let observed = draft.observed;
     let apps = &history.apps;
     let candidate = |seen: &'a ObservedContainer| {
         let id = &seen.container.id;

@@ -46,6 +46,34 @@ pub struct AppHistory {
     pub poisoned: Vec<Poison>,
     /// Every service that had a container since the app came here.
     pub services: BTreeMap<ServiceName, ServiceHistory>,
+    /// Old containers that run on beside those that took their place.
+    pub kept: BTreeMap<ServiceName, Kept>,
+}
+
+/// An old container that runs on beside the one that took its place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// What was remembered of it when the new one was started; `instance` says which it is, and `spec` what.
+    pub service: ServiceHistory,
+    /// The last-known-good that it is of.
+    pub release: Digest,
+    /// How long it is kept from when the new one is ready, in milliseconds.
+    pub keep_ms: u64,
+    /// The spec of the new one.
+    pub beside: Digest,
+    /// Until when, besides the trial.
+    pub until: KeptUntil,
+}
+
+/// Until when a [`Kept`] one is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum KeptUntil {
+    /// Its time begins when the new one is ready.
+    Ready,
+    /// Until this.
+    At(BootMs),
+    /// It is let go: to be stopped, and not to be taken back.
+    Over,
 }
 
 /// The release that last passed its soak here.
@@ -397,6 +425,8 @@ impl History {
                 }
                 trial.boots = trial.boots.saturating_add(1);
             }
+            // They went with the boot before.
+            app.kept.clear();
             for service in app.services.values_mut() {
                 service.present = 0;
                 service.ended = true;

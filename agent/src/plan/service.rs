@@ -1,8 +1,8 @@
 //! The containers of one app: the next step on each.
 //!
-//! A service has at most one container, or two while a new one is started beside the one before. The next step
-//! follows from what is there alone: a container that should not be is stopped if it runs and removed if it does
-//! not; when none is left, one is started.
+//! A service has at most one container, or two while a new one is started beside the one before, or the one before is kept
+//! (`kept.rs`). The next step follows from what is there alone: a container that should not be is stopped if it runs and
+//! removed if it does not; when none is left, one is started.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,8 +11,10 @@ use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::{AppName, Digest, ServiceName};
 
 use super::health::{Health, health, waits_for};
+use super::kept;
+use super::next::{Next, Wish, next_step};
 use super::secret;
-use super::{AppHistory, Cause, Draft, Observed, ObservedContainer, Resume, ServiceHistory, Step};
+use super::{AppHistory, Draft, Kept, Observed, ObservedContainer, Resume, ServiceHistory, Step};
 use crate::runtime::{Container, ContainerId, ContainerState};
 
 /// How a container is stopped when the release that it was started from is not known any more.
@@ -73,17 +75,29 @@ pub(super) fn image_digest(service: &Service) -> Option<Digest> {
     service.image.rsplit_once('@')?.1.parse().ok()
 }
 
-/// Whether a container is there that belongs to no service of `target`, or to another spec of one.
-pub(super) fn has_stale(containers: &[&ObservedContainer], target: &Target<'_>) -> bool {
-    containers.iter().any(|seen| !target.matches(seen))
+/// Whether a container is there that belongs to no service of `target`, or to another spec of one, and is not kept.
+pub(super) fn has_stale(
+    containers: &[&ObservedContainer],
+    target: &Target<'_>,
+    kept: &BTreeMap<ServiceName, Kept>,
+) -> bool {
+    containers
+        .iter()
+        .any(|seen| !target.matches(seen) && !kept::is_kept(kept, &seen.container))
 }
 
-/// Whether something of the release before still runs, and nothing of `target` yet that may wait for its update lock.
-pub(super) fn is_before_start(containers: &[&ObservedContainer], target: &Target<'_>) -> bool {
+/// Whether something of the release before still runs that is to be stopped, and nothing of `target` yet that may wait for
+/// its update lock.
+pub(super) fn is_before_start(
+    containers: &[&ObservedContainer],
+    target: &Target<'_>,
+    kept: &BTreeMap<ServiceName, Kept>,
+) -> bool {
     let (new, before): (Vec<&ObservedContainer>, Vec<_>) = containers
         .iter()
         .copied()
         .filter(|seen| matches!(seen.container.state, ContainerState::Running { .. }))
+        .filter(|seen| !kept::is_kept(kept, &seen.container))
         .partition(|seen| target.matches(seen));
     let locks = |seen: &&ObservedContainer| {
         let spec = target.services.get(&seen.container.id.service);
@@ -157,9 +171,19 @@ pub(super) fn advance(
         .map(|seen| seen.container.id.service.clone())
         .chain(wanted.map(|name| (*name).clone()))
         .collect();
+    if let Some(target) = target {
+        // Judging the trial may have made another release current.
+        kept::take_back(draft, app, history, containers, target);
+    }
     let healths = target.map_or_else(BTreeMap::new, |target| {
         health(draft.observed, history, containers, target)
     });
+    if let Some(target) = target {
+        kept::settle(draft, app, history, containers, target, &healths);
+    }
+    let observed = draft.observed;
+    let good = history.last_known_good.as_ref();
+    let good = good.and_then(|good| observed.releases.get(&good.release));
     let on_trial = history.trial.is_some();
     let mut steps = Vec::new();
     for name in names {
@@ -181,8 +205,10 @@ pub(super) fn advance(
                     || secret::missing(draft.observed, &name, spec.service).is_some(),
                 beside: on_trial
                     && spec.service.deploy.update_config.order == UpdateOrder::StartFirst,
+                good: good.and_then(|good| good.services.get(&name).map(service_digest)),
             })
         });
+        let kept = history.kept.get(&name);
         let service = history
             .services
             .entry(name.clone())
@@ -190,10 +216,10 @@ pub(super) fn advance(
                 last_instance: instance_floor,
                 ..ServiceHistory::default()
             });
-        let step = next_step(draft, service, &of_service, wish.as_ref());
+        let step = next_step(draft, service, &of_service, wish.as_ref(), kept);
         steps.extend(step.map(|step| (name, step)));
     }
-    let needed = needed(draft, app, containers, &steps);
+    let needed = needed(draft, app, containers, target.is_none(), &steps);
     let may_stop = |name: &ServiceName| !needed.names.contains(name) || needed.by_all;
     for (name, next) in steps {
         match next {
@@ -223,17 +249,6 @@ pub(super) fn advance(
     }
 }
 
-/// What comes next for one service.
-#[derive(Debug)]
-enum Next<'a> {
-    Remove(ContainerId),
-    Stop(&'a ObservedContainer),
-    /// Of this release and spec.
-    Start(Digest, Digest),
-    /// With a service of this release, and these signals.
-    Renew(ContainerId, Digest, BTreeSet<i32>),
-}
-
 /// Services that containers depend on which are on their way out.
 #[derive(Debug)]
 struct Needed {
@@ -248,6 +263,7 @@ fn needed(
     draft: &Draft<'_>,
     app: &AppName,
     containers: &[&ObservedContainer],
+    all_end: bool,
     steps: &[(ServiceName, Next<'_>)],
 ) -> Needed {
     let stops = || {
@@ -256,140 +272,26 @@ fn needed(
             Next::Remove(_) | Next::Start(..) | Next::Renew(..) => None,
         })
     };
-    let is_stopping = |seen: &ObservedContainer| {
-        matches!(seen.container.state, ContainerState::Running { .. })
-            && draft.is_busy(app, &seen.container.id.service)
-    };
-    let ending = containers
-        .iter()
-        .filter(|seen| is_stopping(seen) || stops().any(|(_, id)| *id == seen.container.id));
+    let runs =
+        |seen: &ObservedContainer| matches!(seen.container.state, ContainerState::Running { .. });
+    let is_stopping =
+        |seen: &ObservedContainer| runs(seen) && draft.is_busy(app, &seen.container.id.service);
+    // Of two containers of a service the second is not stopped before the first is removed.
+    let ending = containers.iter().filter(|seen| {
+        is_stopping(seen)
+            || (all_end && runs(seen))
+            || stops().any(|(_, id)| *id == seen.container.id)
+    });
     let names: BTreeSet<ServiceName> = ending
         .filter_map(|seen| service_of(draft.observed, &seen.container, &BTreeSet::new()))
         .flat_map(|(_, service)| service.depends_on.keys().cloned())
         .collect();
     let by_all = stops().all(|(name, _)| names.contains(name))
-        && !containers.iter().any(|seen| is_stopping(seen));
+        && !containers.iter().any(|seen| is_stopping(seen))
+        && !steps
+            .iter()
+            .any(|(_, next)| matches!(next, Next::Remove(_)));
     Needed { names, by_all }
-}
-
-/// What a service should be.
-#[derive(Debug)]
-struct Wish<'a> {
-    release: Digest,
-    spec: &'a Spec<'a>,
-    ready: bool,
-    /// For what it depends on, or for a secret.
-    waits: bool,
-    /// Whether its new container is started beside the one before.
-    beside: bool,
-}
-
-fn next_step<'a>(
-    draft: &mut Draft<'_>,
-    history: &ServiceHistory,
-    containers: &[&'a ObservedContainer],
-    wish: Option<&Wish<'_>>,
-) -> Option<Next<'a>> {
-    if draft.is_later(history.stuck_until) {
-        return None;
-    }
-    let keep = containers
-        .iter()
-        .filter(|seen| {
-            wish.is_some_and(|wish| {
-                wish.spec.digest == seen.container.service_digest
-                    && stays(draft, history, seen, wish.spec.service)
-            })
-        })
-        .map(|seen| seen.container.id.instance)
-        .max();
-    let unwanted = containers
-        .iter()
-        .copied()
-        .filter(|seen| Some(seen.container.id.instance) != keep);
-    let (running, ended): (Vec<&'a ObservedContainer>, Vec<_>) =
-        unwanted.partition(|seen| matches!(seen.container.state, ContainerState::Running { .. }));
-    if let Some(seen) = ended.first() {
-        return Some(Next::Remove(seen.container.id.clone()));
-    }
-    // The one before serves until the new one is ready.
-    let is_before = |wish: &Wish<'_>, seen: &ObservedContainer| {
-        wish.spec.digest != seen.container.service_digest
-    };
-    let stays_beside = wish.is_some_and(|wish| {
-        wish.beside && !wish.ready && running.iter().all(|seen| is_before(wish, seen))
-    });
-    if let Some(seen) = running.first().filter(|_| !stays_beside) {
-        return Some(Next::Stop(seen));
-    }
-    let wish = wish?;
-    let kept = containers.iter().find(|seen| {
-        Some(seen.container.id.instance) == keep
-            && matches!(seen.container.state, ContainerState::Running { .. })
-    });
-    if let Some(seen) = kept
-        && let Some(signals) = secret::renewal(draft.observed, seen, wish.spec.service)
-    {
-        let id = seen.container.id.clone();
-        return Some(Next::Renew(id, wish.release, signals));
-    }
-    let here = |image| draft.observed.images.contains(&image);
-    if keep.is_some() || wish.waits || !wish.spec.image.is_some_and(here) {
-        return None;
-    }
-    may_start(draft, history, wish.spec).then_some(Next::Start(wish.release, wish.spec.digest))
-}
-
-/// Whether a container of the right spec stays: it runs and is well, or it ended and is not to be replaced now.
-fn stays(
-    draft: &mut Draft<'_>,
-    history: &ServiceHistory,
-    seen: &ObservedContainer,
-    service: &Service,
-) -> bool {
-    // What has ended may give its writable layer back.
-    let gives = draft.observed.disk.low || is_too_large(history);
-    if gives
-        && !service.read_only
-        && !matches!(seen.container.state, ContainerState::Running { .. })
-    {
-        return false;
-    }
-    let instance = seen.container.id.instance;
-    match seen.container.state {
-        ContainerState::Running { .. } => !history.has_ended(instance),
-        ContainerState::Broken => false,
-        ContainerState::Exited(_) => match history.resume {
-            Resume::Never => instance == history.instance,
-            Resume::At(at) => draft.is_later(at),
-            Resume::Now => false,
-        },
-    }
-}
-
-fn is_too_large(history: &ServiceHistory) -> bool {
-    let cause = history.condemned.as_ref().map(|condemned| condemned.cause);
-    matches!(cause, Some(Cause::DiskLimit | Cause::Evicted))
-}
-
-fn is_evicted(history: &ServiceHistory) -> bool {
-    let cause = history.condemned.as_ref().map(|condemned| condemned.cause);
-    cause == Some(Cause::Evicted)
-}
-
-fn may_start(draft: &mut Draft<'_>, history: &ServiceHistory, spec: &Spec<'_>) -> bool {
-    if history.spec != Some(spec.digest) {
-        return true;
-    }
-    if is_evicted(history) && draft.observed.disk.low {
-        // Planned again when that changes.
-        return false;
-    }
-    match history.resume {
-        Resume::Never => false,
-        Resume::At(at) => !draft.is_later(at),
-        Resume::Now => true,
-    }
 }
 
 fn start(

@@ -1,11 +1,12 @@
 //! What is reported of an app.
 
-use foreshore_protocol::AppName;
-use foreshore_protocol::message::{AppStatus, Phase, Reason, ServiceState, ServiceStatus};
+use foreshore_protocol::message::{AppStatus, KeptOld, Phase, Reason, ServiceState, ServiceStatus};
+use foreshore_protocol::{AppName, ServiceName};
 
 use super::health::{Health, health};
+use super::kept;
 use super::service::{self, Target};
-use super::{AppHistory, Observed, ObservedContainer, Resume, ServiceHistory};
+use super::{AppHistory, KeptUntil, Observed, ObservedContainer, Resume, ServiceHistory};
 use crate::runtime::ContainerState;
 
 /// The status of one app; `None` when no assignment is known, as then there is nothing to speak of.
@@ -50,7 +51,7 @@ fn is_switched(
     containers: &[&ObservedContainer],
     target: &Target<'_>,
 ) -> bool {
-    !service::has_stale(containers, target)
+    !service::has_stale(containers, target, &history.kept)
         && target.services.iter().all(|(name, spec)| {
             history.services.get(*name).is_some_and(|service| {
                 service.spec == Some(spec.digest) && service.release.is_some()
@@ -87,10 +88,30 @@ fn services(
                 state: state(known, runs),
                 ready,
                 restarts: known.map_or(0, |service| service.restarts),
+                kept: kept(history, containers, name),
             }
         })
         .collect();
     (services, trouble)
+}
+
+/// The old container that runs on beside a service's own.
+fn kept(
+    history: &AppHistory,
+    containers: &[&ObservedContainer],
+    name: &ServiceName,
+) -> Option<KeptOld> {
+    let kept = history.kept.get(name)?;
+    let runs = containers.iter().any(|seen| {
+        kept::is_kept(&history.kept, &seen.container)
+            && seen.container.id.service == *name
+            && matches!(seen.container.state, ContainerState::Running { .. })
+    });
+    (runs && kept.until != KeptUntil::Over).then_some(KeptOld {
+        instance: kept.service.instance,
+        release: kept.release,
+        keep_ms: kept.keep_ms,
+    })
 }
 
 fn state(history: Option<&ServiceHistory>, runs: bool) -> ServiceState {

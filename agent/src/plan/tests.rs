@@ -887,6 +887,7 @@ fn one_app_s_change_does_not_touch_another() {
 }
 
 mod disk;
+mod kept;
 mod properties;
 mod secret;
 mod setbacks;

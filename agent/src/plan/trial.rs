@@ -164,7 +164,7 @@ fn verdict(
         );
         return Verdict::Fail(reason(why.code, why.service, &message));
     }
-    if waiting.is_none() && service::has_stale(containers, target) {
+    if waiting.is_none() && service::has_stale(containers, target, &history.kept) {
         let message = "containers of the release before are still there";
         waiting = Some(reason(ReasonCode::NotReady, None, message));
     }

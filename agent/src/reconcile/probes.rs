@@ -139,7 +139,11 @@ fn probes_of(
 }
 
 fn came_up(id: &ContainerId, history: &History) -> bool {
-    let app = history.apps.get(&id.app);
-    app.and_then(|app| app.services.get(&id.service))
-        .is_some_and(|service| service.came_up == id.instance)
+    let Some(app) = history.apps.get(&id.app) else {
+        return false;
+    };
+    let own = app.services.get(&id.service);
+    let old = app.kept.get(&id.service).map(|kept| &kept.service);
+    let mut known = own.into_iter().chain(old);
+    known.any(|service| service.came_up == id.instance)
 }

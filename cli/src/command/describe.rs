@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use foreshore_protocol::api::{AppView, DeviceView, RolloutView};
 use foreshore_protocol::id::Labels;
 use foreshore_protocol::message::{AppStatus, ServiceState};
+use foreshore_protocol::quantity::Span;
 use foreshore_protocol::{AppName, DeviceId, Digest};
 
 use super::{budget, get};
@@ -244,7 +245,23 @@ fn app_on_device(app: &AppStatus, out: &mut dyn Write) -> io::Result<()> {
             service.restarts.to_string(),
         ]);
     }
-    table.print(out)
+    table.print(out)?;
+    for service in &app.services {
+        if let Some(kept) = &service.kept {
+            line(
+                out,
+                "Kept",
+                &format!(
+                    "{}: container {} of release {}, through the trial and for {} from the switch",
+                    service.service,
+                    kept.instance,
+                    kept.release.short(),
+                    Span(kept.keep_ms)
+                ),
+            )?;
+        }
+    }
+    Ok(())
 }
 
 fn rollout(view: &RolloutView, now_ms: u64, out: &mut dyn Write) -> io::Result<()> {
@@ -287,7 +304,7 @@ fn rollout(view: &RolloutView, now_ms: u64, out: &mut dyn Write) -> io::Result<(
         table.row([
             assignment.device.to_string(),
             assignment.wave.to_string(),
-            live::state_word(assignment.state),
+            live::stage(assignment),
             match (&assignment.message, &assignment.pull) {
                 (Some(message), _) => message.clone(),
                 (None, Some(pull)) => pulling::whole(pull),

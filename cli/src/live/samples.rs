@@ -6,7 +6,7 @@ use foreshore_protocol::api::{
 };
 use foreshore_protocol::manifest::{self, WaveTarget};
 use foreshore_protocol::message::{
-    AppStatus, Inventory, Phase, Reason, ReasonCode, ServiceState, ServiceStatus,
+    AppStatus, Inventory, KeptOld, Phase, Reason, ReasonCode, ServiceState, ServiceStatus,
 };
 use foreshore_protocol::{Digest, Version};
 
@@ -32,6 +32,7 @@ pub(crate) fn rollout() -> RolloutView {
         wave,
         tail: false,
         state,
+        via: None,
         message: message.map(str::to_owned),
         pull: None,
     };
@@ -105,6 +106,11 @@ pub(crate) fn device() -> DeviceView {
                 state: ServiceState::BackOff { exit_code: 137 },
                 ready: false,
                 restarts: 2,
+                kept: Some(KeptOld {
+                    instance: 7,
+                    release: Digest::of(b"v2"),
+                    keep_ms: 3_600_000,
+                }),
             }],
         }],
         pull: None,

@@ -153,6 +153,12 @@ fn render(api: &Api, counts: &Counts) -> String {
         "Events recorded.",
         &plain(counts.events),
     );
+    metric(
+        "store_commits_total",
+        "counter",
+        "Transactions of the database that were committed.",
+        &plain(api.controller.store().commits()),
+    );
     let connected = u64::from(api.counters.connected.load(Ordering::Relaxed));
     metric(
         "mqtt_connected",

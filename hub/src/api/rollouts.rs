@@ -276,6 +276,7 @@ fn render(rollout: &Rollout, devices: Devices) -> RolloutView {
                 wave: assignment.wave,
                 tail: assignment.tail,
                 state: assignment.state,
+                via: assignment.via,
                 message: assignment.message.clone(),
                 pull: None,
             })

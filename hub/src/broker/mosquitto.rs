@@ -31,6 +31,9 @@ pub const SALT_BYTES: usize = 12;
 /// every connection of every device.
 const ROUNDS: NonZeroU32 = NonZeroU32::new(101).expect("not zero");
 
+/// Connections that mosquitto takes at least: with fewer devices than that, as many as the embedded broker.
+const CONNECTIONS_MIN: usize = 10_000;
+
 /// What the files are made from.
 #[derive(Debug, Clone)]
 pub struct MosquittoConfig {
@@ -119,7 +122,7 @@ pub fn render(
         acl.push_str(&acl_of(&identity));
     }
     Ok(Files {
-        conf: conf(config.listen, directory),
+        conf: conf(config.listen, directory, config.devices.len()),
         passwd,
         acl,
     })
@@ -184,7 +187,9 @@ fn write_private(path: &Path, content: &str, account: &Account) -> std::io::Resu
     std::fs::rename(&temporary, path)
 }
 
-fn conf(listen: SocketAddr, directory: &str) -> String {
+fn conf(listen: SocketAddr, directory: &str, devices: usize) -> String {
+    // Each device may come back before its lost connection is noticed.
+    let connections = devices.saturating_mul(2).max(CONNECTIONS_MIN);
     let (address, port) = (listen.ip(), listen.port());
     format!(
         "\
@@ -206,7 +211,7 @@ max_queued_messages 100000
 max_queued_bytes 268435456
 max_inflight_messages 1000
 # Bounds on what one client can take from the others.
-max_connections 10000
+max_connections {connections}
 max_packet_size 73728
 max_keepalive 1800
 max_qos 1
@@ -318,6 +323,17 @@ mod tests {
         );
         assert!(files.acl.starts_with(&expected), "{}", files.acl);
         assert!(!files.acl.contains("pattern") && !files.acl.contains("$SYS"));
+    }
+
+    #[test]
+    fn a_large_fleet_has_room() {
+        let (few, mut many) = (config(), config());
+        let names = (0..12_000).map(|number| format!("d{number}").parse().unwrap());
+        many.devices = names.collect();
+        let conf =
+            |config: &MosquittoConfig| conf(config.listen, "/etc/mosquitto", config.devices.len());
+        assert!(conf(&few).contains("\nmax_connections 10000\n"));
+        assert!(conf(&many).contains("\nmax_connections 24000\n"));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use foreshore_protocol::{AppName, DeviceId, Digest, topic};
 
 use super::membership::{self, Beyond};
 use super::{Change, ControlError, rollouts, secrets};
+use crate::rollout::steps::Requirements;
 use crate::rollout::{Policy, Rollout, waves};
 use crate::store::{self, app::AppRow};
 use crate::zone;
@@ -47,6 +48,7 @@ pub fn apply(
     let name = &resolved.app.metadata.name;
     zone::windows(&resolved.app.spec.rollout)?;
     secrets::check(change.connection, &resolved.release)?;
+    let (required, requirements) = way(change.connection, resolved)?;
     let existing = revive(change, name)?;
     let outcome = outcome(change, existing.as_ref(), resolved)?;
     let row = AppRow {
@@ -72,11 +74,15 @@ pub fn apply(
             change.now,
         )?;
         store::secret::put_names(change.connection, &resolved.digest, &resolved.release)?;
+    }
+    store::release::put_requirements(change.connection, &resolved.digest, &required)?;
+    if matches!(outcome, ApplyOutcome::Created | ApplyOutcome::Updated) {
         rollout = Some(rollouts::open(
             change,
             name,
             resolved.digest,
             &resolved.app.spec.rollout,
+            requirements,
             seed,
         )?);
     }
@@ -104,6 +110,43 @@ pub fn apply(
         outcome,
         devices: store::app::member_count(change.connection, name)?,
     })
+}
+
+/// The releases that `requiresFrom` means, and all that follows for the way to this one.
+fn way(
+    connection: &rusqlite::Connection,
+    resolved: &Resolved,
+) -> Result<(Vec<Digest>, Requirements), ControlError> {
+    let app = &resolved.app.metadata.name;
+    let mut required = Vec::new();
+    for prefix in &resolved.app.spec.rollout.requires_from {
+        let (app, prefix) = (app.clone(), prefix.clone());
+        match store::release::beginning_with(connection, &app, &prefix)?.as_slice() {
+            [] => return Err(ControlError::UnknownRelease { app, prefix }),
+            [release] => required.push(*release),
+            _ => return Err(ControlError::AmbiguousRelease { app, prefix }),
+        }
+    }
+    let found = Requirements::collect(resolved.digest, |release| {
+        if *release == resolved.digest {
+            Ok(required.clone())
+        } else {
+            store::release::requirements(connection, release)
+        }
+    })?;
+    if found.are_too_many() {
+        return Err(ControlError::TooManySteps {
+            app: app.clone(),
+            release: resolved.digest.short(),
+        });
+    }
+    if !found.lead_anyone_to(&resolved.digest) {
+        return Err(ControlError::NoWay {
+            app: app.clone(),
+            release: resolved.digest.short(),
+        });
+    }
+    Ok((required, found))
 }
 
 /// The app, unless it is being deleted: then what is left of it goes, and it is as new.
@@ -221,6 +264,13 @@ pub fn plan(
         membership::check_room(change.connection, name, device)?;
     }
     let mut warnings = warnings(change.connection, name, &selected, existing.is_some())?;
+    let (_, requirements) = way(change.connection, resolved)?;
+    warnings.extend(steps(
+        change.connection,
+        resolved,
+        &requirements,
+        &selected,
+    )?);
     let pulled_with = |release: &Release| release.image_pull_secrets.clone();
     if before
         .as_ref()
@@ -292,6 +342,35 @@ fn warnings(
     Ok(warnings)
 }
 
+/// How many devices take which release first.
+fn steps(
+    connection: &rusqlite::Connection,
+    resolved: &Resolved,
+    requirements: &Requirements,
+    selected: &BTreeMap<DeviceId, Labels>,
+) -> rusqlite::Result<Vec<String>> {
+    if requirements.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut first: BTreeMap<Digest, u64> = BTreeMap::new();
+    for (device, has) in store::release::on_devices(connection, &resolved.app.metadata.name)? {
+        let next = requirements.next(&has, &resolved.digest);
+        if let Some(next) = next.filter(|next| *next != resolved.digest)
+            && selected.contains_key(&device)
+        {
+            *first.entry(next).or_default() += 1;
+        }
+    }
+    let said = first.into_iter().map(|(release, devices)| {
+        format!(
+            "{devices} devices cannot go there from what they have and take release {} first; what they fetch for that is \
+             not counted (requiresFrom)",
+            release.short()
+        )
+    });
+    Ok(said.collect())
+}
+
 fn service_changes(
     before: &BTreeMap<foreshore_protocol::ServiceName, Service>,
     after: &BTreeMap<foreshore_protocol::ServiceName, Service>,
@@ -348,7 +427,15 @@ pub fn undo(
     {
         secrets::check(change.connection, &release)?;
     }
-    let rollout = rollouts::open(change, name, release, &app.manifest.spec.rollout, seed)?;
+    // It goes back to what was there before: nothing is asked of the way.
+    let rollout = rollouts::open(
+        change,
+        name,
+        release,
+        &app.manifest.spec.rollout,
+        Requirements::default(),
+        seed,
+    )?;
     Ok(ApplyAnswer {
         app: name.clone(),
         release,

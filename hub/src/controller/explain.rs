@@ -148,8 +148,25 @@ fn runs(status: &AppStatus) -> ExplainStep {
         .reason
         .as_ref()
         .map_or_else(String::new, |reason| format!("; {}", reason.message));
+    let kept: Vec<String> = status
+        .services
+        .iter()
+        .filter_map(|service| {
+            let kept = service.kept?;
+            Some(format!(
+                "container {} of {}, of release {}",
+                kept.instance,
+                service.service,
+                kept.release.short()
+            ))
+        })
+        .collect();
+    let kept = match &kept[..] {
+        [] => String::new(),
+        kept => format!("; kept beside it: {}", kept.join(", ")),
+    };
     link(
-        format!("it says that it runs release {running} of it{reason}"),
+        format!("it says that it runs release {running} of it{reason}{kept}"),
         None,
     )
 }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_protocol::message::{Beacon, Event, LeaseRequest, Presence, Reported};
-use foreshore_protocol::{DeviceId, Version};
+use foreshore_protocol::{DeviceId, Epoch, Version};
 
 use super::membership::{self, Beyond};
 use super::{Change, ControlError, apps, leases, secrets};
@@ -101,11 +101,13 @@ pub fn ingest(change: &mut Change<'_>, batch: &[Inbound]) -> Result<Receipts, Co
                 &inbound.device,
             )?);
         }
-        if let Some(restored) = link.restored {
-            let asked = receipts.entry(inbound.device.clone()).or_default();
-            compare(change, inbound, restored, asked)?;
-        } else {
-            warn_if_ahead(change, &inbound.device, &before, &link)?;
+        match link.restored {
+            Some(Restored::Unheard(known)) => {
+                let asked = receipts.entry(inbound.device.clone()).or_default();
+                compare(change, inbound, known, asked)?;
+            }
+            Some(Restored::Beyond) => {}
+            None => notice_ahead(change, &inbound.device, &before, &link)?,
         }
         if before != link {
             store::device::put_link(change.connection, &inbound.device, &link)?;
@@ -126,12 +128,30 @@ fn link_of(change: &mut Change<'_>, inbound: &Inbound) -> Result<Option<LinkStat
         return Ok(None);
     }
     store::device::insert(change.connection, &inbound.device, change.now)?;
+    if may_be_of_a_later_life(change, inbound)? {
+        store::device::await_word(change.connection, &inbound.device)?;
+    }
     change
         .event("device-joined")
         .device(&inbound.device)
         .record("it connected for the first time")?;
     membership::refresh_device(change, &inbound.device, Beyond::Skipped)?;
     Ok(store::device::link(change.connection, &inbound.device)?)
+}
+
+/// Whether a device that this database does not know may have been told things by a life of it that came after the backup
+/// which it was restored from. What the broker retained does not say what it has now.
+fn may_be_of_a_later_life(change: &Change<'_>, inbound: &Inbound) -> rusqlite::Result<bool> {
+    let epoch = store::desired::epoch(change.connection)?;
+    let has = match &inbound.message {
+        _ if inbound.retained => return Ok(epoch > Epoch::FIRST),
+        Message::Presence(presence) => presence.version,
+        Message::Reported(reported) => reported.version,
+        Message::Beacon(beacon) => beacon.version,
+        Message::LeaseRequest(request) => Some(request.since),
+        Message::Event(_) => return Ok(epoch > Epoch::FIRST),
+    };
+    Ok(has.is_some_and(|has| has.epoch < epoch))
 }
 
 fn announce_presence(
@@ -151,13 +171,14 @@ fn announce_presence(
 }
 
 /// A device that stored a newer desired state than there is: this database is an older copy of itself. What the
-/// device runs stays; what is applied here is refused by it until the epoch grows.
-fn warn_if_ahead(
+/// device runs stays. If the epoch has grown since, it took what a broker had kept for it and is held like those that say
+/// at once that they went on; if not, what is applied here is refused by it until the epoch grows.
+fn notice_ahead(
     change: &mut Change<'_>,
     device: &DeviceId,
     before: &LinkState,
     after: &LinkState,
-) -> rusqlite::Result<()> {
+) -> Result<(), ControlError> {
     let ahead = |link: &LinkState| {
         link.accepted
             .filter(|accepted| Some(*accepted) > link.desired)
@@ -165,14 +186,17 @@ fn warn_if_ahead(
     let Some(accepted) = ahead(after).filter(|_| ahead(before).is_none()) else {
         return Ok(());
     };
+    if accepted.epoch < store::desired::epoch(change.connection)? {
+        return hold_beyond(change, device, accepted, after.desired);
+    }
     let desired = after
         .desired
         .map_or_else(|| "none".to_owned(), |version| version.to_string());
     tracing::warn!(%device, %accepted, %desired, "a device is ahead of the hub");
-    change.event("device-ahead").device(device).record(format!(
+    Ok(change.event("device-ahead").device(device).record(format!(
         "it has stored {accepted}, and the hub's newest for it is {desired}: this database is older than the \
          device has seen; stop the hub and run `foreshore-hub new-epoch`, so that devices obey it again"
-    ))
+    ))?)
 }
 
 /// A device of a restored backup speaks. If it has no more than the backup knows of, it goes on as if nothing had
@@ -180,7 +204,7 @@ fn warn_if_ahead(
 fn compare(
     change: &mut Change<'_>,
     inbound: &Inbound,
-    Restored(known): Restored,
+    known: Option<Version>,
     receipt: &mut Receipt,
 ) -> Result<(), ControlError> {
     let device = &inbound.device;
@@ -206,19 +230,29 @@ fn compare(
         change.effects.publish = true;
         return Ok(());
     };
+    hold_beyond(change, device, beyond, known)
+}
+
+/// Tells a device nothing more until an operator releases it; what it says from now on does not change that.
+fn hold_beyond(
+    change: &mut Change<'_>,
+    device: &DeviceId,
+    beyond: Version,
+    known: Option<Version>,
+) -> Result<(), ControlError> {
     let known = known.map_or_else(|| "none".to_owned(), |version| version.to_string());
     let reason = format!(
         "it has {beyond}, and the backup that this hub was restored from knows {known}: it keeps what it runs until it is \
          released"
     );
+    store::device::await_release(change.connection, device)?;
     if store::device::held(change.connection, device)?.is_none() {
         store::device::put_held(change.connection, device, Some(&reason))?;
-        tracing::warn!(%device, has = %beyond, %known, "a device went on without the restored backup");
-        change.event("device-ahead").device(device).record(format!(
-            "{reason}; `foreshore device release {device}` gives it what the hub has for it"
-        ))?;
     }
-    Ok(())
+    tracing::warn!(%device, has = %beyond, %known, "a device went on without the restored backup");
+    Ok(change.event("device-ahead").device(device).record(format!(
+        "{reason}; `foreshore device release {device}` gives it what the hub has for it"
+    ))?)
 }
 
 struct Device<'a> {

@@ -10,13 +10,14 @@ use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 use super::lives::Live;
 use super::{Change, ControlError, membership};
 use crate::rollout::analysis::Verdict;
+use crate::rollout::steps::Requirements;
 use crate::rollout::{
     self, Action, News, Opening, Policy, Refused, Rollout, StateName, Touched, advance_by, command,
 };
 use crate::store;
 
 /// Opens a rollout of `app` to the release `to` over the devices that the app selects now, and takes its first
-/// step. A live rollout of the app makes room.
+/// step. A live rollout of the app makes room. `requirements` are what `to` can be reached from.
 ///
 /// # Errors
 ///
@@ -26,6 +27,7 @@ pub fn open(
     app: &AppName,
     to: Digest,
     policy: &RolloutPolicy,
+    requirements: Requirements,
     seed: u64,
 ) -> Result<u64, ControlError> {
     let id = store::rollout::next_id(change.connection)?;
@@ -51,7 +53,10 @@ pub fn open(
         from,
         to,
         seed,
-        policy: Policy::freeze(policy, members.len()),
+        policy: Policy {
+            requirements,
+            ..Policy::freeze(policy, members.len())
+        },
         members,
         before: before.as_ref().map(|live| &live.rollout),
         now: change.now,
@@ -191,7 +196,8 @@ pub fn override_locks(change: &mut Change<'_>, id: u64) -> Result<(), ControlErr
         let state = StateName(rollout.state);
         return Err(Refused::Final { id, state }.into());
     }
-    let told = store::desired::override_locks(change.connection, &rollout.app, &rollout.to)?;
+    let releases = on_the_way(&rollout);
+    let told = store::desired::override_locks(change.connection, &rollout.app, &releases)?;
     change
         .event("update-locks-overridden")
         .app(&rollout.app)
@@ -221,7 +227,8 @@ pub fn override_windows(change: &mut Change<'_>, id: u64) -> Result<(), ControlE
         }
         rollout.policy.terms.windows = Windows::default();
         store::rollout::put(change.connection, rollout, &Touched::Header)?;
-        let told = store::desired::clear_windows(change.connection, &rollout.app, &rollout.to)?;
+        let releases = on_the_way(rollout);
+        let told = store::desired::clear_windows(change.connection, &rollout.app, &releases)?;
         change
             .event("windows-overridden")
             .app(&rollout.app)
@@ -235,6 +242,12 @@ pub fn override_windows(change: &mut Change<'_>, id: u64) -> Result<(), ControlE
         Ok(())
     })?;
     found.ok_or(ControlError::UnknownRollout(id))
+}
+
+/// What its devices may be on their way to: its release, and the steps there.
+fn on_the_way(rollout: &Rollout) -> BTreeSet<Digest> {
+    let steps = rollout.policy.requirements.releases();
+    steps.chain([rollout.to]).collect()
 }
 
 /// Ends a live rollout where it stands, without giving devices anything; its app is being removed from them.
@@ -305,6 +318,7 @@ fn write_desired(
             device, placement, ..
         } => (device, placement.as_ref()),
         Action::Assign { .. }
+        | Action::Stepped { .. }
         | Action::Reverted { .. }
         | Action::Tail { .. }
         | Action::StopTail { .. }
@@ -384,6 +398,11 @@ fn announce(change: &mut Change<'_>, rollout: &Rollout, action: &Action) -> rusq
         Action::Assign { device, state: AssignmentState::Deferred, message, .. } => {
             let message = message.clone().unwrap_or_else(|| "it is put off".to_owned());
             change.event("device-deferred").device(device).app(app).rollout(id).record(message)
+        }
+        Action::Stepped { device } => {
+            let step = rollout.assignments.get(device).and_then(|assignment| assignment.previous);
+            let step = step.map_or_else(String::new, |step| format!("it has release {} now, on its way to {}", step.release.short(), rollout.to.short()));
+            change.event("device-stepped").device(device).app(app).rollout(id).record(step)
         }
         Action::Measured { gate, verdict, message, ordinal } => {
             let kind = match verdict {

@@ -18,6 +18,7 @@ use crate::store::tests::memory;
 
 mod bounds;
 mod kept;
+mod restored;
 
 struct Hub {
     connection: Connection,
@@ -566,7 +567,7 @@ fn a_device_ahead_of_a_restored_database_is_named_once_and_not_overwritten() {
     );
     // From a new epoch on it is held, and told nothing before it is let go.
     let before = hub.head("a").unwrap().version;
-    store::desired::begin_epoch(&hub.connection).unwrap();
+    store::desired::begin_epoch(&hub.connection, UnixMs(0)).unwrap();
     for seq in [12, 13] {
         let report = reported(1, seq, Some(ahead), Labels::new(), Vec::new());
         hub.hear("a", false, Message::Reported(report));

@@ -227,6 +227,42 @@ fn each_obstacle_has_its_code_and_only_where_it_is_one() {
 }
 
 #[test]
+fn old_containers_that_are_kept_need_memory_beside_the_new_ones() {
+    let text = format!(
+        "{{\"schema\": 1, \"app\": \"shop\", \"services\": {{
+            \"db\": {{\"image\": \"hub.internal/db@{0}\", \"mem_limit\": \"512m\"}},
+            \"web\": {{\"image\": \"hub.internal/web@{0}\", \"mem_limit\": \"384m\",
+                \"deploy\": {{\"update_config\": {{\"order\": \"start-first\", \"keep_old\": \"1h\"}}}}}}}}}}",
+        digest(7)
+    );
+    let release: Release = serde_json::from_str(&text).unwrap();
+    let wants = Wants {
+        images: wants().images,
+        ..Wants::of(&release, false)
+    };
+    assert_eq!(
+        (wants.memory_bytes, wants.kept_bytes),
+        (896 << 20, 384 << 20)
+    );
+    let known = known(&[("a", &[0]), ("b", &[1])]);
+    // One GiB is enough for a device that has nothing of the app yet.
+    let updated = Device {
+        running: Some(digest(200)),
+        ..device(1)
+    };
+    let found = preview(&wants, &known, &[device(0), updated]);
+    assert_eq!(codes(&found), [ObstacleCode::MemoryShort]);
+    let named = &found.obstacles[0].named;
+    assert_eq!(named.len(), 1);
+    assert_eq!(named[0].device.as_str(), "gw-00001");
+    let detail = named[0].detail.as_deref().unwrap_or_default();
+    assert_eq!(
+        detail,
+        "1342177280 bytes of 1073741824, 402653184 of them for old containers (keep_old)"
+    );
+}
+
+#[test]
 fn what_runs_nowhere_is_told_with_its_image_and_what_cannot_be_told_is_not_guessed() {
     let mut known = known(&[("a", &[0]), ("b", &[1])]);
     let key = |name: &str, platform: &str| (name.to_owned(), platform.to_owned());

@@ -18,9 +18,15 @@ impl Rollout {
     pub fn apply(&mut self, action: &Action, written: Option<Version>, now: UnixMs) -> Touched {
         let tick = self.clock.tick(now);
         match action {
-            Action::Offer { device, next, .. } => {
+            Action::Offer {
+                device,
+                placement,
+                next,
+            } => {
                 let deadline = tick.plus(self.policy.begin_within_ms);
+                let via = Some(placement.release).filter(|release| *release != self.to);
                 let touched = self.change(device, tick, |assignment| {
+                    assignment.via = via;
                     assignment.since = written;
                     assignment.deadline = Some(deadline);
                     assignment.enter(AssignmentState::Offered, None);
@@ -59,6 +65,24 @@ impl Rollout {
                     assignment.enter(AssignmentState::Reverted, None);
                 })
             }
+            Action::Stepped { device } => {
+                let step = self
+                    .assignments
+                    .get(device)
+                    .map(|assignment| self.offered(assignment));
+                // Its part in the waves is over, and they are not waited for any more.
+                let late = self.state == RolloutState::Completed;
+                self.change(device, tick, |assignment| {
+                    assignment.tail |= late;
+                    assignment.previous = step;
+                    assignment.via = None;
+                    assignment.stepped = true;
+                    assignment.since = None;
+                    assignment.deadline = None;
+                    assignment.message = None;
+                    assignment.enter(AssignmentState::Planned, None);
+                })
+            }
             Action::Assign {
                 device,
                 state,
@@ -70,6 +94,7 @@ impl Rollout {
                     if *state == AssignmentState::Planned {
                         // It starts over; what it says of an earlier offer is not about the next one.
                         assignment.since = None;
+                        assignment.via = None;
                     }
                     assignment.deadline = *deadline;
                     assignment.enter(*state, *deferral);

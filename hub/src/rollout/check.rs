@@ -12,7 +12,7 @@ use foreshore_protocol::manifest::{FailureBudget, OnFailure, WaveTarget};
 use foreshore_protocol::message::Phase;
 
 use super::state::{
-    Action, Approval, Assignment, Fleet, Revert, Rollout, Tick, UnixMs, Wave, is_failure,
+    Action, Approval, Assignment, Fleet, Placement, Revert, Rollout, Tick, UnixMs, Wave, is_failure,
 };
 
 /// The rules.
@@ -58,6 +58,8 @@ pub enum Rule {
     Strata,
     /// Those that come after the last wave have a budget and brakes of their own.
     TailBrakes,
+    /// A release is only given to a device that has one from which it can be reached.
+    Steps,
     /// What is derived from the records equals a recount.
     Counters,
 }
@@ -284,9 +286,7 @@ pub fn check_action(
         } => {
             check_offer(rollout, device, fleet, &mut findings);
             check_pace(rollout, *next, now, &mut findings);
-            findings.require(*placement == rollout.placement(), Rule::OfferOnce, || {
-                format!("{device} is offered {placement:?}")
-            });
+            check_step(rollout, device, placement, fleet, &mut findings);
         }
         Action::Tail { device, anew } => {
             let over = rollout
@@ -316,6 +316,12 @@ pub fn check_action(
         }
         Action::Assign { device, state, .. } => {
             check_assign(rollout, device, *state, now, &mut findings)
+        }
+        Action::Stepped { device } => {
+            let via = rollout.assignments.get(device).and_then(|a| a.via);
+            findings.require(via.is_some(), Rule::Steps, || {
+                format!("{device} has taken a step that it was not offered")
+            });
         }
         Action::Reverted { .. } => {}
         Action::Replace { out, into } => {
@@ -471,6 +477,42 @@ fn check_offer(rollout: &Rollout, device: &DeviceId, fleet: &Fleet, findings: &m
         format!("{device} is offered before its wave")
     });
     check_slots(rollout, device, findings);
+}
+
+/// It is offered the rollout's release, or one on the way there, and only what can be reached from what it has.
+fn check_step(
+    rollout: &Rollout,
+    device: &DeviceId,
+    placement: &Placement,
+    fleet: &Fleet,
+    findings: &mut Findings,
+) {
+    let shown = || format!("{device} is offered {placement:?}");
+    let Placement {
+        release,
+        soak_ms,
+        progress_deadline_ms,
+    } = *placement;
+    let own = rollout.placement();
+    let terms = (soak_ms, progress_deadline_ms) == (own.soak_ms, own.progress_deadline_ms);
+    let requirements = &rollout.policy.requirements;
+    let on_the_way = release == rollout.to || requirements.releases().any(|step| step == release);
+    findings.require(terms && on_the_way, Rule::OfferOnce, shown);
+    let facts = fleet.devices.get(device);
+    let from = rollout.assignments.get(device).and_then(|assignment| {
+        let said = facts.and_then(|facts| facts.report.as_ref()?.has);
+        let given = assignment.previous.map(|previous| previous.release);
+        if assignment.stepped {
+            given
+        } else {
+            said.or(given)
+        }
+    });
+    let reached = from.is_none_or(|from| requirements.allow(&from, &release));
+    findings.require(reached, Rule::Steps, shown);
+    // Nobody goes a longer way than there is.
+    let straight = from.is_none_or(|from| requirements.allow(&from, &rollout.to));
+    findings.require(!straight || release == rollout.to, Rule::Steps, shown);
 }
 
 fn check_pace(rollout: &Rollout, next: Option<Tick>, now: UnixMs, findings: &mut Findings) {

@@ -84,11 +84,11 @@ impl Look<'_> {
             AssignmentState::Planned => self.planned(chain),
             AssignmentState::Deferred => self.deferred(chain),
             AssignmentState::Offered => {
-                chain.hold("the release was offered to it");
+                chain.hold(self.offered());
                 self.under_way(chain, None);
             }
             AssignmentState::Device(phase) => {
-                chain.hold("the release was offered to it");
+                chain.hold(self.offered());
                 self.under_way(chain, Some(phase));
             }
             AssignmentState::Silent => chain.stop(
@@ -105,8 +105,23 @@ impl Look<'_> {
         message.map_or_else(String::new, |message| format!(": {message}"))
     }
 
+    /// What it was offered: the release itself, or one on its way there.
+    fn offered(&self) -> String {
+        match self.assignment.via {
+            None => "the release was offered to it".to_owned(),
+            Some(via) => format!(
+                "it cannot go there from what it has, so release {} was offered to it first (requiresFrom)",
+                via.short()
+            ),
+        }
+    }
+
     fn planned(&self, chain: &mut Chain) {
-        let what = "nothing was offered to it yet";
+        let what = if self.assignment.stepped {
+            "it has taken a step on its way, and the next was not offered to it yet"
+        } else {
+            "nothing was offered to it yet"
+        };
         match self.rollout.state {
             RolloutState::Scheduled => {
                 return chain.stop(what, "the time at which the rollout begins");
@@ -207,7 +222,7 @@ impl Look<'_> {
     fn deferred(&self, chain: &mut Chain) {
         let offered = self.assignment.since.is_some();
         if offered {
-            chain.hold("the release was offered to it");
+            chain.hold(self.offered());
         }
         let waits_for = match self.assignment.deferral {
             Some(Deferral::Offline) | None => "the device to connect",

@@ -72,9 +72,13 @@ impl Look<'_> {
         })
     }
 
+    fn offered(&self) -> Placement {
+        self.rollout.offered(self.assignment)
+    }
+
     /// How the device says it ended.
     fn ended(&self) -> Option<(Phase, Option<String>)> {
-        self.report_on(&self.rollout.placement())
+        self.report_on(&self.offered())
             .filter(|report| report.phase.is_final())
             .map(|report| (report.phase, report.reason.clone()))
     }
@@ -89,7 +93,7 @@ impl Look<'_> {
         if let Some((phase, why)) = self.ended() {
             return Some(self.record(phase, None, why));
         }
-        let report = self.report_on(&self.rollout.placement());
+        let report = self.report_on(&self.offered());
         let was_switching = match self.assignment.state {
             AssignmentState::Device(phase) => phase.is_switching(),
             AssignmentState::Planned
@@ -178,15 +182,15 @@ impl Look<'_> {
         if let Some((phase, why)) = self.ended() {
             return Some(self.record(phase, None, why));
         }
-        if let Some(report) = self.report_on(&self.rollout.placement())
+        if let Some(report) = self.report_on(&self.offered())
             && report.phase.is_switching()
         {
             return Some(self.record(report.phase, Some(self.silent_at()), report.reason.clone()));
         }
         if self.has_lease() {
-            return self.leased(self.report_on(&self.rollout.placement()));
+            return self.leased(self.report_on(&self.offered()));
         }
-        if let Some(report) = self.report_on(&self.rollout.placement())
+        if let Some(report) = self.report_on(&self.offered())
             && report.phase == Phase::Waiting
             && self.facts.online
             && self.patience.runs
@@ -206,7 +210,7 @@ impl Look<'_> {
         }
         let deadline = Some(self.tick.plus(self.rollout.policy.begin_within_ms));
         let report = self
-            .report_on(&self.rollout.placement())
+            .report_on(&self.offered())
             .filter(|report| is_preparing(report.phase));
         Some(match report {
             Some(report) => self.record(report.phase, deadline, report.reason.clone()),
@@ -280,6 +284,11 @@ impl Look<'_> {
     }
 
     fn record(&self, phase: Phase, deadline: Option<Tick>, message: Option<String>) -> Action {
+        if phase == Phase::Succeeded && self.assignment.via.is_some() {
+            return Action::Stepped {
+                device: self.device.clone(),
+            };
+        }
         self.assign(AssignmentState::Device(phase), None, deadline, message)
     }
 

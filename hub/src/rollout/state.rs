@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::analysis::{Measured, Verdict};
 use super::assignments::Assignments;
+use super::steps::Requirements;
 use crate::zone;
 
 /// A point in time on the hub: milliseconds since 1970.
@@ -154,6 +155,10 @@ pub struct Policy {
     /// What else devices are told with an offer.
     #[serde(default)]
     pub terms: Terms,
+    /// What its release and those on the way there can be reached from. Not part of a manifest's policy alone: whoever
+    /// opens the rollout knows what was said of the other releases.
+    #[serde(default, skip_serializing_if = "Requirements::is_empty")]
+    pub requirements: Requirements,
 }
 
 /// What devices are told with an offer besides the [`Placement`], and not when they are given their release of before.
@@ -225,6 +230,7 @@ impl Policy {
                 max_restarts: policy.max_restarts,
                 require_hub_ms: policy.require_hub.map(Span::millis),
             },
+            requirements: Requirements::default(),
         };
         if policy.emergency {
             frozen.hurry();
@@ -378,8 +384,14 @@ pub struct Assignment {
     /// It comes after the last wave: it was offline until then, or joined later.
     #[serde(default)]
     pub tail: bool,
-    /// What it goes back to; `None`: the app is removed from it.
+    /// What it goes back to; `None`: the app is removed from it. Once it has taken a step, what that gave it.
     pub previous: Option<Placement>,
+    /// The release that it was offered last, if that is only a step on its way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub via: Option<Digest>,
+    /// Whether it has taken a step on its way.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stepped: bool,
     /// How far it is.
     pub state: AssignmentState,
     /// The version under which this rollout last wrote the device's desired state (an offer or, once
@@ -482,6 +494,8 @@ pub struct Report {
     pub phase: Phase,
     /// Why, for people.
     pub reason: Option<String>,
+    /// The release that was well there last, or runs there.
+    pub has: Option<Digest>,
 }
 
 /// How alive the whole fleet is.
@@ -558,6 +572,12 @@ pub enum Action {
         deadline: Option<Tick>,
         /// Why, for people.
         message: Option<String>,
+    },
+    /// A device has what it was offered, and that was only a step on its way: it waits for the next one, and would go
+    /// back to this one.
+    Stepped {
+        /// Which device.
+        device: DeviceId,
     },
     /// Record how far a device's way back is; it becomes `Reverted` if it was not.
     Reverted {
@@ -642,6 +662,7 @@ impl Action {
             Self::Offer { device, .. }
             | Self::Restore { device, .. }
             | Self::Assign { device, .. }
+            | Self::Stepped { device }
             | Self::Reverted { device, .. }
             | Self::Tail { device, .. } => Some(device),
             Self::StopTail { .. }
@@ -668,6 +689,7 @@ impl Action {
                 device, placement, ..
             } => Some((device, *placement)),
             Self::Assign { .. }
+            | Self::Stepped { .. }
             | Self::Reverted { .. }
             | Self::Tail { .. }
             | Self::StopTail { .. }

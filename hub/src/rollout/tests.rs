@@ -10,6 +10,7 @@ use foreshore_protocol::{DeviceId, Digest, Version};
 use proptest::prelude::*;
 
 use super::check::{Rule, check, check_action};
+use super::steps::Requirements;
 use super::*;
 
 mod analysis;
@@ -50,6 +51,17 @@ fn placement(number: u8) -> Placement {
     }
 }
 
+/// From which others releases can be reached on the way to release 2, by number.
+fn requirements(way: &[(u8, &[u8])]) -> Requirements {
+    let requires = |of: &Digest| {
+        let found = way.iter().find(|(to, _)| release(*to) == *of);
+        let from = found.map_or(&[][..], |(_, from)| *from);
+        Ok::<_, std::convert::Infallible>(from.iter().copied().map(release).collect())
+    };
+    let Ok(found) = Requirements::collect(release(2), requires);
+    found
+}
+
 fn pace(per_minute: u32) -> Pace {
     Pace {
         per_minute,
@@ -86,6 +98,7 @@ fn policy(waves: Vec<WaveTarget>, devices: usize) -> Policy {
         silent_margin_ms: 30_000,
         analysis: Vec::new(),
         terms: Terms::default(),
+        requirements: Requirements::default(),
     }
 }
 
@@ -114,6 +127,7 @@ struct Known {
     last_seen: UnixMs,
     desired: Option<(Version, Option<Placement>)>,
     report: Option<Report>,
+    has: Option<Digest>,
     leased: Option<Version>,
 }
 
@@ -303,11 +317,15 @@ impl World {
         let Some((since, placement)) = one.desired else {
             return;
         };
+        if phase == Phase::Succeeded {
+            one.has = placement.map(|placement| placement.release);
+        }
         one.report = placement.map(|placement| Report {
             since,
             release: placement.release,
             phase,
             reason: None,
+            has: one.has,
         });
     }
 

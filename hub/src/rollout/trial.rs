@@ -63,6 +63,7 @@ impl<'a> Trial<'a> {
             }
             Action::Restore { device, .. }
             | Action::Assign { device, .. }
+            | Action::Stepped { device }
             | Action::Reverted { device, .. }
             | Action::Tail { device, .. } => self.note_assignment(device),
             Action::Replace { out, into } => {

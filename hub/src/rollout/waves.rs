@@ -219,6 +219,8 @@ impl Assignment {
             stratum,
             tail: false,
             previous,
+            via: None,
+            stepped: false,
             state: AssignmentState::Planned,
             since: None,
             failed: false,
@@ -242,13 +244,12 @@ fn previous_of(member: &Member, before: Option<&Rollout>) -> Option<Placement> {
     else {
         return Some(placement);
     };
-    if before.to != placement.release || assignment.state == AssignmentState::Reverted {
+    let offered = before.offered(assignment).release;
+    if offered != placement.release || assignment.state == AssignmentState::Reverted {
         return Some(placement);
     }
-    let condemned = before
-        .waves
-        .iter()
-        .any(|wave| wave.state == WaveState::Failed);
+    let broke = |wave: &Wave| wave.state == WaveState::Failed;
+    let condemned = offered == before.to && before.waves.iter().any(broke);
     let succeeded = match member.phase {
         Some(phase) => phase == Phase::Succeeded,
         None => assignment.state == AssignmentState::Device(Phase::Succeeded),

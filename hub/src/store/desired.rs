@@ -148,15 +148,16 @@ pub fn terms(connection: &Connection, device: &DeviceId, app: &AppName) -> rusql
 pub fn clear_windows(
     connection: &Connection,
     app: &AppName,
-    release: &Digest,
+    releases: &BTreeSet<Digest>,
 ) -> rusqlite::Result<usize> {
-    let release = release.to_string();
     let devices: Vec<DeviceId> = connection
         .prepare_cached(
             "UPDATE placement SET terms = json_remove(terms, '$.windows')
-             WHERE app = ?1 AND release = ?2 AND terms IS NOT NULL RETURNING device",
+             WHERE app = ?1 AND instr(?2, release) > 0 AND terms IS NOT NULL RETURNING device",
         )?
-        .query_map([app.as_str(), &release], |row| column::parsed(row, 0))?
+        .query_map([app.as_str(), &listed(releases)], |row| {
+            column::parsed(row, 0)
+        })?
         .collect::<rusqlite::Result<_>>()?;
     for device in &devices {
         bump(connection, device)?;
@@ -164,7 +165,7 @@ pub fn clear_windows(
     Ok(devices.len())
 }
 
-/// Lets devices switch to this release of an app although the app holds its update lock: those that have it assigned
+/// Lets devices switch to these releases of an app although the app holds its update lock: those that have it assigned
 /// are told, and those that will be. How many were told.
 ///
 /// # Errors
@@ -173,25 +174,33 @@ pub fn clear_windows(
 pub fn override_locks(
     connection: &Connection,
     app: &AppName,
-    release: &Digest,
+    releases: &BTreeSet<Digest>,
 ) -> rusqlite::Result<usize> {
-    let release = release.to_string();
+    let releases = listed(releases);
     let changed = connection
         .prepare_cached(
             "UPDATE app SET unlocked_release = ?2 WHERE name = ?1 AND unlocked_release IS NOT ?2",
         )?
-        .execute(params![app.as_str(), release])?;
+        .execute(params![app.as_str(), releases])?;
     if changed == 0 {
         return Ok(0);
     }
     let devices: Vec<DeviceId> = connection
-        .prepare_cached("SELECT device FROM placement WHERE app = ?1 AND release = ?2")?
-        .query_map(params![app.as_str(), release], |row| column::parsed(row, 0))?
+        .prepare_cached("SELECT device FROM placement WHERE app = ?1 AND instr(?2, release) > 0")?
+        .query_map(params![app.as_str(), releases], |row| {
+            column::parsed(row, 0)
+        })?
         .collect::<rusqlite::Result<_>>()?;
     for device in &devices {
         bump(connection, device)?;
     }
     Ok(devices.len())
+}
+
+/// Digests in one column: all have the same length and a prefix of their own, so one is found as a text within.
+fn listed(releases: &BTreeSet<Digest>) -> String {
+    let texts: Vec<String> = releases.iter().map(Digest::to_string).collect();
+    texts.join(",")
 }
 
 /// Takes an app from a device, and remembers that the device must say so; the version, or `None` when
@@ -262,7 +271,7 @@ pub fn head(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
     let apps = connection
         .prepare_cached(
             "SELECT p.app, p.release, p.since_epoch, p.since_generation, p.soak_ms, p.deadline_ms,
-                    coalesce(a.unlocked_release = p.release, 0), p.terms
+                    coalesce(instr(a.unlocked_release, p.release) > 0, 0), p.terms
              FROM placement p LEFT JOIN app a ON a.name = p.app WHERE p.device = ?1 ORDER BY p.app",
         )?
         .query_map([device.as_str()], |row| {
@@ -517,13 +526,19 @@ pub fn latest(connection: &Connection) -> rusqlite::Result<UnixMs> {
 /// of this database. No device is told anything before it has said which version it has ([`device::Restored`]), so that
 /// none goes back to what this database says without anybody's noticing.
 ///
+/// The epoch is the time in seconds since 1970, or one more than the last where a clock stands wrong: a backup may be
+/// restored twice, and both lives must not give out the same versions.
+///
 /// [`device::Restored`]: super::device::Restored
 ///
 /// # Errors
 ///
 /// When SQLite fails, or the epochs are used up.
-pub fn begin_epoch(connection: &Connection) -> rusqlite::Result<Epoch> {
-    connection.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'", [])?;
+pub fn begin_epoch(connection: &Connection, now: UnixMs) -> rusqlite::Result<Epoch> {
+    connection.execute(
+        "UPDATE meta SET value = max(value + 1, ?1) WHERE key = 'epoch'",
+        [now.0 / 1000],
+    )?;
     let epoch = epoch(connection)?;
     connection.execute(
         "UPDATE device SET online = 0, restored_epoch = coalesce(restored_epoch, desired_epoch, 0),
@@ -609,8 +624,8 @@ mod tests {
         published(&connection, &id, before).unwrap();
         let restored = |connection: &Connection| device::link(connection, &id).unwrap().unwrap();
         assert_eq!(restored(&connection).restored, None);
-        begin_epoch(&connection).unwrap();
-        let known = Some(device::Restored(Some(before)));
+        begin_epoch(&connection, UnixMs(7_999)).unwrap();
+        let known = Some(device::Restored::Unheard(Some(before)));
         assert_eq!(restored(&connection).restored, known);
         assert_eq!(
             waiting_releases(&connection, 10, |_| false).unwrap().len(),
@@ -618,8 +633,10 @@ mod tests {
         );
         // What is written meanwhile is above every version before, waits, and changes nothing of what is compared with.
         let after = place(&connection, &id, &app, &placed(&connection, b"2")).unwrap();
-        assert!(after.epoch > before.epoch);
-        begin_epoch(&connection).unwrap();
+        assert_eq!(after.epoch.get(), 7, "the time");
+        // A clock that went back.
+        let epoch = begin_epoch(&connection, UnixMs(2_000)).unwrap();
+        assert_eq!(epoch.get(), 8);
         assert_eq!(restored(&connection).restored, known);
         let waiting = || waiting_heads(&connection, 10, |_, _| false).unwrap();
         assert_eq!(waiting(), []);

@@ -34,13 +34,21 @@ pub struct LinkState {
     pub repair_at: UnixMs,
     /// Repairs in a row that did not help.
     pub repair_tries: u32,
-    /// The database is a restored backup, and has not heard yet whether this device went on without it.
+    /// The database is a restored backup, and this device is told nothing of it.
     pub restored: Option<Restored>,
 }
 
-/// What a restored backup says of a device: the newest desired state that it was given until then.
+/// Why a restored backup tells a device nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Restored(pub Option<Version>);
+pub enum Restored {
+    /// It has not said yet what it has. The newest desired state that it was given until the backup.
+    Unheard(Option<Version>),
+    /// It went on without the backup, and keeps what it has until an operator says otherwise.
+    Beyond,
+}
+
+/// How `restored_epoch` says [`Restored::Beyond`].
+const BEYOND: i64 = -1;
 
 /// Makes a device; it was just heard of for the first time.
 ///
@@ -123,11 +131,41 @@ pub fn put_link(
 }
 
 fn restored(row: &Row<'_>) -> rusqlite::Result<Option<Restored>> {
-    match row.get::<_, Option<u64>>(13)? {
+    match row.get::<_, Option<i64>>(13)? {
         None => Ok(None),
-        Some(0) => Ok(Some(Restored(None))),
-        Some(_) => column::version(row, 13).map(|version| Some(Restored(Some(version)))),
+        Some(BEYOND) => Ok(Some(Restored::Beyond)),
+        Some(0) => Ok(Some(Restored::Unheard(None))),
+        Some(_) => column::version(row, 13).map(|version| Some(Restored::Unheard(Some(version)))),
     }
+}
+
+/// From now on a device is told nothing before it has said what it has: it may come from a life of this database that
+/// came after the backup. For one that was just made.
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn await_word(connection: &Connection, device: &DeviceId) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(
+            "UPDATE device SET restored_epoch = 0, restored_generation = 0 WHERE id = ?1",
+        )?
+        .execute([device.as_str()])?;
+    Ok(())
+}
+
+/// From now on a device is told nothing, whatever it says, until [`confirm`].
+///
+/// # Errors
+///
+/// When SQLite fails.
+pub fn await_release(connection: &Connection, device: &DeviceId) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached(
+            "UPDATE device SET restored_epoch = ?2, restored_generation = ?2 WHERE id = ?1",
+        )?
+        .execute(params![device.as_str(), BEYOND])?;
+    Ok(())
 }
 
 /// From now on a device is told what this database says, although it is a restored backup; whether it was not before.

@@ -10,55 +10,58 @@ use super::column;
 
 /// What [`crate::rollout::Facts`] are made of, `last_seen` aside: nothing is decided by that. A device is busy for one
 /// app while a rollout of another, its newest and not given up, counts it against its slots.
+///
+/// Not `INSERT OR IGNORE`: a statement with a conflict clause of its own, `ON CONFLICT DO UPDATE` included, decides for the
+/// triggers that it fires ("The ON CONFLICT Clause", sqlite.org), and a second note of a device would fail.
 const WATCH: &str = "
 CREATE TEMP TABLE news (device TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
 CREATE TEMP TABLE news_gone (rollout INTEGER PRIMARY KEY) STRICT;
 
 CREATE TEMP TRIGGER news_device_comes AFTER INSERT ON main.device
-BEGIN INSERT OR IGNORE INTO news VALUES (NEW.id); END;
+BEGIN INSERT INTO news SELECT NEW.id WHERE NEW.id NOT IN news; END;
 CREATE TEMP TRIGGER news_device_goes AFTER DELETE ON main.device
-BEGIN INSERT OR IGNORE INTO news VALUES (OLD.id); END;
+BEGIN INSERT INTO news SELECT OLD.id WHERE OLD.id NOT IN news; END;
 CREATE TEMP TRIGGER news_device AFTER UPDATE OF online, accepted_epoch, accepted_generation, held ON main.device
 WHEN OLD.online IS NOT NEW.online OR OLD.accepted_epoch IS NOT NEW.accepted_epoch
     OR OLD.accepted_generation IS NOT NEW.accepted_generation OR OLD.held IS NOT NEW.held
-BEGIN INSERT OR IGNORE INTO news VALUES (NEW.id); END;
+BEGIN INSERT INTO news SELECT NEW.id WHERE NEW.id NOT IN news; END;
 
 CREATE TEMP TRIGGER news_report_comes AFTER INSERT ON main.report
-BEGIN INSERT OR IGNORE INTO news VALUES (NEW.device); END;
+BEGIN INSERT INTO news SELECT NEW.device WHERE NEW.device NOT IN news; END;
 CREATE TEMP TRIGGER news_report AFTER UPDATE ON main.report
-BEGIN INSERT OR IGNORE INTO news VALUES (NEW.device); END;
+BEGIN INSERT INTO news SELECT NEW.device WHERE NEW.device NOT IN news; END;
 CREATE TEMP TRIGGER news_report_goes AFTER DELETE ON main.report
-BEGIN INSERT OR IGNORE INTO news VALUES (OLD.device); END;
+BEGIN INSERT INTO news SELECT OLD.device WHERE OLD.device NOT IN news; END;
 
 CREATE TEMP TRIGGER news_lease_comes AFTER INSERT ON main.lease
-BEGIN INSERT OR IGNORE INTO news VALUES (NEW.device); END;
+BEGIN INSERT INTO news SELECT NEW.device WHERE NEW.device NOT IN news; END;
 CREATE TEMP TRIGGER news_lease AFTER UPDATE ON main.lease
-BEGIN INSERT OR IGNORE INTO news VALUES (NEW.device); END;
+BEGIN INSERT INTO news SELECT NEW.device WHERE NEW.device NOT IN news; END;
 CREATE TEMP TRIGGER news_lease_goes AFTER DELETE ON main.lease
-BEGIN INSERT OR IGNORE INTO news VALUES (OLD.device); END;
+BEGIN INSERT INTO news SELECT OLD.device WHERE OLD.device NOT IN news; END;
 
 CREATE TEMP TRIGGER news_member_comes AFTER INSERT ON main.member
-BEGIN INSERT OR IGNORE INTO news VALUES (NEW.device); END;
+BEGIN INSERT INTO news SELECT NEW.device WHERE NEW.device NOT IN news; END;
 CREATE TEMP TRIGGER news_member_goes AFTER DELETE ON main.member
-BEGIN INSERT OR IGNORE INTO news VALUES (OLD.device); END;
+BEGIN INSERT INTO news SELECT OLD.device WHERE OLD.device NOT IN news; END;
 
 CREATE TEMP TRIGGER news_busy_comes AFTER INSERT ON main.assignment WHEN NEW.busy
-BEGIN INSERT OR IGNORE INTO news VALUES (NEW.device); END;
+BEGIN INSERT INTO news SELECT NEW.device WHERE NEW.device NOT IN news; END;
 CREATE TEMP TRIGGER news_busy AFTER UPDATE OF busy ON main.assignment WHEN OLD.busy IS NOT NEW.busy
-BEGIN INSERT OR IGNORE INTO news VALUES (NEW.device); END;
+BEGIN INSERT INTO news SELECT NEW.device WHERE NEW.device NOT IN news; END;
 CREATE TEMP TRIGGER news_assignment_goes AFTER DELETE ON main.assignment
-BEGIN INSERT OR IGNORE INTO news VALUES (OLD.device); END;
+BEGIN INSERT INTO news SELECT OLD.device WHERE OLD.device NOT IN news; END;
 
 CREATE TEMP TRIGGER news_rollout AFTER UPDATE OF state, final ON main.rollout
 WHEN OLD.state IS NOT NEW.state OR OLD.final IS NOT NEW.final
-BEGIN INSERT OR IGNORE INTO news SELECT device FROM assignment WHERE rollout = NEW.id AND busy; END;
+BEGIN INSERT INTO news SELECT device FROM assignment WHERE rollout = NEW.id AND busy AND device NOT IN news; END;
 CREATE TEMP TRIGGER news_rollout_comes AFTER INSERT ON main.rollout
 BEGIN
-    INSERT OR IGNORE INTO news SELECT device FROM assignment
-    WHERE rollout = (SELECT max(id) FROM rollout WHERE app = NEW.app AND id < NEW.id) AND busy;
+    INSERT INTO news SELECT device FROM assignment
+    WHERE rollout = (SELECT max(id) FROM rollout WHERE app = NEW.app AND id < NEW.id) AND busy AND device NOT IN news;
 END;
 CREATE TEMP TRIGGER news_rollout_goes AFTER DELETE ON main.rollout
-BEGIN INSERT OR IGNORE INTO news_gone VALUES (OLD.id); END;
+BEGIN INSERT INTO news_gone SELECT OLD.id WHERE OLD.id NOT IN news_gone; END;
 ";
 
 /// From here on notes are made. Once for a connection.
@@ -106,4 +109,43 @@ pub fn take(connection: &Connection) -> rusqlite::Result<Noted> {
             .execute([])?;
     }
     Ok(Noted { devices, gone })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_changes_twice_is_noted_once_however_it_is_written() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        crate::store::schema::migrate(&mut connection).unwrap();
+        watch(&connection).unwrap();
+        connection
+            .execute_batch(
+                "INSERT INTO rollout (id, app, state, final, wake_at_ms, created_ms, header)
+                 VALUES (1, 'web', 'running', 0, 0, 0, '{}')",
+            )
+            .unwrap();
+        for busy in [true, false, true] {
+            connection
+                .execute(
+                    "INSERT INTO assignment (rollout, device, body, busy) VALUES (1, 'one', '{}', ?1)
+                     ON CONFLICT (rollout, device) DO UPDATE SET busy = ?1",
+                    [busy],
+                )
+                .unwrap();
+        }
+        connection
+            .execute_batch(
+                "UPDATE OR ABORT rollout SET final = 1;
+                 INSERT OR ABORT INTO rollout (id, app, state, final, wake_at_ms, created_ms, header)
+                 VALUES (2, 'web', 'running', 0, 0, 0, '{}');
+                 DELETE FROM rollout WHERE id = 1;",
+            )
+            .unwrap();
+        let noted = take(&connection).unwrap();
+        assert_eq!(noted.devices, ["one".parse().unwrap()]);
+        assert_eq!(noted.gone, [1]);
+        assert_eq!(take(&connection).unwrap(), Noted::default());
+    }
 }

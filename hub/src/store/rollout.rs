@@ -458,6 +458,7 @@ fn read_facts(row: &Row<'_>, leased: Option<Version>) -> rusqlite::Result<Option
             since: status.since,
             release: status.release,
             phase: status.phase,
+            has: status.last_known_good.or(status.running),
             reason: status.reason.map(|reason| reason.message),
         }),
         leased,

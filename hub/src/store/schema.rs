@@ -17,7 +17,19 @@ const MIGRATIONS: &[&str] = &[
     RESTORED,
     GAUGES,
     TERMS,
+    REQUIREMENTS,
 ];
+
+/// From which releases of its app one can be reached, in order; one without rows from any.
+const REQUIREMENTS: &str = "
+CREATE TABLE requirement (
+    release TEXT NOT NULL REFERENCES release (digest) ON DELETE CASCADE,
+    place INTEGER NOT NULL,
+    required TEXT NOT NULL,
+    PRIMARY KEY (release, place)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX requirement_required ON requirement (required);
+";
 
 /// What devices are told besides with what is placed on them, as JSON; NULL is nothing.
 const TERMS: &str = "ALTER TABLE placement ADD COLUMN terms TEXT;";

@@ -642,7 +642,7 @@ mod tests {
         assert_eq!(bed.sent().unwrap().0, 1);
         assert!(repair(&bed.connection, &bed.device, version(7)).unwrap());
         assert_eq!(bed.sent(), Some((8, vec!["a=1".to_owned()])));
-        desired::begin_epoch(&bed.connection).unwrap();
+        desired::begin_epoch(&bed.connection, UnixMs(0)).unwrap();
         assert_eq!(bed.sent(), None, "not before it has spoken");
         device::confirm(&bed.connection, &bed.device).unwrap();
         assert_eq!(bed.sent().unwrap().1, ["a=1"]);

@@ -9,7 +9,7 @@ use std::fmt::Display;
 
 use super::{
     App, Condition, Kind, Logging, Probe, ProbeAction, RestartPolicy, SECRETS_DIR, Service,
-    VolumeSource, pull_secret,
+    UpdateConfig, UpdateOrder, VolumeSource, pull_secret,
 };
 use crate::Digest;
 use crate::id::ServiceName;
@@ -55,6 +55,7 @@ const MAX_PRIORITY: u8 = 100;
 /// Hooks of one service at one occasion.
 const MAX_HOOKS: usize = 8;
 const MAX_STOP_GRACE_PERIOD: Span = Span::from_secs(3600);
+const MAX_KEEP_OLD: Span = Span::from_secs(24 * 3600);
 const MIN_PROBE_PERIOD: Span = Span(100);
 const MAX_PROBE_TIMEOUT: Span = Span::from_secs(300);
 const MAX_PROBE_THRESHOLD: u32 = 1000;
@@ -239,7 +240,24 @@ pub(crate) fn service(path: &str, service: &Service) -> Checked {
         let path = format!("{path}.pre_stop[{index}].command");
         arguments(&path, Some(&hook.command))?;
     }
+    update_config(
+        &format!("{path}.deploy.update_config"),
+        service.deploy.update_config,
+    )?;
     logging(&format!("{path}.logging"), service.logging)
+}
+
+fn update_config(path: &str, config: UpdateConfig) -> Checked {
+    let Some(keep) = config.keep_old else {
+        return Ok(());
+    };
+    let path = format!("{path}.keep_old");
+    ensure(keep > Span(0) && keep <= MAX_KEEP_OLD, &path, || {
+        format!("must be above 0 and at most {MAX_KEEP_OLD}, not {keep}")
+    })?;
+    ensure(config.order == UpdateOrder::StartFirst, &path, || {
+        "needs `order: start-first`: otherwise the old container is stopped before the new one is started".to_owned()
+    })
 }
 
 fn limits(path: &str, service: &Service) -> Checked {

@@ -396,6 +396,9 @@ fn update_config_key(key: &str) -> Option<&'static str> {
         "parallelism" | "delay" | "monitor" | "max_failure_ratio" | "failure_action" => {
             "does not exist here; use `spec.rollout`"
         }
+        "keepOld" | "scaleDownDelaySeconds" => {
+            "does not exist; use `keep_old`, for example `keep_old: 1h`"
+        }
         _ => return None,
     })
 }
@@ -446,7 +449,13 @@ fn rollout_key(key: &str) -> Option<&'static str> {
             "does not exist; use `startAt: 2026-12-01T02:00:00Z`, or `window` for times that come again"
         }
         "restarts" | "restartLimit" => "does not exist; use `maxRestarts`",
-        "seed" | "requiresFrom" => NOT_BUILT,
+        "requires" | "requires_from" | "upgradeFrom" => {
+            "does not exist; use `requiresFrom: [RELEASE]`"
+        }
+        "keepOld" | "keep_old" | "blueGreen" | "scaleDownDelaySeconds" => {
+            "belongs to a service: `deploy: {update_config: {order: start-first, keep_old: 1h}}`"
+        }
+        "seed" => NOT_BUILT,
         _ => return None,
     })
 }

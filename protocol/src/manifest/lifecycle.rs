@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::id::ServiceName;
+use crate::quantity::Span;
 
 /// What a service waits for before its first start (Compose `depends_on`), by the service it depends on.
 pub type Dependencies = BTreeMap<ServiceName, Dependency>;
@@ -73,6 +74,22 @@ pub struct UpdateConfig {
     /// Which comes first.
     #[serde(default)]
     pub order: UpdateOrder,
+    /// With [`UpdateOrder::StartFirst`]: how long the old container runs on from when the new one is ready, and in any case
+    /// until the new release is the last-known-good; above 0 and at most 1d. Going back within that time starts nothing.
+    /// Of a container that is replaced, what the *new* release says counts. Default: it is stopped when the new one is ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_old: Option<Span>,
+}
+
+impl UpdateConfig {
+    /// How long an old container is kept, in milliseconds; `None` when it is not.
+    #[must_use]
+    pub const fn keep_old_ms(&self) -> Option<u64> {
+        match (self.order, self.keep_old) {
+            (UpdateOrder::StartFirst, Some(span)) => Some(span.millis()),
+            (UpdateOrder::StartFirst, None) | (UpdateOrder::StopFirst, _) => None,
+        }
+    }
 }
 
 /// Whether a new container waits for the old one to end, or the old one for the new one to be ready.

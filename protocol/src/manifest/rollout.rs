@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::analysis::Analysis;
 use super::selector::Selector;
 use super::window::MaintenanceWindow;
+use crate::digest::DigestPrefix;
 use crate::id::LabelKey;
 use crate::quantity::Span;
 
@@ -84,6 +85,10 @@ pub struct RolloutPolicy {
     /// release has cut it off. 1m to 1d. Default: it need not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub require_hub: Option<Span>,
+    /// Only a device that has one of these releases of the app, or none, is given this one; any other is first given one of
+    /// them, by the shortest way there is. As `foreshore rollout history` shows them; at most 16. Default: any will do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requires_from: Vec<DigestPrefix>,
 }
 
 impl Default for RolloutPolicy {
@@ -107,6 +112,7 @@ impl Default for RolloutPolicy {
             download_window: None,
             max_restarts: 0,
             require_hub: None,
+            requires_from: Vec::new(),
         }
     }
 }

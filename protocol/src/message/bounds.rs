@@ -255,6 +255,11 @@ mod tests {
                     state: ServiceState::BackOff { exit_code: -1 },
                     ready: number.is_multiple_of(2),
                     restarts: u32::MAX,
+                    kept: Some(crate::message::KeptOld {
+                        instance: u64::MAX,
+                        release: crate::Digest::of(b"3"),
+                        keep_ms: u64::MAX,
+                    }),
                 })
                 .collect(),
         };

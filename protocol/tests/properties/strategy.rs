@@ -10,8 +10,8 @@ use foreshore_protocol::id::{
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
     AppStatus, Beacon, BudgetGroup, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull,
-    Inventory, Lease, LeaseRequest, MAX_WINDOW_MS, Phase, Presence, PullProgress, PullState,
-    Reason, ReasonCode, Reported, ServiceState, ServiceStatus, Window, Windows, Zone,
+    Inventory, KeptOld, Lease, LeaseRequest, MAX_WINDOW_MS, Phase, Presence, PullProgress,
+    PullState, Reason, ReasonCode, Reported, ServiceState, ServiceStatus, Window, Windows, Zone,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::secret::{PublicKey, SealedSecrets};
@@ -325,14 +325,20 @@ fn service() -> impl Strategy<Value = ServiceStatus> {
         any::<i32>().prop_map(|exit_code| ServiceState::BackOff { exit_code }),
         any::<i32>().prop_map(|exit_code| ServiceState::Exited { exit_code }),
     ];
-    (name(), state, any::<bool>(), any::<u32>()).prop_map(|(service, state, ready, restarts)| {
-        ServiceStatus {
+    let kept = (any::<[u64; 2]>(), digest()).prop_map(|([instance, keep_ms], release)| KeptOld {
+        instance,
+        release,
+        keep_ms,
+    });
+    (name(), state, any::<bool>(), any::<u32>(), option::of(kept)).prop_map(
+        |(service, state, ready, restarts, kept)| ServiceStatus {
             service,
             state,
             ready,
             restarts,
-        }
-    })
+            kept,
+        },
+    )
 }
 
 pub(crate) fn reported() -> impl Strategy<Value = Reported> {
@@ -460,6 +466,9 @@ pub(crate) fn event() -> impl Strategy<Value = Event> {
         EventKind::DiskPressure,
         EventKind::StateWritable,
         EventKind::SecretRotated,
+        EventKind::Kept,
+        EventKind::LetGo,
+        EventKind::TakenBack,
     ]);
     let about = option::of((name::<AppName>(), option::of(name::<ServiceName>())));
     (any::<[u64; 3]>(), kind, about, "\\PC{0,200}").prop_map(

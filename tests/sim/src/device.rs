@@ -6,23 +6,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use foreshore_agent::plan::{
-    self, BootId, BootMs, Busy, Desired, History, Now, Observed, ObservedContainer, Outcome, Plan,
-    ProbeState, ProbeStates, Resume, Step, UpdateLocks, WallClock,
+    self, BootId, BootMs, Busy, Desired, History, Now, Observed, ObservedContainer, Outcome,
+    ProbeState, ProbeStates, Step, UpdateLocks, WallClock,
 };
 use foreshore_agent::runtime::{Container, ContainerId, ContainerState, Exit};
-use foreshore_protocol::message::{
-    AppStatus, Head, LeaseRequest, Phase, Reason, ReasonCode, Reported, Windows,
-};
-use foreshore_protocol::release::{Release, service_digest};
+use foreshore_protocol::message::{AppStatus, Head, LeaseRequest, Phase, Reported, Windows};
+use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 
+mod faults;
 mod rules;
+mod steps;
 mod turns;
 
 use crate::hub::unix;
 use crate::mutation::Mutation;
 use crate::random::Random;
-use crate::scenario::{Fate, JOB, MINUTE, Ms, SECOND, Scenario};
+use crate::scenario::{Ms, SECOND, Scenario};
 
 /// What survives a power cut.
 #[derive(Debug, Clone, Default)]
@@ -98,6 +98,8 @@ pub struct Device {
     pub verbose: bool,
     /// For the rules only: what it said that it rolled back from.
     gave_up: BTreeSet<(AppName, Version, Digest)>,
+    /// The head before the newest, for a fault.
+    head_before: Option<Head>,
     /// For the rules only: the jobs that ended well, by their spec.
     jobs_done: BTreeSet<(AppName, Digest)>,
 }
@@ -150,6 +152,7 @@ impl Device {
             nonce: 0,
             verbose: false,
             gave_up: BTreeSet::new(),
+            head_before: None,
             jobs_done: BTreeSet::new(),
         }
     }
@@ -249,7 +252,7 @@ impl Device {
         let takes = newer
             || (mutation == Some(Mutation::AcceptOldHeads) && self.version() != Some(head.version));
         if takes {
-            self.disk.head = Some(head.clone());
+            self.head_before = self.disk.head.replace(head.clone());
         }
         takes
     }
@@ -309,8 +312,9 @@ impl Device {
                     },
                 })
                 .collect(),
-            releases: self.disk.releases.clone(),
-            images: self.disk.images.clone(),
+            // Lent until the plan is made: copying them was much of what a run took.
+            releases: std::mem::take(&mut self.disk.releases),
+            images: std::mem::take(&mut self.disk.images),
             update_locks: UpdateLocks::default(),
             busy,
             turns: self.granted(),
@@ -339,12 +343,10 @@ impl Device {
         for outcome in self.outcomes.drain(..) {
             history.record(&outcome, at);
         }
-        let mut desired = self
-            .disk
-            .head
-            .as_ref()
-            .map(Desired::from)
-            .unwrap_or_default();
+        let old = self.head_before.as_ref();
+        let old = old.filter(|_| mutation == Some(Mutation::PlanOldHeads));
+        let head = old.or(self.disk.head.as_ref());
+        let mut desired = head.map(Desired::from).unwrap_or_default();
         if mutation == Some(Mutation::IgnoreWindows) {
             for app in desired.apps.values_mut() {
                 app.windows = Windows::default();
@@ -352,10 +354,10 @@ impl Device {
         }
         let observed = self.observe(now);
         if mutation == Some(Mutation::IgnoreJobs) {
-            believe_jobs_done(&mut history, &observed);
+            faults::believe_jobs_done(&mut history, &observed);
         }
         let mut plan = plan::plan(&desired, &observed, &history, at);
-        mutate(&mut plan, &observed, &history, mutation);
+        faults::mutate(&mut plan, &observed, &history, mutation);
         asks.violations.extend(
             plan::check::check(&observed, &history, &plan)
                 .into_iter()
@@ -365,9 +367,11 @@ impl Device {
             .extend(self.needless_stops(&observed, &history, &plan));
         asks.violations
             .extend(self.poisoned_starts(&history, &plan));
-        asks.violations.extend(self.early_starts(&plan));
+        asks.violations.extend(self.early_starts(&observed, &plan));
         asks.violations
             .extend(self.closed_windows(&observed, &history, &plan));
+        self.disk.releases = observed.releases;
+        self.disk.images = observed.images;
         let before: BTreeMap<AppName, Version> = self
             .switching()
             .into_iter()
@@ -385,6 +389,7 @@ impl Device {
                 .get(app)
                 .is_some_and(|was| *was == current(&self.disk.history, app));
             if !goes_on {
+                asks.violations.extend(self.untold(app, since));
                 asks.began.push((app.clone(), since));
             }
         }
@@ -416,235 +421,6 @@ impl Device {
             .min();
         asks.report = self.note_status(plan.status);
         asks
-    }
-
-    fn begin(&mut self, step: Step, random: &mut Random, asks: &mut Asks) {
-        let takes = match &step {
-            Step::AbandonStaging { .. } => {
-                self.running
-                    .retain(|running| !matches!(running.step, Step::Stage { .. }));
-                return;
-            }
-            Step::Stage { .. } => random.between(SECOND, 5 * MINUTE),
-            Step::Stop { .. } => random.between(50, 10 * SECOND),
-            Step::Start { .. } => random.between(20, 2 * SECOND),
-            Step::Remove { .. } | Step::RenewSecrets { .. } | Step::Collect { .. } => {
-                random.between(10, SECOND)
-            }
-        };
-        self.next_token += 1;
-        self.running.push(Running {
-            token: self.next_token,
-            step,
-        });
-        asks.begun.push((takes, self.next_token));
-    }
-
-    /// A step has had its time: it happens. True if it was still wanted.
-    pub fn finish(
-        &mut self,
-        token: u64,
-        now: Ms,
-        scenario: &Scenario,
-        registry: bool,
-        random: &mut Random,
-        mutation: Option<Mutation>,
-    ) -> (bool, Vec<String>) {
-        let Some(index) = self
-            .running
-            .iter()
-            .position(|running| running.token == token)
-        else {
-            return (false, Vec::new());
-        };
-        let step = self.running.remove(index).step;
-        let mut violations = Vec::new();
-        if let Some(outcome) = self.perform(
-            &step,
-            now,
-            scenario,
-            registry,
-            random,
-            mutation,
-            &mut violations,
-        ) {
-            self.outcomes.push(outcome);
-        }
-        (true, violations)
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the whole world acts here")]
-    fn perform(
-        &mut self,
-        step: &Step,
-        now: Ms,
-        scenario: &Scenario,
-        registry: bool,
-        random: &mut Random,
-        mutation: Option<Mutation>,
-        violations: &mut Vec<String>,
-    ) -> Option<Outcome> {
-        match step {
-            Step::AbandonStaging { .. } => None,
-            Step::Stage {
-                release, images, ..
-            } => Some(self.stage(*release, images, scenario, registry, random)),
-            Step::RenewSecrets { id, .. } => Some(Outcome::SecretsRenewed { id: id.clone() }),
-            Step::Stop { id, .. } => {
-                if let Some(live) = self.containers.get_mut(id)
-                    && matches!(live.container.state, ContainerState::Running { .. })
-                {
-                    live.container.state = ContainerState::Exited(Exit {
-                        code: 143,
-                        oom: false,
-                        signal: Some(15),
-                    });
-                }
-                Some(Outcome::Stopped { id: id.clone() })
-            }
-            Step::Remove { id } => {
-                self.containers.remove(id);
-                Some(Outcome::Removed { id: id.clone() })
-            }
-            Step::Start { id, release } => Some(self.start(id, release, now, scenario, random)),
-            Step::Collect {
-                keep_images,
-                keep_releases,
-                keep_logs: _,
-            } => {
-                let (mut images, mut releases) = (keep_images.clone(), keep_releases.clone());
-                if mutation == Some(Mutation::CollectLastKnownGood) {
-                    let current: BTreeSet<_> = self
-                        .disk
-                        .history
-                        .apps
-                        .values()
-                        .filter_map(|app| app.current)
-                        .collect();
-                    releases.retain(|release| current.contains(release));
-                    images.clear();
-                    images.extend(self.images_of(&releases));
-                }
-                self.disk.images.retain(|image| images.contains(image));
-                self.disk
-                    .releases
-                    .retain(|release, _| releases.contains(release));
-                violations.extend(self.missing_last_known_good());
-                Some(Outcome::Collected)
-            }
-        }
-    }
-
-    fn images_of(&self, releases: &BTreeSet<Digest>) -> Vec<Digest> {
-        let manifests = releases
-            .iter()
-            .filter_map(|release| self.disk.releases.get(release));
-        manifests
-            .flat_map(|manifest| manifest.services.values())
-            .filter_map(|one| image_digest(&one.image))
-            .collect()
-    }
-
-    fn stage(
-        &mut self,
-        release: Digest,
-        images: &[String],
-        scenario: &Scenario,
-        registry: bool,
-        random: &mut Random,
-    ) -> Outcome {
-        let failed = |code, message: &str| Outcome::StagingFailed {
-            release,
-            reason: Reason {
-                code,
-                service: None,
-                message: message.to_owned(),
-            },
-            logins: BTreeMap::new(),
-        };
-        if !registry {
-            return failed(
-                ReasonCode::RegistryUnreachable,
-                "the registry does not answer",
-            );
-        }
-        if random.chance(3) {
-            return failed(ReasonCode::DiskFull, "no space left on the device");
-        }
-        for image in images.iter().filter_map(|image| image_digest(image)) {
-            if scenario.fate(&image, self.number) == Fate::NoPlatform {
-                return failed(
-                    ReasonCode::NoMatchingPlatform,
-                    "the image has no variant for this device",
-                );
-            }
-            self.disk.images.insert(image);
-        }
-        Outcome::Staged { release }
-    }
-
-    fn start(
-        &mut self,
-        id: &ContainerId,
-        release: &Digest,
-        now: Ms,
-        scenario: &Scenario,
-        random: &mut Random,
-    ) -> Outcome {
-        let failed = |message: &str, refused| Outcome::StartFailed {
-            id: id.clone(),
-            code: ReasonCode::StartFailed,
-            message: message.to_owned(),
-            refused,
-        };
-        let service = self
-            .disk
-            .releases
-            .get(release)
-            .and_then(|manifest| manifest.services.get(&id.service));
-        let Some(service) = service else {
-            return failed("no such service", false);
-        };
-        let Some(image) =
-            image_digest(&service.image).filter(|image| self.disk.images.contains(image))
-        else {
-            return failed("the image is not there", false);
-        };
-        if random.chance(1) {
-            return failed("the machine was too busy", false);
-        }
-        let ready = now + random.between(100, 10 * SECOND);
-        let soon = now + random.between(10, 20 * SECOND);
-        let is_job = id.service.as_str() == JOB;
-        let (ready_at, ends_at, hangs_at) = match scenario.fate(&image, self.number) {
-            Fate::Refused => return failed("there is no such command in the image", true),
-            _ if is_job => (None, Some(soon), None),
-            Fate::Good | Fate::NoPlatform => (Some(ready), None, None),
-            Fate::NeverReady => (None, None, None),
-            Fate::Exits => (Some(ready), Some(soon), None),
-            Fate::Hangs => (Some(ready), None, Some(ready + soon - now)),
-        };
-        let container = Container {
-            id: id.clone(),
-            release: *release,
-            service_digest: service_digest(service),
-            secrets: BTreeMap::new(),
-            state: ContainerState::Running {
-                pid: 1,
-                started_ms: self.now(now).ms.0,
-            },
-        };
-        self.containers.insert(
-            id.clone(),
-            Live {
-                container,
-                ready_at,
-                ends_at,
-                ends_with: i32::from(!is_job),
-                hangs_at,
-            },
-        );
-        Outcome::Started { id: id.clone() }
     }
 
     fn note_status(&mut self, apps: Vec<AppStatus>) -> bool {
@@ -698,69 +474,5 @@ impl Device {
     /// A manifest arrives.
     pub fn receive_release(&mut self, digest: Digest, release: &Release) {
         self.disk.releases.insert(digest, release.clone());
-    }
-}
-
-fn image_digest(image: &str) -> Option<Digest> {
-    image.rsplit_once('@')?.1.parse().ok()
-}
-
-fn believe_jobs_done(history: &mut History, observed: &Observed) {
-    for app in history.apps.values_mut() {
-        let manifest = app
-            .current
-            .and_then(|release| observed.releases.get(&release));
-        for (name, job) in manifest.iter().flat_map(|manifest| &manifest.services) {
-            let there = observed
-                .containers
-                .iter()
-                .any(|seen| seen.container.id.service == *name);
-            if name.as_str() != JOB || there {
-                continue;
-            }
-            let known = app.services.entry(name.clone()).or_default();
-            known.spec = Some(service_digest(job));
-            known.release = app.current;
-            known.resume = Resume::Never;
-            known.last_exit = Some(Exit::with_code(0));
-            known.ended = true;
-        }
-    }
-}
-
-fn mutate(plan: &mut Plan, observed: &Observed, before: &History, mutation: Option<Mutation>) {
-    if mutation != Some(Mutation::RestartUnchanged) {
-        return;
-    }
-    for (app, history) in &plan.history.apps {
-        let was = before.apps.get(app).and_then(|app| app.current);
-        if was.is_none() || was == history.current {
-            continue;
-        }
-        let touched: BTreeSet<_> = plan
-            .steps
-            .iter()
-            .filter_map(|step| match step {
-                Step::Stop { id, .. }
-                | Step::Remove { id }
-                | Step::Start { id, .. }
-                | Step::RenewSecrets { id, .. } => Some(id.service.clone()),
-                Step::Stage { .. } | Step::AbandonStaging { .. } | Step::Collect { .. } => None,
-            })
-            .collect();
-        let others = observed
-            .containers
-            .iter()
-            .map(|seen| &seen.container)
-            .filter(|container| {
-                container.id.app == *app && !touched.contains(&container.id.service)
-            })
-            .filter(|container| matches!(container.state, ContainerState::Running { .. }));
-        plan.steps.extend(others.map(|container| Step::Stop {
-            id: container.id.clone(),
-            signal: 15,
-            grace_ms: 10,
-            pre_stop: Vec::new(),
-        }));
     }
 }

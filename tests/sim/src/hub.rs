@@ -2,29 +2,41 @@
 //!
 //! Each `&mut self` method of [`Hub`] is one transaction: the simulation keeps a copy from before it where it wants a
 //! crash to undo it. What is not in [`Store`] is lost with the process.
+//!
+//! | file | what it owns |
+//! |---|---|
+//! | `rollouts` | the engine is asked, and what it decides is written |
+//! | `commands` | what operators ask |
+//! | `leases` | turns under a disruption budget |
+//! | `analysis` | gates that are asked while a wave bakes |
+//! | `membership` | which devices an app selects |
+//! | `backups` | a store that is put back, and devices that went on without it |
+//! | `faults` | what is wrong on purpose |
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use foreshore_hub::rollout::check::{Rule, check, check_action};
-use foreshore_hub::rollout::command;
-use foreshore_hub::rollout::{
-    Action, Cause, Deferral, Facts, Fleet, Member, News, Opening, Placement, Pulse, Refused,
-    Report, Rollout, Terms, UnixMs, advance_by,
-};
-use foreshore_protocol::api::{AssignmentState, RolloutState, WaveState};
-use foreshore_protocol::message::{AppStatus, Beacon, Head, HeadApp, Presence, Reported};
+use foreshore_hub::lease::Entry;
+use foreshore_hub::rollout::analysis::Question;
+use foreshore_hub::rollout::{Facts, Placement, Rollout, Terms, UnixMs};
+use foreshore_protocol::api::RolloutState;
+use foreshore_protocol::message::{Beacon, Head, HeadApp, Lease, Presence, Reported};
 use foreshore_protocol::{AppName, DeviceId, Digest, Version};
 
-use foreshore_hub::lease::Entry;
-use foreshore_protocol::message::Lease;
-
 use crate::mutation::Mutation;
-use crate::random::hash;
-use crate::scenario::{self, Budget, MINUTE, Ms, SECOND, Scenario};
+use crate::scenario::{Budget, MINUTE, Ms, Scenario};
 
+mod analysis;
+mod backups;
+mod commands;
+mod faults;
 mod leases;
+mod membership;
+mod rollouts;
 
+pub use analysis::Said;
+pub use backups::Restored;
 pub use leases::TTL;
+pub use membership::Selector;
 
 /// 2026-01-01, so that times look like times.
 const START: u64 = 1_767_225_600_000;
@@ -41,8 +53,8 @@ pub const fn unix(now: Ms) -> UnixMs {
 /// One device in the store.
 #[derive(Debug, Clone, Default)]
 pub struct Row {
-    /// The number of its newest desired state.
-    pub generation: u64,
+    /// The version of its newest desired state; `None`: it was never given one.
+    pub version: Option<Version>,
     /// What that is.
     pub desired: BTreeMap<AppName, (Placement, Version)>,
     /// What it is told with that of each app.
@@ -55,15 +67,27 @@ pub struct Row {
     pub last_seen: Option<UnixMs>,
     /// Its newest report.
     pub reported: Option<Reported>,
-    /// An operator holds it.
+    /// It is held: by an operator, or as it went on without a backup that was restored.
     pub held: bool,
+    /// The store is a restored backup, and this device has not been compared with it or is beyond it.
+    pub restored: Option<Restored>,
     /// Its number.
     pub number: usize,
+    /// The labels that operators gave it, or took, by the app that selects by them.
+    pub labelled: BTreeMap<AppName, bool>,
 }
 
 /// What the hub's database holds.
 #[derive(Debug, Clone, Default)]
 pub struct Store {
+    /// What versions begin with.
+    pub epoch: u64,
+    /// The highest generation of any device that was forgotten.
+    pub forgotten: u64,
+    /// For the rules only: what the gates of waves really answered.
+    pub said: BTreeMap<(u64, u32, usize), Said>,
+    /// For the rules only: rollouts of which devices were forgotten.
+    pub incomplete: BTreeSet<u64>,
     /// Every device.
     pub devices: BTreeMap<DeviceId, Row>,
     /// Devices whose head is to be published.
@@ -102,6 +126,12 @@ pub struct Hub {
     pub known: BTreeMap<u64, BTreeMap<DeviceId, Facts>>,
     /// The place of each device in the scenario.
     pub numbers: BTreeMap<DeviceId, usize>,
+    /// Gates that are to be asked.
+    pub questions: Vec<Question>,
+    /// Gates that were asked; memory of the process.
+    pub under_way: BTreeSet<Question>,
+    /// What each app selects by.
+    pub selectors: BTreeMap<AppName, Selector>,
     /// The disruption budget.
     pub budget: Option<Budget>,
     /// Leases that devices are to be sent.
@@ -114,13 +144,11 @@ pub struct Hub {
     pub writes: Vec<(Ms, DeviceId, Option<Digest>)>,
     /// Since when this process runs.
     pub started: Ms,
+    /// How many backups were restored.
+    pub restored: u64,
     /// For the rules only: whether each device is truly connected, and since when it is or is not.
     pub contacts: BTreeMap<DeviceId, (bool, Ms)>,
 }
-
-/// After that long even a hub that heard no Will knows that a device is dark: two beacon intervals, and what
-/// messages may be late.
-const DARK_FOR: Ms = 2 * BEACON_INTERVAL + 3 * MINUTE;
 
 impl Hub {
     /// A hub with an empty database but for the names of its devices.
@@ -133,33 +161,29 @@ impl Hub {
             };
             (device.clone(), row)
         });
-        let members = scenario.apps.iter().map(|app| {
-            let first = scenario.devices.iter().enumerate().take(app.joiners_from);
-            let selected = first.filter(|(number, _)| Scenario::selects(app, *number));
-            let selected = selected.map(|(_, device)| device.clone()).collect();
-            (app.name.clone(), selected)
-        });
-        Self {
+        let selectors = scenario.apps.iter();
+        let selectors = selectors.map(|app| (app.name.clone(), Selector::of(app)));
+        let mut hub = Self {
             store: Store {
+                epoch: 1,
                 devices: devices.collect(),
-                members: members.collect(),
                 ..Store::default()
             },
             mutation,
             budget: scenario.budget,
             numbers: scenario.devices.iter().cloned().zip(0..).collect(),
+            selectors: selectors.collect(),
             ..Self::default()
-        }
+        };
+        hub.store.members = hub.all_members();
+        hub
     }
 
     /// The newest desired state of a device; `None` before the first.
     #[must_use]
     pub fn head(&self, device: &DeviceId) -> Option<Head> {
-        let row = self
-            .store
-            .devices
-            .get(device)
-            .filter(|row| row.generation > 0)?;
+        let row = self.store.devices.get(device)?;
+        let version = row.version?;
         let apps = row.desired.iter().map(|(app, (placement, since))| {
             let terms = row.terms.get(app).cloned().unwrap_or_default();
             HeadApp {
@@ -175,68 +199,88 @@ impl Hub {
             }
         });
         Some(Head {
-            version: version(row.generation),
+            version,
             apps: apps.collect(),
             budgets: self.budgets(device),
         })
     }
 
-    /// A birth or Will arrives. True if the device's head must be published again.
+    /// What is published: [`Self::head`], unless the device is to say first what it has.
+    #[must_use]
+    pub fn head_to_publish(&self, device: &DeviceId) -> Option<Head> {
+        let waits = |row: &Row| row.restored.is_some();
+        if self.store.devices.get(device).is_some_and(waits) {
+            return None;
+        }
+        self.head(device)
+    }
+
+    /// A birth or Will arrives. Whether the device's head must be published again, and whether the device shall send its
+    /// report again.
     pub fn receive_presence(
         &mut self,
         device: &DeviceId,
         presence: &Presence,
         retained: bool,
         now: Ms,
-    ) -> bool {
+    ) -> (bool, bool) {
+        self.meet(device, presence.online, presence.version, retained, now);
         let Some(row) = self.store.devices.get_mut(device) else {
-            return false;
+            return (false, false);
         };
         // A Will of an earlier session is stale, and so is a birth.
-        if presence.session < row.session {
-            return false;
+        let believes = self.mutation == Some(Mutation::BelieveOldWills);
+        if presence.session < row.session && !believes {
+            return (false, false);
+        }
+        if presence.session < row.session && row.online && !presence.online {
+            let (will, birth) = (presence.session, row.session);
+            self.violations.push(format!(
+                "{device}: the Will of session {will} overrides the birth of session {birth}"
+            ));
         }
         row.session = presence.session;
         row.online = presence.online;
         if presence.online && !retained {
             row.last_seen = Some(unix(now));
         }
-        let behind = presence.online
-            && presence
-                .version
-                .map_or(0, |version| version.generation.get())
-                < row.generation;
+        let behind = presence.online && presence.version < row.version;
+        let has = presence.online.then_some(presence.version);
+        let unheard = self.compare(device, has, retained);
         self.advance(now);
-        behind
+        (behind, unheard)
     }
 
     /// A beacon arrives: whether the head must be published again, and whether a report was missed.
     pub fn receive_beacon(&mut self, device: &DeviceId, beacon: &Beacon, now: Ms) -> (bool, bool) {
+        self.meet(device, true, beacon.version, false, now);
         let Some(row) = self.store.devices.get_mut(device) else {
             return (false, false);
         };
         row.online = true;
         row.last_seen = Some(unix(now));
-        let behind = beacon.version.map_or(0, |version| version.generation.get()) < row.generation;
+        let behind = beacon.version < row.version;
         let known = row
             .reported
             .as_ref()
             .map_or((0, 0), |reported| (reported.boot, reported.seq));
         let missed = (beacon.boot, beacon.reported_seq) > known;
+        self.compare(device, Some(beacon.version), false);
         self.advance(now);
         (behind, missed)
     }
 
-    /// A report arrives; what is acknowledged is stored.
+    /// A report arrives; what is acknowledged is stored. Whether the device shall send it again.
     pub fn receive_reported(
         &mut self,
         device: &DeviceId,
         reported: &Reported,
         retained: bool,
         now: Ms,
-    ) {
+    ) -> bool {
+        self.meet(device, !retained, reported.version, retained, now);
         let Some(row) = self.store.devices.get_mut(device) else {
-            return;
+            return false;
         };
         if !retained {
             row.last_seen = Some(unix(now));
@@ -248,8 +292,12 @@ impl Hub {
         if newer {
             row.reported = Some(reported.clone());
             self.hear_leases(device, reported, now);
+        }
+        let unheard = self.compare(device, Some(reported.version), retained);
+        if newer || !retained {
             self.advance(now);
         }
+        unheard
     }
 
     /// Time passes.
@@ -260,386 +308,7 @@ impl Hub {
         if self.leases.len() > granted {
             self.advance_rollouts(now);
         }
-    }
-
-    fn advance_rollouts(&mut self, now: Ms) {
-        self.wake_at = None;
-        for index in 0..self.store.rollouts.len() {
-            if !self.is_newest(index) {
-                continue;
-            }
-            let fleet = self.fleet(&self.store.rollouts[index], now);
-            let ended = self.store.rollouts[index].state.is_final();
-            let news = self.news(index, &fleet);
-            let step = advance_by(&mut self.store.rollouts[index], &fleet, &news, unix(now));
-            for action in self.mutate(&step.actions, index, &fleet, now) {
-                self.act(index, &action, Some(&fleet), now);
-            }
-            if self.store.rollouts[index].state.is_final() && !ended {
-                self.settle(index, now);
-                // Those that it took in just now.
-                self.wake_at = Some(now + 1);
-            }
-            self.check_rollout(index);
-            let wake = step
-                .wake_at
-                .map(|at| at.0.saturating_sub(START).max(now + 1));
-            self.wake_at = [self.wake_at, wake].into_iter().flatten().min();
-        }
-    }
-
-    /// What is new of the devices of a rollout since the engine last looked at it.
-    fn news(&mut self, index: usize, fleet: &Fleet) -> News {
-        let id = self.store.rollouts[index].id;
-        let Some(before) = self.known.insert(id, fleet.devices.clone()) else {
-            return News::All;
-        };
-        if self.mutation == Some(Mutation::MissNews) {
-            return News::Devices(BTreeSet::new());
-        }
-        let devices = before.keys().chain(fleet.devices.keys());
-        let differs = |device: &&DeviceId| before.get(*device) != fleet.devices.get(*device);
-        News::Devices(devices.filter(differs).cloned().collect())
-    }
-
-    /// Only the newest rollout of an app decides anything.
-    fn is_newest(&self, index: usize) -> bool {
-        let rollouts = &self.store.rollouts;
-        rollouts
-            .get(index + 1..)
-            .is_none_or(|newer| newer.iter().all(|newer| newer.app != rollouts[index].app))
-    }
-
-    /// What the controller does for members outside a rollout that has ended (`controller::membership`).
-    fn settle(&mut self, index: usize, now: Ms) {
-        let rollout = &self.store.rollouts[index];
-        let (app, state) = (rollout.app.clone(), rollout.state);
-        let completed = self
-            .store
-            .rollouts
-            .iter()
-            .rfind(|rollout| rollout.app == app && rollout.state == RolloutState::Completed);
-        let Some(placement) = completed.map(Rollout::placement) else {
-            return;
-        };
-        for device in self.store.members[&app].clone() {
-            let placed = self.store.devices[&device].desired.get(&app);
-            let placed = placed.map(|(placement, _)| *placement);
-            if state == RolloutState::Completed {
-                let outside = !self.store.rollouts[index].assignments.contains_key(&device);
-                if outside && placed.is_none_or(|placed| placed.release != placement.release) {
-                    let join = Action::Tail {
-                        device,
-                        anew: Some(placed),
-                    };
-                    self.act(index, &join, None, now);
-                }
-            } else if placed.is_none() {
-                self.write(&device, &app, Some(placement), Terms::default());
-            }
-        }
-    }
-
-    fn fleet(&self, rollout: &Rollout, now: Ms) -> Fleet {
-        let fresh = |row: &Row| {
-            row.last_seen
-                .is_some_and(|seen| unix(now).since(seen) < 2 * BEACON_INTERVAL + MINUTE)
-        };
-        let online = |row: &Row| row.online && fresh(row);
-        let devices = rollout.assignments.keys().filter_map(|device| {
-            let row = self.store.devices.get(device)?;
-            let status = row.reported.as_ref().and_then(|reported| {
-                reported
-                    .apps
-                    .iter()
-                    .find(|status| status.app == rollout.app)
-            });
-            let facts = Facts {
-                online: online(row),
-                last_seen: row.last_seen,
-                version: row.reported.as_ref().and_then(|reported| reported.version),
-                report: status.map(report),
-                leased: self
-                    .store
-                    .leases
-                    .get(&(device.clone(), rollout.app.clone()))
-                    .and_then(|entry| entry.held.as_ref())
-                    .map(|held| held.since),
-                held: row.held,
-                busy: self.is_busy(device, rollout),
-            };
-            Some((device.clone(), facts))
-        });
-        let blind = self.mutation == Some(Mutation::BlameDarkness);
-        let pulse = Pulse::count(
-            self.store
-                .devices
-                .values()
-                .map(|row| (online(row) || blind, row.last_seen)),
-            rollout.pulse_since(),
-        );
-        Fleet {
-            devices: devices.collect(),
-            pulse,
-            listening_since: if blind {
-                Some(UnixMs(0))
-            } else {
-                self.listening_since
-            },
-            settle_ms: 10 * SECOND,
-        }
-    }
-
-    /// Whether the newest rollout of another app has the device in hand.
-    fn is_busy(&self, device: &DeviceId, rollout: &Rollout) -> bool {
-        let others = self.store.rollouts.iter().enumerate();
-        others
-            .filter(|(index, other)| {
-                let looked_at = !other.state.is_final() || other.state == RolloutState::Completed;
-                other.app != rollout.app && looked_at && self.is_newest(*index)
-            })
-            .filter_map(|(_, other)| other.assignments.get(device))
-            .any(foreshore_hub::rollout::Assignment::holds_slot)
-    }
-
-    fn act(&mut self, index: usize, action: &Action, fleet: Option<&Fleet>, now: Ms) {
-        let rollout = &self.store.rollouts[index];
-        if self.verbose {
-            self.log.push(format!(
-                "hub: rollout {} of {}: {action:?}",
-                rollout.id, rollout.app
-            ));
-        }
-        if let Some(fleet) = fleet {
-            let wrong = check_action(rollout, action, fleet, unix(now));
-            self.violations.extend(
-                wrong
-                    .iter()
-                    .map(|wrong| format!("rollout {}: {action:?} breaks {wrong}", rollout.id)),
-            );
-        }
-        let silent = matches!(
-            action,
-            Action::Assign {
-                state: AssignmentState::Silent,
-                ..
-            }
-        );
-        if silent && self.is_truly_dark(rollout, now) {
-            self.violations.push(format!(
-                "rollout {}: {action:?} while most of the fleet is dark",
-                rollout.id
-            ));
-        }
-        let app = rollout.app.clone();
-        let terms = match action {
-            Action::Offer { .. } => rollout.policy.terms.clone(),
-            _ => Terms::default(),
-        };
-        let written = action.writes().map(|(device, placement)| {
-            self.changed.insert((device.clone(), app.clone()), now);
-            let release = placement.map(|placement| placement.release);
-            self.writes.push((now, device.clone(), release));
-            self.write(device, &app, placement, terms)
-        });
-        let rollout = &mut self.store.rollouts[index];
-        rollout.apply(action, written, unix(now));
-        if let Action::Enter { state, .. } = action {
-            self.history.push((now, rollout.id, *state));
-        }
-    }
-
-    /// Whether most of those devices that were there around the rollout are cut off from the hub, whatever the hub
-    /// believes.
-    fn is_truly_dark(&self, rollout: &Rollout, now: Ms) -> bool {
-        let around =
-            |(connected, at): &&(bool, Ms)| *connected || unix(*at) >= rollout.pulse_since();
-        let (recent, dark) = self.contacts.values().filter(around).fold(
-            (0, 0),
-            |(recent, dark), (connected, at)| {
-                (
-                    recent + 1,
-                    dark + u64::from(!connected && at + DARK_FOR < now),
-                )
-            },
-        );
-        dark * 2 > recent
-    }
-
-    fn write(
-        &mut self,
-        device: &DeviceId,
-        app: &AppName,
-        placement: Option<Placement>,
-        terms: Terms,
-    ) -> Version {
-        let row = self.store.devices.entry(device.clone()).or_default();
-        row.generation += 1;
-        let since = version(row.generation);
-        match placement {
-            Some(placement) => {
-                row.desired.insert(app.clone(), (placement, since));
-                row.terms.insert(app.clone(), terms);
-            }
-            None => {
-                row.desired.remove(app);
-                row.terms.remove(app);
-            }
-        }
-        self.store.outbox.insert(device.clone());
-        since
-    }
-
-    fn check_rollout(&mut self, index: usize) {
-        let rollout = &self.store.rollouts[index];
-        for wrong in check(rollout) {
-            self.violations
-                .push(format!("rollout {}: {wrong}", rollout.id));
-        }
-    }
-
-    /// An operator gives a command. What the hub refuses is no fault.
-    pub fn command(&mut self, scenario: &Scenario, app: usize, given: scenario::Command, now: Ms) {
-        let name = &scenario.apps[app].name;
-        let newest = self
-            .store
-            .rollouts
-            .iter()
-            .rposition(|rollout| rollout.app == *name);
-        let asked = |decide: fn(&Rollout) -> Result<Vec<Action>, Refused>, hub: &Self| {
-            newest.and_then(|index| decide(&hub.store.rollouts[index]).ok())
-        };
-        let actions = match given {
-            scenario::Command::Apply(release) => {
-                let digest = scenario.apps[app].releases[release].digest();
-                self.open(scenario, app, digest, now);
-                None
-            }
-            scenario::Command::Undo => {
-                let target =
-                    newest.and_then(|index| command::undo_target(&self.store.rollouts[index]).ok());
-                if let Some(target) = target {
-                    self.open(scenario, app, target, now);
-                }
-                None
-            }
-            scenario::Command::Join(number) => {
-                let (described, device) = (&scenario.apps[app], &scenario.devices[number]);
-                let selected = Scenario::selects(described, number);
-                let members = self.store.members.get_mut(&described.name);
-                if selected && members.is_some_and(|members| members.insert(device.clone())) {
-                    let ended = newest.filter(|index| self.store.rollouts[*index].state.is_final());
-                    if let Some(index) = ended {
-                        self.settle(index, now);
-                    }
-                }
-                None
-            }
-            scenario::Command::Hold(number, held) => {
-                if let Some(row) = self.store.devices.get_mut(&scenario.devices[number]) {
-                    row.held = held;
-                }
-                None
-            }
-            scenario::Command::Approve => asked(command::approve, self),
-            scenario::Command::Retry => asked(|rollout| command::retry(rollout, None), self),
-            scenario::Command::Pause => asked(command::pause, self),
-            scenario::Command::Resume => asked(command::resume, self),
-            scenario::Command::Abort => asked(command::abort, self),
-        };
-        let forgets = self.mutation == Some(Mutation::AbortKeepsIntent);
-        let actions = actions.map(|mut actions: Vec<Action>| {
-            actions.retain(|action| !forgets || !matches!(action, Action::Restore { .. }));
-            actions
-        });
-        if let (Some(index), Some(actions)) = (newest, actions) {
-            let ended = self.store.rollouts[index].state.is_final();
-            for action in actions {
-                self.act(index, &action, None, now);
-            }
-            if self.store.rollouts[index].state.is_final() && !ended {
-                self.settle(index, now);
-            }
-            self.check_rollout(index);
-        }
-        self.advance(now);
-    }
-
-    fn open(&mut self, scenario: &Scenario, app: usize, to: Digest, now: Ms) {
-        let described = &scenario.apps[app];
-        let newest = self
-            .store
-            .rollouts
-            .iter()
-            .rposition(|rollout| rollout.app == described.name);
-        let stands = newest.is_some_and(|index| {
-            let rollout = &self.store.rollouts[index];
-            rollout.to == to
-                && matches!(
-                    rollout.state,
-                    RolloutState::Running | RolloutState::Completed
-                )
-        });
-        if stands {
-            return;
-        }
-        let id = self.store.rollouts.len() as u64 + 1;
-        if let Some(index) = newest
-            && let Ok(actions) = command::supersede(&self.store.rollouts[index], id)
-        {
-            for action in actions {
-                self.act(index, &action, None, now);
-            }
-            self.check_rollout(index);
-        }
-        let members: Vec<_> = self.store.members[&described.name]
-            .iter()
-            .map(|device| self.member(device, &described.name))
-            .collect();
-        let completed = |rollout: &&Rollout| {
-            rollout.app == described.name && rollout.state == RolloutState::Completed
-        };
-        let rollout = Rollout::open(Opening {
-            id,
-            app: described.name.clone(),
-            from: self
-                .store
-                .rollouts
-                .iter()
-                .rfind(completed)
-                .map(|rollout| rollout.to),
-            to,
-            seed: hash(&[scenario.seed, id]),
-            policy: scenario.policy(id, members.len(), unix(now)),
-            members,
-            before: newest.map(|index| &self.store.rollouts[index]),
-            now: unix(now),
-        });
-        if self.verbose {
-            self.log.push(format!(
-                "hub: rollout {id} of {} opens to {to}",
-                rollout.app
-            ));
-        }
-        self.store.rollouts.push(rollout);
-    }
-
-    fn member(&self, device: &DeviceId, app: &AppName) -> Member {
-        let row = &self.store.devices[device];
-        let placed = row.desired.get(app);
-        let status = row
-            .reported
-            .as_ref()
-            .and_then(|reported| reported.apps.iter().find(|status| status.app == *app));
-        Member {
-            device: device.clone(),
-            placement: placed.map(|(placement, _)| *placement),
-            phase: placed
-                .zip(status)
-                .filter(|((_, since), status)| status.since == *since)
-                .map(|(_, status)| status.phase),
-            labels: Scenario::labels(row.number),
-        }
+        self.ask_gates(now);
     }
 
     /// The process dies; what was in memory is gone.
@@ -647,6 +316,8 @@ impl Hub {
         self.up = false;
         self.life += 1;
         self.known.clear();
+        self.under_way.clear();
+        self.questions.clear();
         self.listening_since = None;
         self.wake_at = None;
         if self.mutation == Some(Mutation::ForgetOutbox) {
@@ -664,269 +335,8 @@ impl Hub {
         }
         self.advance(now);
     }
-
-    fn mutate(&self, actions: &[Action], index: usize, fleet: &Fleet, now: Ms) -> Vec<Action> {
-        let rollout = &self.store.rollouts[index];
-        if self.mutation == Some(Mutation::ForgetFailures) && self.forgot_failures(rollout, now) {
-            let brakes = |action: &Action| {
-                matches!(
-                    action,
-                    Action::Wave {
-                        state: WaveState::Failed,
-                        ..
-                    } | Action::Enter {
-                        cause: Some(Cause::Budget),
-                        ..
-                    }
-                )
-            };
-            let before = actions.iter().take_while(|action| !brakes(action));
-            let on = actions.iter().any(brakes).then(|| {
-                let next = rollout.assignments.iter().find(|(_, assignment)| {
-                    assignment.state == AssignmentState::Planned && rollout.opened(assignment)
-                });
-                next.map(|(device, _)| Action::Offer {
-                    device: device.clone(),
-                    placement: rollout.placement(),
-                    next: None,
-                })
-            });
-            return before.cloned().chain(on.flatten()).collect();
-        }
-        let planned = |extra: usize| {
-            let offers = rollout
-                .assignments
-                .iter()
-                .filter(|(_, assignment)| assignment.state == AssignmentState::Planned)
-                .map(|(device, _)| Action::Offer {
-                    device: device.clone(),
-                    placement: rollout.placement(),
-                    next: None,
-                });
-            offers.take(extra).collect::<Vec<_>>()
-        };
-        let mut actions: Vec<_> = actions
-            .iter()
-            .cloned()
-            .map(|action| match (self.mutation, action) {
-                (
-                    Some(Mutation::SkipBake),
-                    Action::Wave {
-                        ordinal,
-                        state: WaveState::Baking,
-                        ..
-                    },
-                ) => Action::Wave {
-                    ordinal,
-                    state: WaveState::Passed,
-                    bake_until: None,
-                },
-                (
-                    Some(Mutation::OfflineIsFailure),
-                    Action::Assign {
-                        device,
-                        state: AssignmentState::Deferred,
-                        message,
-                        ..
-                    },
-                ) => Action::Assign {
-                    device,
-                    state: AssignmentState::Silent,
-                    deferral: None,
-                    deadline: None,
-                    message,
-                },
-                (
-                    Some(Mutation::IgnoreApproval),
-                    Action::Wave {
-                        ordinal,
-                        state: WaveState::AwaitingApproval,
-                        ..
-                    },
-                ) => Action::Wave {
-                    ordinal,
-                    state: WaveState::Passed,
-                    bake_until: None,
-                },
-                (
-                    Some(Mutation::IgnorePace),
-                    Action::Offer {
-                        device, placement, ..
-                    },
-                ) => Action::Offer {
-                    device,
-                    placement,
-                    next: Some(rollout.next_offer),
-                },
-                (
-                    Some(Mutation::IgnoreHolds),
-                    Action::Assign {
-                        device,
-                        deferral: Some(Deferral::Held),
-                        ..
-                    },
-                ) => Action::Offer {
-                    device,
-                    placement: rollout.placement(),
-                    next: None,
-                },
-                (
-                    Some(Mutation::FinishedIsGood),
-                    Action::Wave {
-                        ordinal,
-                        state: WaveState::Failed,
-                        ..
-                    },
-                ) => Action::Wave {
-                    ordinal,
-                    state: WaveState::Passed,
-                    bake_until: None,
-                },
-                (Some(Mutation::AnyCanary), Action::Replace { out, into }) => Action::Replace {
-                    into: self.of_another_kind(rollout, &out).unwrap_or(into),
-                    out,
-                },
-                (_, action) => action,
-            })
-            .collect();
-        if self.mutation == Some(Mutation::FinishedIsGood) {
-            actions.retain(|action| {
-                !matches!(
-                    action,
-                    Action::Enter {
-                        cause: Some(Cause::WaveFailed),
-                        ..
-                    }
-                )
-            });
-        }
-        if self.mutation == Some(Mutation::SilenceIsFine) {
-            actions.retain(|action| {
-                !matches!(
-                    action,
-                    Action::Assign {
-                        state: AssignmentState::Silent,
-                        ..
-                    }
-                )
-            });
-        }
-        if self.mutation == Some(Mutation::IgnoreTailBudget) {
-            let stops = |action: &Action| matches!(action, Action::StopTail { .. });
-            if actions.iter().any(stops) {
-                actions.retain(|action| !stops(action));
-                let ready =
-                    |device: &DeviceId| fleet.devices.get(device).is_some_and(|facts| facts.online);
-                let idle = rollout.assignments.iter().find(|(device, assignment)| {
-                    assignment.tail && assignment.state == AssignmentState::Planned && ready(device)
-                });
-                actions.extend(idle.map(|(device, _)| Action::Offer {
-                    device: device.clone(),
-                    placement: rollout.placement(),
-                    next: Some(rollout.next_offer),
-                }));
-            }
-        }
-        if self.mutation == Some(Mutation::StartEarly) && rollout.state == RolloutState::Scheduled {
-            actions.push(Action::Enter {
-                state: RolloutState::Running,
-                cause: None,
-                message: None,
-            });
-        }
-        let stops = |action: &Action| {
-            matches!(
-                action,
-                Action::Enter {
-                    cause: Some(Cause::Budget | Cause::WaveFailed),
-                    ..
-                }
-            )
-        };
-        if self.mutation == Some(Mutation::OfferAfterBreak) && actions.iter().any(stops) {
-            actions.extend(planned(1));
-        }
-        if self.mutation == Some(Mutation::IgnoreSlots)
-            && actions
-                .iter()
-                .any(|action| matches!(action, Action::Offer { .. }))
-        {
-            actions.retain(|action| !matches!(action, Action::Offer { .. }));
-            actions.extend(planned(usize::MAX));
-        }
-        actions
-    }
-
-    /// Whether a hub that counts in memory would see no broken budget: too few failed since it was started.
-    fn forgot_failures(&self, rollout: &Rollout, now: Ms) -> bool {
-        let since = rollout.clock.tick(unix(self.started.min(now)));
-        let seen = rollout
-            .assignments
-            .values()
-            .filter(|assignment| assignment.failed && assignment.changed >= since)
-            .count();
-        seen < usize::try_from(rollout.policy.budget.count).unwrap_or(usize::MAX)
-    }
-
-    /// What is still unfinished although the network is whole: rollouts that neither ended nor say what they wait
-    /// for. The rules of [`Rule::FinalIsFinal`] hold for those that ended.
-    #[must_use]
-    pub fn unfinished(&self) -> Vec<String> {
-        let waits = |rollout: &&Rollout| match rollout.state {
-            RolloutState::Paused | RolloutState::RollbackPaused => {
-                rollout.message.is_none() || rollout.frozen
-            }
-            RolloutState::Scheduled | RolloutState::Running | RolloutState::RollingBack => true,
-            RolloutState::Completed if self.has_stragglers(rollout) => true,
-            RolloutState::Completed
-            | RolloutState::Aborted
-            | RolloutState::RolledBack
-            | RolloutState::Superseded => check(rollout)
-                .iter()
-                .any(|wrong| wrong.rule == Rule::FinalIsFinal),
-        };
-        let of = |rollout: &Rollout| {
-            format!(
-                "rollout {} of {} is {:?}",
-                rollout.id, rollout.app, rollout.state
-            )
-        };
-        let rollouts = self.store.rollouts.iter().enumerate();
-        rollouts
-            .filter(|(index, rollout)| {
-                waits(rollout) && (self.is_newest(*index) || !rollout.state.is_final())
-            })
-            .map(|(_, rollout)| of(rollout))
-            .collect()
-    }
-
-    /// Whether devices that come after the last wave have yet to end, and nothing says that they shall not.
-    fn has_stragglers(&self, rollout: &Rollout) -> bool {
-        let open = |assignment: &foreshore_hub::rollout::Assignment| {
-            assignment.tail && !assignment.has_ended() && assignment.revert.is_none()
-        };
-        rollout.tail_stopped.is_none() && rollout.assignments.values().any(open)
-    }
-
-    fn of_another_kind(&self, rollout: &Rollout, device: &DeviceId) -> Option<DeviceId> {
-        let stratum = rollout.assignments.get(device)?.stratum;
-        rollout
-            .assignments
-            .iter()
-            .find(|(_, other)| other.stratum != stratum && other.state == AssignmentState::Planned)
-            .map(|(device, _)| device.clone())
-    }
 }
 
-fn report(status: &AppStatus) -> Report {
-    Report {
-        since: status.since,
-        release: status.release,
-        phase: status.phase,
-        reason: status.reason.as_ref().map(|reason| reason.message.clone()),
-    }
-}
-
-fn version(generation: u64) -> Version {
-    Version::from_numbers(1, generation.max(1)).expect("a run has few generations")
+fn version(epoch: u64, generation: u64) -> Version {
+    Version::from_numbers(epoch, generation).expect("a run has few generations")
 }

@@ -52,11 +52,39 @@ pub enum Mutation {
     SilenceIsFine,
     /// The hub leaves what it has offered in place when a rollout is aborted.
     AbortKeepsIntent,
+    /// A restored hub goes on in the epoch of its backup.
+    KeepEpoch,
+    /// A restored hub begins the epoch after that of its backup, whoever else was restored from it.
+    CountEpochs,
+    /// A restored hub tells all devices at once what its backup says.
+    TellAtOnce,
+    /// A restored hub asks each device once what it has, and never again.
+    CompareOnce,
+    /// The hub leaves apps on devices that they no longer select.
+    LeaversKeepApps,
+    /// The hub lets waves pass whose gates were not asked.
+    IgnoreAnalysis,
+    /// The hub takes a gate that cannot tell for one that is content.
+    DoubtIsPass,
+    /// The hub goes on offering while an operator has paused the rollout.
+    OfferWhilePaused,
+    /// The hub gives turns to devices of a rollout that stands still.
+    GrantWhilePaused,
+    /// The hub answers a way back that fails with another way back.
+    RollBackTheRollback,
+    /// The hub takes any Will for the newest word of a device.
+    BelieveOldWills,
+    /// A device stops what runs while it still fetches what comes next.
+    StopBeforeStaged,
+    /// A device goes on with the head before the newest.
+    PlanOldHeads,
+    /// A device takes a turn for its own whatever it answers and however late it comes.
+    LateTurns,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 38] = [
         Self::SkipBake,
         Self::OfferAfterBreak,
         Self::IgnoreSlots,
@@ -81,5 +109,19 @@ impl Mutation {
         Self::FinishedIsGood,
         Self::SilenceIsFine,
         Self::AbortKeepsIntent,
+        Self::KeepEpoch,
+        Self::CountEpochs,
+        Self::TellAtOnce,
+        Self::CompareOnce,
+        Self::LeaversKeepApps,
+        Self::IgnoreAnalysis,
+        Self::DoubtIsPass,
+        Self::OfferWhilePaused,
+        Self::GrantWhilePaused,
+        Self::RollBackTheRollback,
+        Self::BelieveOldWills,
+        Self::StopBeforeStaged,
+        Self::PlanOldHeads,
+        Self::LateTurns,
     ];
 }

@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use foreshore_hub::rollout::analysis::{Question, Verdict};
+use foreshore_hub::rollout::steps::Requirements;
 use foreshore_hub::rollout::{Policy, UnixMs};
 use foreshore_protocol::id::Labels;
 use foreshore_protocol::manifest::{
@@ -10,6 +12,8 @@ use foreshore_protocol::manifest::{
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, DeviceId, Digest, manifest};
+
+mod draws;
 
 use crate::random::{Random, hash};
 
@@ -57,8 +61,12 @@ pub enum Command {
     Approve,
     /// Tries what failed again.
     Retry,
-    /// Gives a device the labels that the app selects by.
+    /// Gives a device the label that the app selects by.
     Join(usize),
+    /// Takes it.
+    Leave(usize),
+    /// Gives up a device that is not connected.
+    Forget(usize),
     /// Holds a device, or lets it go.
     Hold(usize, bool),
 }
@@ -82,7 +90,17 @@ pub enum Fault {
     AgentCrash(usize),
     /// A container of a device ends by itself.
     ContainerDies(usize),
+    /// None, but a backup of the hub's store is made.
+    Backup,
+    /// The hub's disk is lost. That long later it runs on the backup of that number, or on the last one.
+    Restore(usize, Ms),
 }
+
+/// What operators do when, to which app.
+pub type Commands = Vec<(Ms, usize, Command)>;
+
+/// What goes wrong when.
+pub type Faults = Vec<(Ms, Fault)>;
 
 /// An app and its releases.
 #[derive(Debug, Clone)]
@@ -115,9 +133,9 @@ pub struct Scenario {
     /// How long a message may take; longer than the next one's, it overtakes.
     pub delay: Ms,
     /// What operators do when, to which app.
-    pub commands: Vec<(Ms, usize, Command)>,
+    pub commands: Commands,
     /// What goes wrong when.
-    pub faults: Vec<(Ms, Fault)>,
+    pub faults: Faults,
     /// When everything is whole again.
     pub heals_at: Ms,
     /// The disruption budget that its devices are under.
@@ -153,7 +171,8 @@ impl Budget {
     }
 }
 
-const GROUPS: u64 = 2;
+/// Apps that do not select all devices select one of so many parts of them.
+pub const GROUPS: u64 = 2;
 
 /// Larger fleets live shorter, for the sake of time.
 const LARGE: usize = 40;
@@ -169,8 +188,13 @@ impl Scenario {
         let apps: Vec<_> = (0..if large { 1 } else { random.between(1, 3) })
             .map(|number| draw_app(&mut random, number))
             .collect();
-        let commands = draw_commands(&mut random, &apps, heals_at, count);
-        let faults = draw_faults(&mut random, count, heals_at);
+        let mut commands = draws::commands(&mut random, &apps, heals_at, count);
+        let mut faults = draws::faults(&mut random, count, heals_at);
+        faults.extend(draws::restores(seed, heals_at));
+        commands.extend(draws::resumes(seed, apps.len(), heals_at));
+        let (moves, cuts) = draws::moves(seed, apps.len(), heals_at, count);
+        commands.extend(moves);
+        faults.extend(cuts);
         Self {
             seed,
             budget: Budget::of(seed),
@@ -231,13 +255,6 @@ impl Scenario {
         }
     }
 
-    /// Whether an app selects the device of that number, if it has joined.
-    #[must_use]
-    pub fn selects(app: &App, device: usize) -> bool {
-        app.group
-            .is_none_or(|group| device as u64 % GROUPS == group)
-    }
-
     /// The labels of the device of that number: three models at two sites.
     #[must_use]
     pub fn labels(device: usize) -> Labels {
@@ -261,6 +278,24 @@ impl Scenario {
             .expect("a digest has 32 bytes");
         let luck = hash(&[self.seed, u64::from_be_bytes(*first), device as u64]) % 100;
         if luck < *percent { *fate } else { Fate::Good }
+    }
+
+    /// From which releases that of a rollout can be reached: now and then from one other alone, which may be a bad one.
+    #[must_use]
+    pub fn requirements(&self, app: usize, to: Digest, rollout: u64) -> Requirements {
+        let mut random = Random::new(hash(&[self.seed, rollout, 50]));
+        if self.policy.is_some() || !random.chance(25) {
+            return Requirements::default();
+        }
+        let releases = self.apps[app].releases.iter().map(Release::digest);
+        let others: Vec<Digest> = releases.filter(|other| *other != to).collect();
+        let step = *random.pick(&others);
+        let requires = |release: &Digest| {
+            let required = (*release == to).then_some(step);
+            Ok::<_, std::convert::Infallible>(required.into_iter().collect())
+        };
+        let Ok(found) = Requirements::collect(to, requires);
+        found
     }
 
     /// The policy that an app's rollout of that number, opened now, has over so many devices.
@@ -309,7 +344,7 @@ impl Scenario {
             },
             priority: 50,
             emergency: random.chance(5),
-            analysis: Vec::new(),
+            analysis: self.gates(rollout),
             soak: manifest_span(random.between(5, 120)),
             bake: manifest_span(random.between(0, 300)),
             progress_deadline: manifest_span(random.between(60, 300)),
@@ -333,6 +368,7 @@ impl Scenario {
             download_window: self.window(rollout, 9),
             max_restarts: u32::try_from(hash(&[self.seed, rollout, 10]) % 3).unwrap_or(0),
             require_hub: None,
+            requires_from: Vec::new(),
         };
         let mut policy = Policy::freeze(&written, devices);
         policy.start_at = random
@@ -343,6 +379,39 @@ impl Scenario {
 }
 
 impl Scenario {
+    /// One in four rollouts has gates that are asked while its waves bake.
+    fn gates(&self, rollout: u64) -> Vec<manifest::Analysis> {
+        let mut random = Random::new(hash(&[self.seed, rollout, 12]));
+        if !random.chance(25) {
+            return Vec::new();
+        }
+        let small = |number: u64| u32::try_from(number).unwrap_or(1);
+        (0..random.between(1, 2))
+            .map(|number| manifest::Analysis {
+                name: format!("gate-{number}"),
+                promql: None,
+                webhook: None,
+                control: None,
+                interval: Some(manifest_span(random.between(5, 120))),
+                count: small(random.between(1, 3)),
+                failure_limit: small(random.below(2)),
+                inconclusive_limit: small(random.below(3)),
+            })
+            .collect()
+    }
+
+    /// What a gate answers when it is asked: mostly that all is well.
+    #[must_use]
+    pub fn verdict(&self, question: &Question) -> Verdict {
+        let gate = question.gate as u64;
+        let (ordinal, asked) = (u64::from(question.ordinal), question.asked.0);
+        match hash(&[self.seed, question.rollout, ordinal, gate, asked, 13]) % 100 {
+            0..10 => Verdict::Fail,
+            10..25 => Verdict::Inconclusive,
+            _ => Verdict::Pass,
+        }
+    }
+
     /// One in six rollouts has a window: for some minutes of each half hour, so that nobody waits for long.
     fn window(&self, rollout: u64, which: u64) -> Option<manifest::MaintenanceWindow> {
         let mut random = Random::new(hash(&[self.seed, rollout, which]));
@@ -466,8 +535,16 @@ fn compose(app: &AppName, images: &BTreeMap<&str, u64>, shape: Shape) -> Release
             _ => String::new(),
         };
         text.push_str(&format!("      depends_on: {{{waits_for}}}\n"));
+        // Not drawn: so that a seed draws what it did without.
+        let keep = match (release + images.len() as u64) % 3 {
+            0 => "",
+            1 => ", keep_old: 10m",
+            _ => ", keep_old: 2h",
+        };
         if shape.beside {
-            text.push_str("      deploy: {update_config: {order: start-first}}\n");
+            text.push_str(&format!(
+                "      deploy: {{update_config: {{order: start-first{keep}}}}}\n"
+            ));
         }
     }
     if shape.job {
@@ -483,85 +560,4 @@ fn compose(app: &AppName, images: &BTreeMap<&str, u64>, shape: Shape) -> Release
         services: app_manifest.spec.services,
         image_pull_secrets: Vec::new(),
     }
-}
-
-fn draw_commands(
-    random: &mut Random,
-    apps: &[App],
-    heals_at: Ms,
-    devices: usize,
-) -> Vec<(Ms, usize, Command)> {
-    let mut commands = Vec::new();
-    for (app, one) in apps.iter().enumerate() {
-        commands.push((random.below(10 * MINUTE), app, Command::Apply(0)));
-        let applies = if devices > LARGE {
-            2
-        } else {
-            random.between(1, 4)
-        };
-        for _ in 0..applies {
-            let release = usize::try_from(random.below(one.releases.len() as u64)).unwrap_or(0);
-            commands.push((
-                random.between(10 * MINUTE, heals_at),
-                app,
-                Command::Apply(release),
-            ));
-        }
-        for _ in 0..random.below(5) {
-            let command = *random.pick(&[
-                Command::Pause,
-                Command::Resume,
-                Command::Resume,
-                Command::Abort,
-                Command::Undo,
-                Command::Approve,
-                Command::Retry,
-            ]);
-            commands.push((random.between(5 * MINUTE, heals_at), app, command));
-        }
-        if one.joiners_from < devices {
-            for device in one.joiners_from..devices.min(one.joiners_from + 8) {
-                commands.push((random.below(heals_at), app, Command::Join(device)));
-            }
-        }
-        for _ in 0..random.below(3) {
-            let device = usize::try_from(random.below(devices as u64)).unwrap_or(0);
-            let (from, span) = (random.below(heals_at), random.between(MINUTE, HOUR));
-            commands.push((from, app, Command::Hold(device, true)));
-            commands.push((from + span, app, Command::Hold(device, false)));
-        }
-    }
-    commands
-}
-
-fn draw_faults(random: &mut Random, devices: usize, heals_at: Ms) -> Vec<(Ms, Fault)> {
-    let calm = random.chance(15);
-    let count = if calm {
-        0
-    } else {
-        random.below(12) + random.below(1 + 2 * devices.min(30) as u64)
-    };
-    let mut faults: Vec<_> = (0..count)
-        .map(|_| {
-            let device = usize::try_from(random.below(devices as u64)).unwrap_or(0);
-            let span = *random.pick(&[5 * SECOND, MINUTE, 5 * MINUTE, 40 * MINUTE, 2 * HOUR]);
-            let fault = match random.below(20) {
-                0..3 => Fault::HubCrash(span.min(40 * MINUTE)),
-                3 => Fault::BrokerOutage(span),
-                4 => Fault::WipeRetained,
-                5..7 => Fault::RegistryOutage(span),
-                7..11 => Fault::LinkLoss(device, span),
-                11..15 => Fault::PowerCut(device, span),
-                15..18 => Fault::AgentCrash(device),
-                _ => Fault::ContainerDies(device),
-            };
-            (random.below(heals_at), fault)
-        })
-        .collect();
-    if random.chance(10) {
-        // A device that dies in the middle of switching and stays dead until the end.
-        let device = usize::try_from(random.below(devices as u64)).unwrap_or(0);
-        faults.push((random.below(heals_at), Fault::PowerCut(device, 24 * HOUR)));
-    }
-    faults
 }

@@ -731,3 +731,157 @@ fn an_emergency_keeps_its_first_wave_and_lets_all_else_go() {
     world.step();
     assert_eq!(world.offered().len(), 19);
 }
+
+fn stepping(way: &[(u8, &[u8])]) -> Policy {
+    Policy {
+        requirements: requirements(way),
+        ..policy(vec![], 3)
+    }
+}
+
+fn desired(world: &World, device: &DeviceId) -> Digest {
+    world.devices[device].desired.unwrap().1.unwrap().release
+}
+
+#[test]
+fn a_device_takes_every_step_on_its_way_and_counts_once_it_is_there() {
+    let mut world = World::new(1, 7, stepping(&[(2, &[4]), (4, &[3])]));
+    let only = device(0);
+    for (step, last) in [(3, false), (4, false), (2, true)] {
+        world.step();
+        assert_eq!(desired(&world, &only), release(step));
+        world.say(&only, Phase::Soaking);
+        world.step();
+        let view = &world.rollout.assignments[&only];
+        assert_eq!(view.via, (!last).then_some(release(step)));
+        world.say(&only, Phase::Succeeded);
+        assert_eq!(budget::Tally::of(&world.rollout).succeeded, 0);
+    }
+    world.step();
+    assert_eq!(budget::Tally::of(&world.rollout).succeeded, 1);
+    assert_eq!(world.offers[&only], 3);
+}
+
+#[test]
+fn no_step_is_taken_while_the_rollout_is_paused() {
+    let mut world = World::new(1, 7, stepping(&[(2, &[3])]));
+    let only = device(0);
+    world.step();
+    world.say(&only, Phase::Activating);
+    world.step();
+    world.command(command::pause(&world.rollout));
+    world.say(&only, Phase::Succeeded);
+    world.step();
+    assert_eq!(desired(&world, &only), release(3));
+    world.command(command::resume(&world.rollout));
+    world.step();
+    assert_eq!(desired(&world, &only), release(2));
+}
+
+#[test]
+fn what_fails_after_a_step_goes_back_to_the_step_and_what_fails_on_it_to_what_was_before() {
+    let way: &[(u8, &[u8])] = &[(2, &[3])];
+    let mut world = World::new(1, 7, stepping(way));
+    let only = device(0);
+    world.step();
+    world.say(&only, Phase::Succeeded);
+    world.step();
+    assert_eq!(desired(&world, &only), release(2));
+    world.say(&only, Phase::RolledBack);
+    world.step();
+    assert_eq!(world.rollout.state, RolloutState::RollingBack);
+    assert_eq!(desired(&world, &only), release(3));
+
+    let mut world = World::new(1, 7, stepping(way));
+    world.step();
+    world.say(&only, Phase::RolledBack);
+    world.step();
+    assert_eq!(world.rollout.state, RolloutState::RollingBack);
+    assert_eq!(desired(&world, &only), release(1));
+}
+
+#[test]
+fn what_a_device_says_that_it_has_counts_and_not_what_it_was_given() {
+    let mut world = World::new(2, 7, stepping(&[(2, &[3])]));
+    // It was given release 1, and went back to release 3 by itself.
+    let (one, other) = (device(0), device(1));
+    let mark = world.devices.get_mut(&one).unwrap();
+    mark.report = Some(Report {
+        since: Version::from_numbers(1, 1).unwrap(),
+        release: release(1),
+        phase: Phase::RolledBack,
+        reason: None,
+        has: Some(release(3)),
+    });
+    for _ in 0..2 {
+        world.step();
+        for device in world.offered() {
+            world.say(&device, Phase::Accepted);
+        }
+    }
+    let there: Vec<Digest> = [&one, &other].map(|device| desired(&world, device)).into();
+    assert_eq!(there, [release(2), release(3)]);
+}
+
+#[test]
+fn one_that_was_silent_on_a_step_after_the_end_goes_on_at_the_pace_of_latecomers() {
+    let mut policy = stepping(&[(2, &[3])]);
+    policy.budget.count = 9;
+    policy.budget.percent = 100;
+    let mut world = World::new(3, 7, policy);
+    world.step();
+    let late = world.in_wave(1).remove(0);
+    world.say(&late, Phase::Activating);
+    world.step();
+    for _ in 0..3 {
+        for device in world.offered() {
+            world.say(&device, Phase::Succeeded);
+        }
+        world.step();
+    }
+    world.devices.get_mut(&late).unwrap().offline = true;
+    world.pass(world.rollout.policy.silent_after_ms());
+    world.step();
+    assert_eq!(
+        world.rollout.assignments[&late].state,
+        AssignmentState::Silent
+    );
+    world.pass(100_000);
+    world.step();
+    assert_eq!(world.rollout.state, RolloutState::Completed);
+    world.devices.get_mut(&late).unwrap().offline = false;
+    world.say(&late, Phase::Succeeded);
+    world.step();
+    assert!(world.rollout.assignments[&late].tail);
+    assert_eq!(desired(&world, &late), release(2));
+}
+
+#[test]
+fn a_rollout_that_takes_over_knows_what_a_step_was_good_for() {
+    let mut world = World::new(2, 7, stepping(&[(2, &[3])]));
+    world.step();
+    let (one, other) = (device(0), device(1));
+    world.say(&one, Phase::Succeeded);
+    world.say(&other, Phase::Activating);
+    world.step();
+    world.command(command::supersede(&world.rollout, 2));
+    let members = [&one, &other].map(|device| Member {
+        labels: Labels::new(),
+        device: device.clone(),
+        placement: world.devices[device].desired.unwrap().1,
+        phase: None,
+    });
+    let next = Rollout::open(Opening {
+        id: 2,
+        app: "app".parse().unwrap(),
+        from: Some(release(2)),
+        to: release(5),
+        seed: 5,
+        policy: policy(vec![], 2),
+        members: members.into(),
+        before: Some(&world.rollout),
+        now: world.now,
+    });
+    let back = [&one, &other].map(|device| next.assignments[device].previous.unwrap().release);
+    assert_eq!(back, [release(3), release(1)]);
+}

@@ -219,6 +219,29 @@ fn verdicts_before_their_time() {
 }
 
 #[test]
+fn a_release_that_cannot_be_reached_and_a_way_that_is_longer_than_it_must_be() {
+    let mut world = running();
+    let device = planned(&world);
+    world.rollout.policy.requirements = requirements(&[(2, &[3])]);
+    assert!(rules(&world, &offer(device.clone())).contains(&Rule::Steps));
+    let via = |release| Action::Offer {
+        device: device.clone(),
+        placement: Placement {
+            release,
+            ..placement(2)
+        },
+        next: None,
+    };
+    assert!(!rules(&world, &via(release(3))).contains(&Rule::Steps));
+    let step = |assignment: &mut Assignment| assignment.previous = Some(placement(3));
+    world.rollout.assignments.change(&device, step);
+    assert!(rules(&world, &via(release(3))).contains(&Rule::Steps));
+    assert!(!rules(&world, &offer(device.clone())).contains(&Rule::Steps));
+    let stepped = Action::Stepped { device };
+    assert!(rules(&world, &stepped).contains(&Rule::Steps));
+}
+
+#[test]
 fn records_that_do_not_fit_together() {
     let broken = |change: &dyn Fn(&mut Rollout)| {
         let mut rollout = running().rollout;

@@ -91,6 +91,18 @@ fn happening() -> impl Strategy<Value = Happening> {
     ]
 }
 
+/// From what the release 2 and others can be reached; devices have 1.
+fn requirements() -> impl Strategy<Value = Requirements> {
+    let ways: [&[(u8, &[u8])]; 5] = [
+        &[],
+        &[(2, &[3])],
+        &[(2, &[1, 3])],
+        &[(2, &[3, 4]), (3, &[4]), (4, &[5, 1])],
+        &[(2, &[4]), (4, &[3]), (3, &[5])],
+    ];
+    proptest::sample::select(ways.to_vec()).prop_map(super::requirements)
+}
+
 fn policies() -> impl Strategy<Value = Policy> {
     (
         targets(),
@@ -102,9 +114,21 @@ fn policies() -> impl Strategy<Value = Policy> {
         proptest::option::of((1_u32..600, proptest::option::of(1_u32..5))),
         proptest::option::of(0_u64..100_000),
         0_u32..64,
+        requirements(),
     )
         .prop_map(
-            |(waves, max_unavailable, count, percent, min_sample, pause, paced, start, gates)| {
+            |(
+                waves,
+                max_unavailable,
+                count,
+                percent,
+                min_sample,
+                pause,
+                paced,
+                start,
+                gates,
+                requirements,
+            )| {
                 let mut policy = Policy {
                     pace: paced.map(|(per_minute, double_every)| Pace {
                         per_minute,
@@ -123,6 +147,7 @@ fn policies() -> impl Strategy<Value = Policy> {
                     } else {
                         OnFailure::Rollback
                     },
+                    requirements,
                     ..policy(waves, 1)
                 };
                 for (index, wave) in policy.waves.iter_mut().enumerate() {

@@ -368,7 +368,6 @@ impl Work<'_> {
             .candidates()
             .map(|(device, assignment)| (assignment.rank, device.clone()))
             .collect();
-        let placement = self.rollout.placement();
         for (_, device) in candidates
             .into_iter()
             .take(usize::try_from(free).unwrap_or(usize::MAX))
@@ -383,6 +382,10 @@ impl Work<'_> {
                     Some(self.rollout.next_offer.max(late).plus(interval))
                 }
             };
+            let facts = self.fleet.devices.get(&device);
+            let placement = self
+                .rollout
+                .next_placement(&self.rollout.assignments[&device], facts);
             self.act(Action::Offer {
                 device,
                 placement,

@@ -17,6 +17,8 @@ const MAX_REQUIREMENTS: usize = 32;
 const MAX_VALUES: usize = 256;
 /// Labels that make a canary's kind.
 const MAX_STRATUM_LABELS: usize = 8;
+/// Releases of `requiresFrom`.
+const MAX_REQUIRED: usize = 16;
 const MAX_PER_MINUTE: u32 = 1_000_000;
 const MAX_PRIORITY: u8 = 100;
 const MAX_ANALYSES: usize = 8;
@@ -103,6 +105,14 @@ pub(super) fn policy(path: &str, policy: &RolloutPolicy) -> Checked {
             || format!("must be {MIN_REQUIRE_HUB} to {MAX_REQUIRE_HUB}, not {within}"),
         )?;
     }
+    ensure(
+        policy.requires_from.len() <= MAX_REQUIRED,
+        format_args!("{path}.requiresFrom"),
+        || {
+            let count = policy.requires_from.len();
+            format!("at most {MAX_REQUIRED} releases are allowed, not {count}")
+        },
+    )?;
     ensure(
         policy.priority <= MAX_PRIORITY,
         format_args!("{path}.priority"),

@@ -7,6 +7,7 @@ use foreshore_agent::runtime::{ContainerId, ContainerState};
 use foreshore_protocol::manifest::Condition;
 use foreshore_protocol::message::Window;
 use foreshore_protocol::release::service_digest;
+use foreshore_protocol::{AppName, Version};
 
 use super::Device;
 
@@ -38,6 +39,15 @@ impl Device {
                         && !matches!(seen.probes.liveness, ProbeState::NotReady(_))
                 });
             let digest = Some(live.container.service_digest);
+            // An old one that was let go, and wanted again after that: its end may have begun.
+            let kept = plan
+                .history
+                .apps
+                .get(&id.app)
+                .and_then(|app| app.kept.get(&id.service));
+            if kept.is_some_and(|kept| kept.service.instance == id.instance) {
+                continue;
+            }
             if runs && spec(before, id) == digest && spec(&plan.history, id) == digest {
                 found.push(format!("{}: unchanged container {id} is stopped", self.id));
             }
@@ -135,14 +145,34 @@ impl Device {
         found
     }
 
+    /// An operator sent it back to what a restored backup says, under the numbers of before: what failed under these may
+    /// be tried once more.
+    pub fn may_try_again(&mut self) {
+        self.gave_up.clear();
+    }
+
+    /// "The newest word counts": nothing begins that the newest head does not say.
+    pub(super) fn untold(&self, app: &AppName, since: Version) -> Option<String> {
+        let heads = self.disk.head.iter().flat_map(|head| &head.apps);
+        let told = heads
+            .filter(|told| told.app == *app)
+            .all(|told| told.since == since);
+        (!told).then(|| {
+            format!(
+                "{}: {app} begins in {since}, and its newest head says otherwise",
+                self.id
+            )
+        })
+    }
+
     /// "Jobs first": nothing that waits for a job starts before that job ended well.
-    pub(super) fn early_starts(&self, plan: &Plan) -> Vec<String> {
+    pub(super) fn early_starts(&self, observed: &Observed, plan: &Plan) -> Vec<String> {
         let mut found = Vec::new();
         for step in &plan.steps {
             let Step::Start { id, release } = step else {
                 continue;
             };
-            let Some(manifest) = self.disk.releases.get(release) else {
+            let Some(manifest) = observed.releases.get(release) else {
                 continue;
             };
             let waits = manifest.services[&id.service].depends_on.iter();

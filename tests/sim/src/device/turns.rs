@@ -7,8 +7,9 @@ use foreshore_protocol::message::{Lease, LeaseRequest};
 use foreshore_protocol::{AppName, Version};
 
 use super::Device;
+use crate::mutation::Mutation;
 use crate::random::Random;
-use crate::scenario::{Ms, SECOND};
+use crate::scenario::{HOUR, Ms, SECOND};
 
 /// What was asked for one app, in the memory of one agent.
 #[derive(Debug, Clone)]
@@ -98,7 +99,7 @@ impl Device {
     }
 
     /// A lease arrives. True if it answers the newest request.
-    pub fn receive_lease(&mut self, lease: &Lease) -> bool {
+    pub fn receive_lease(&mut self, lease: &Lease, mutation: Option<Mutation>) -> bool {
         let boot = self.disk.starts;
         let Some(asked) = self.asked.get_mut(&lease.app) else {
             return false;
@@ -106,6 +107,10 @@ impl Device {
         let Some((nonce, sent)) = asked.sent else {
             return false;
         };
+        if mutation == Some(Mutation::LateTurns) && lease.since == asked.wish.since {
+            asked.until = Some(sent + 24 * HOUR);
+            return true;
+        }
         if (lease.boot, lease.nonce, lease.since) != (boot, nonce, asked.wish.since) {
             return false;
         }
@@ -119,12 +124,21 @@ impl Device {
     }
 
     /// For the rules: the assignments that it is switching in, which it began with a turn. What only has to be
-    /// confirmed is none.
+    /// confirmed is none; nor is the way back of one that was told something else meanwhile, once it runs its
+    /// last-known-good: it is as available as one that nobody told anything.
     #[must_use]
     pub fn switching(&self) -> BTreeMap<&AppName, Version> {
+        let is_back = |app: &AppName, since: Version| {
+            let reported = self.reported.iter().flat_map(|reported| &reported.apps);
+            let mut status = reported.filter(|status| status.app == *app);
+            status.any(|status| {
+                let runs = status.running.is_some() && status.running == status.last_known_good;
+                status.since > since && runs
+            })
+        };
         let trials = self.disk.history.apps.iter().filter_map(|(app, history)| {
             let trial = history.trial.as_ref().filter(|trial| trial.soak_ms > 0)?;
-            Some((app, trial.since))
+            (!is_back(app, trial.since)).then_some((app, trial.since))
         });
         trials.collect()
     }

@@ -41,6 +41,7 @@ impl Hub {
 
     /// A request arrives.
     pub fn receive_request(&mut self, device: &DeviceId, request: &LeaseRequest, now: Ms) {
+        self.meet(device, true, Some(request.since), false, now);
         let Some(row) = self.store.devices.get_mut(device) else {
             return;
         };
@@ -78,19 +79,23 @@ impl Hub {
         if !self.hears_the_fleet(now) {
             return;
         }
+        let careless = self.mutation == Some(Mutation::GrantWhilePaused);
         let mut queue: Vec<_> = self
             .store
             .leases
             .iter()
             .filter_map(|((device, app), entry)| Some((device, app, entry.queued.as_ref()?)))
             .filter(|(device, app, queued)| {
-                let row = &self.store.devices[*device];
+                let Some(row) = self.store.devices.get(*device) else {
+                    return false;
+                };
                 let placed = row.desired.get(*app);
                 let wanted = placed.is_some_and(|(placement, since)| {
                     (placement.release, *since) == (queued.release, queued.since)
                 });
                 let fresh = unix(now).since(queued.asked) < FRESH_MS;
-                wanted && fresh && row.online && !self.is_paused(app)
+                let stands = self.is_paused(app) && !careless;
+                wanted && fresh && row.online && !stands
             })
             .map(|(device, app, queued)| Asking {
                 device: device.clone(),
@@ -105,6 +110,12 @@ impl Hub {
         let limits = self.limits(now);
         for place in choose(&queue, &limits) {
             let asking = &queue[place];
+            if self.is_paused(&asking.app) {
+                let (device, app) = (&asking.device, &asking.app);
+                self.violations.push(format!(
+                    "it is the turn of {device} while the rollout of {app} stands still"
+                ));
+            }
             let row = &self.store.devices[&asking.device];
             let placement = row.desired[&asking.app].0;
             let (deadline, soak) = (placement.progress_deadline_ms, placement.soak_ms);
