@@ -115,6 +115,21 @@ impl Api {
             .unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
+    /// What `/metrics` says.
+    ///
+    /// # Panics
+    ///
+    /// When there is no answer.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        let request = self.agent.get(format!("{}/metrics", self.url));
+        request
+            .header("authorization", format!("Bearer {}", self.token))
+            .call()
+            .and_then(|mut response| response.body_mut().read_to_string())
+            .unwrap_or_else(|error| panic!("GET /metrics: {error}"))
+    }
+
     /// Applies a manifest for `app`.
     pub fn apply(&self, app: &str, manifest: &str) -> Answer {
         self.send("PUT", &format!("/apps/{app}"), manifest.as_bytes())

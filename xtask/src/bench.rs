@@ -17,6 +17,7 @@ mod ledger;
 mod mounts;
 mod pull;
 mod rollout;
+mod wire;
 
 /// Options of `bench`.
 #[derive(Debug, Args)]
@@ -33,6 +34,12 @@ pub(crate) struct Options {
     /// Reports of devices in a rollout, for each number of devices
     #[arg(long, default_value_t = 2_000)]
     reports: u32,
+    /// Numbers of simulated devices; as many as there are file descriptors for have real sessions
+    #[arg(long, value_delimiter = ',', default_values_t = [1_000, 3_800, 10_000])]
+    devices: Vec<usize>,
+    /// Figures of simulated devices for programs
+    #[arg(short, long)]
+    output: Option<Output>,
     /// Take agent, hub and command line from this directory instead of building them
     #[arg(long)]
     programs: Option<std::path::PathBuf>,
@@ -58,8 +65,15 @@ enum Part {
     Ledger,
     /// A device's report in rollouts of 1,000, 10,000 and 100,000 devices
     Rollout,
-    /// Simulated devices converged per second on one hub
+    /// An update of many simulated devices on one hub: times, messages and bytes, what it costs the hub
     Fleet,
+}
+
+/// How figures are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    /// For programs.
+    Json,
 }
 
 /// Runs the parts asked for.
@@ -96,7 +110,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         rollout::run(options.reports)?;
     }
     if wanted(Part::Fleet) {
-        fleet()?;
+        fleet(&options.devices, options.output)?;
     }
     Ok(())
 }
@@ -167,18 +181,23 @@ fn lifecycle(count: u32) -> anyhow::Result<()> {
     mounts::clean(dir.path())
 }
 
-fn fleet() -> anyhow::Result<()> {
-    println!("\nsimulated devices over real MQTT sessions on one hub (no containers)");
-    step::run(
-        "fleet",
-        &mut step::cargo(&[
-            "run",
-            "--quiet",
-            "--release",
-            "-p",
-            "e2e",
-            "--bin",
-            "fleet-bench",
-        ]),
-    )
+fn fleet(devices: &[usize], output: Option<Output>) -> anyhow::Result<()> {
+    eprintln!("\nsimulated devices on one hub (no containers)");
+    let counts: Vec<String> = devices.iter().map(usize::to_string).collect();
+    let mut bench = step::cargo(&[
+        "run",
+        "--quiet",
+        "--release",
+        "-p",
+        "e2e",
+        "--bin",
+        "fleet-bench",
+        "--",
+        "--devices",
+    ]);
+    bench.arg(counts.join(","));
+    if output == Some(Output::Json) {
+        bench.args(["-o", "json"]);
+    }
+    step::run("fleet", &mut bench)
 }

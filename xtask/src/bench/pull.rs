@@ -15,6 +15,7 @@ use anyhow::{Context as _, bail, ensure};
 use super::docker::Docker;
 use super::footprint;
 use super::mounts::clean;
+use super::wire::Wire;
 use crate::demo::interrupt::wait_for;
 
 /// What each layer is made of, and how much of it at most, in MiB.
@@ -95,15 +96,7 @@ pub(super) fn run(programs: Option<&Path>, rounds: u32) -> anyhow::Result<()> {
     let peers: [Peer<'_>; 4] = [
         (
             "foreshore-agent stage",
-            Box::new(|_| {
-                let mut command = Command::new(&agent);
-                command
-                    .arg("stage")
-                    .arg("--config")
-                    .arg(&config)
-                    .arg(&image);
-                Ok(Pull::by(vec![command]))
-            }),
+            Box::new(|_| Ok(Pull::by(vec![stage(&agent, &config, &image)]))),
         ),
         (
             "docker pull (overlay2)",
@@ -117,17 +110,7 @@ pub(super) fn run(programs: Option<&Path>, rounds: u32) -> anyhow::Result<()> {
         ),
         (
             "podman pull (overlay)",
-            Box::new(|store| {
-                let mut command = Command::new("podman");
-                command
-                    .arg("--root")
-                    .arg(store.join("root"))
-                    .arg("--runroot")
-                    .arg(store.join("run"))
-                    .args(["--storage-driver", "overlay", "pull", "-q"])
-                    .args(["--tls-verify=false", &image]);
-                Ok(Pull::by(vec![command]))
-            }),
+            Box::new(|store| Ok(Pull::by(vec![podman(store, &image)]))),
         ),
         (
             "skopeo copy + umoci unpack",
@@ -187,7 +170,95 @@ pub(super) fn run(programs: Option<&Path>, rounds: u32) -> anyhow::Result<()> {
     println!(
         "docker: without the time its daemon takes to start; CPU and memory with the daemon's"
     );
+    resume(dir, &agent, &host, digest.trim())
+}
+
+fn stage(agent: &Path, config: &Path, image: &str) -> Command {
+    let mut command = Command::new(agent);
+    command.arg("stage").arg("--config").arg(config).arg(image);
+    command
+}
+
+fn podman(store: &Path, image: &str) -> Command {
+    let mut command = Command::new("podman");
+    command
+        .arg("--root")
+        .arg(store.join("root"))
+        .arg("--runroot")
+        .arg(store.join("run"))
+        .args(["--storage-driver", "overlay", "pull", "-q"])
+        .args(["--tls-verify=false", image]);
+    command
+}
+
+/// What a pull costs that was killed in the middle, over a link of 20 MB/s: bytes that came a second time.
+fn resume(dir: &Path, agent: &Path, host: &str, digest: &str) -> anyhow::Result<()> {
+    const RATE: u64 = 20_000_000;
+    let wire = Wire::open(host, RATE)?;
+    let image = format!("{}/bench@{digest}", wire.address());
+    let config = agent_config(dir, wire.address())?;
+    println!("\nkilled in the middle and begun again, over 20 MB/s; KiB that came a second time");
+    println!(
+        "{:<28} {:>7} {:>7} {:>7} {:>7} {:>7}",
+        "killed after", "10 %", "30 %", "50 %", "70 %", "90 %"
+    );
+    let ours = |_: &Path| stage(agent, &config, &image);
+    let theirs = |store: &Path| podman(store, &image);
+    type Peer<'p> = (&'p str, &'p dyn Fn(&Path) -> Command);
+    let peers: [Peer<'_>; 2] = [
+        ("foreshore-agent stage", &ours),
+        ("podman pull (overlay)", &theirs),
+    ];
+    for (name, command) in peers {
+        let row = again(dir, &wire, command)?;
+        let cells: Vec<String> = row
+            .iter()
+            .map(|bytes| format!("{:>7}", bytes / 1024))
+            .collect();
+        println!("{name:<28} {}", cells.join(" "));
+    }
     Ok(())
+}
+
+/// Bytes that came a second time after the end at each tenth of the way.
+fn again(dir: &Path, wire: &Wire, command: &dyn Fn(&Path) -> Command) -> anyhow::Result<Vec<u64>> {
+    let store = dir.join("store");
+    let whole = {
+        fs::create_dir(&store)?;
+        wire.take();
+        measure(Pull::by(vec![command(&store)]))?;
+        clean(&store)?;
+        clean(&dir.join("state"))?;
+        wire.take()
+    };
+    let mut row = Vec::new();
+    for percent in [10, 30, 50, 70, 90] {
+        fs::create_dir(&store)?;
+        wire.take();
+        let mut child = Running(
+            command(&store)
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::null())
+                .spawn()?,
+        );
+        wait_for("its share of the bytes", Duration::from_secs(120), || {
+            ensure!(child.0.try_wait()?.is_none(), "the pull ended too soon");
+            Ok((wire.down() >= whole * percent / 100).then_some(()))
+        })?;
+        let with_it = children(child.0.id());
+        child.0.kill()?;
+        child.0.wait()?;
+        wait_for("what it started to end", Duration::from_secs(60), || {
+            let lives = |pid: &u32| Path::new(&format!("/proc/{pid}")).exists();
+            Ok((!with_it.iter().any(lives)).then_some(()))
+        })?;
+        measure(Pull::by(vec![command(&store)]))?;
+        row.push(wire.take().saturating_sub(whole));
+        clean(&store)?;
+        clean(&dir.join("state"))?;
+    }
+    Ok(row)
 }
 
 fn registry(dir: &Path) -> anyhow::Result<(Running, String)> {
