@@ -17,6 +17,7 @@ use foreshore_hub::rollout::{
 };
 use foreshore_hub::store::{self, Store, StoreError};
 use foreshore_protocol::id::Labels;
+use foreshore_protocol::manifest::{Amount, WaveTarget};
 use foreshore_protocol::message::{AppStatus, Inventory, Phase, Presence, Reported};
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{DeviceId, Digest, Version, manifest};
@@ -54,8 +55,10 @@ fn main() -> anyhow::Result<()> {
         .enable_all()
         .build()?;
     let whole = runtime.block_on(transactions(devices, reports, Path::new(directory)))?;
+    let everybody = runtime.block_on(everybody(devices, Path::new(directory)))?;
     println!(
-        "{devices:>8} {:>9.1} {:>9.1} {:>9.0} {:>11.1} {:>9.0} {:>9.0} {:>9.0} {:>9.0} {:>9.2} {:>9.2} {:>7.0}",
+        "{devices:>8} {:>9.1} {:>9.1} {:>9.0} {:>11.1} {:>9.0} {:>9.0} {:>9.0} {:>9.0} {:>9.2} {:>9.2} {:>7.0} {:>9.2} \
+         {:>9.2} {:>9.2}",
         alone.each.median,
         alone.each.p99,
         alone.each.max,
@@ -67,6 +70,9 @@ fn main() -> anyhow::Result<()> {
         whole.open_s,
         whole.cold_s,
         alone.bytes_per_device,
+        everybody.apply_s,
+        everybody.worst_s,
+        everybody.all_s,
     );
     Ok(())
 }
@@ -175,6 +181,7 @@ fn alone(devices: usize, reports: usize) -> anyhow::Result<Alone> {
         },
         listening_since: Some(UnixMs(0)),
         settle_ms: 0,
+        offers_at_once: u32::MAX,
     };
     let mut written = 0;
     let mut offered = std::collections::VecDeque::new();
@@ -301,6 +308,51 @@ async fn transactions(devices: usize, reports: usize, directory: &Path) -> anyho
         batched_us,
         open_s,
         cold_s,
+    })
+}
+
+struct Everybody {
+    apply_s: f64,
+    worst_s: f64,
+    all_s: f64,
+}
+
+/// A release for everybody at once, while nothing else happens: how long the command takes, the longest look after it, and
+/// all of them.
+async fn everybody(devices: usize, directory: &Path) -> anyhow::Result<Everybody> {
+    let path = directory.join(format!("{devices}-everybody.db"));
+    let (store, writer) = Store::open(&path)?;
+    let controller = start(store.clone());
+    join(&controller, devices).await?;
+    let mut resolved = resolved()?;
+    let policy = &mut resolved.app.spec.rollout;
+    policy.waves = vec![WaveTarget::Percent(100).into()];
+    policy.max_unavailable = Amount::Percent(100);
+    let begun = Instant::now();
+    let answer = controller
+        .change(move |change| apps::apply(change, &resolved, 7))
+        .await?;
+    let apply_s = begun.elapsed().as_secs_f64();
+    let rollout = answer.rollout.context("no rollout was opened")?;
+    let mut worst_s = 0.0_f64;
+    loop {
+        let holding = move |connection: &rusqlite::Connection| {
+            Ok::<_, StoreError>(store::rollout::holding_slots(connection, rollout)?.len())
+        };
+        let look = Instant::now();
+        controller.round().await?;
+        worst_s = worst_s.max(look.elapsed().as_secs_f64());
+        if store.read(holding).await? == devices {
+            break;
+        }
+    }
+    let all_s = begun.elapsed().as_secs_f64();
+    drop((controller, store));
+    tokio::task::spawn_blocking(|| writer.join()).await?;
+    Ok(Everybody {
+        apply_s,
+        worst_s,
+        all_s,
     })
 }
 

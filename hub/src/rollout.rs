@@ -80,8 +80,9 @@ pub use waves::joiner_release;
 
 /// What to do now, and when to look again.
 ///
-/// Goes on until nothing more follows from these facts: applying the actions and calling it again with the same
-/// facts and time yields none. Looks at every device and copies the records; [`advance_by`] does not.
+/// Goes on until nothing more follows from these facts, or so many devices were offered something as may be at once
+/// ([`Fleet::offers_at_once`]): unless `wake_at` is `now`, applying the actions and calling it again with the same facts and
+/// time yields none. Looks at every device and copies the records; [`advance_by`] does not.
 #[must_use]
 pub fn advance(rollout: &Rollout, fleet: &Fleet, now: UnixMs) -> Step {
     advance_by(&mut rollout.clone(), fleet, &News::All, now)
@@ -101,10 +102,11 @@ pub fn advance_by(rollout: &mut Rollout, fleet: &Fleet, news: &News, now: UnixMs
         actions: Vec::new(),
         look_at: BTreeSet::new(),
         all: false,
+        more: false,
     };
     work.see(news);
     work.run();
-    let wake_at = work.wake_at();
+    let wake_at = if work.more { Some(now) } else { work.wake_at() };
     Step {
         actions: work.actions,
         wake_at,
@@ -122,6 +124,8 @@ struct Work<'a> {
     look_at: BTreeSet<DeviceId>,
     /// Whether to look at all.
     all: bool,
+    /// Whether there is more to offer than may be at once.
+    more: bool,
 }
 
 /// Devices that a fast pace has due within so long may be offered at once, in milliseconds; no more than that is made
@@ -494,7 +498,7 @@ impl Work<'_> {
             .policy
             .max_unavailable
             .saturating_sub(tally.slots);
-        for _ in 0..free {
+        for offered in 0..free {
             let Some(device) = self.next_candidate().cloned() else {
                 return;
             };
@@ -513,6 +517,10 @@ impl Work<'_> {
                     Some(self.trial.next_offer.max(late).plus(interval))
                 }
             };
+            if offered == self.fleet.offers_at_once {
+                self.more = true;
+                return;
+            }
             self.act(Action::Offer {
                 device,
                 placement,

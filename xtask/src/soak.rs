@@ -17,7 +17,8 @@ pub(crate) struct Options {
 ///
 /// # Errors
 ///
-/// When the device or the neighbour suffers, or the neighbour's 99th percentile grows by more than 20 %.
+/// When the device or the neighbour suffers, the neighbour's 99th percentile grows by more than 20 % beside one bomb, or
+/// exceeds 10 ms beside all at once.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     ensure!(
         crate::is_root(),

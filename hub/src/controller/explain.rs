@@ -8,6 +8,7 @@ use foreshore_protocol::message::AppStatus;
 use foreshore_protocol::{AppName, DeviceId};
 use rusqlite::Connection;
 
+use super::rollouts::OFFERS_AT_ONCE;
 use super::{ControlError, Listening};
 use crate::rollout::{Fleet, UnixMs, explain};
 use crate::store::{self, app::AppRow};
@@ -135,6 +136,7 @@ fn of_rollout(
         pulse: store::rollout::pulse(connection, rollout.pulse_since())?,
         listening_since: listening.since,
         settle_ms: listening.settle_ms,
+        offers_at_once: OFFERS_AT_ONCE,
     };
     Ok(explain::explain(&rollout, device, &fleet, now))
 }

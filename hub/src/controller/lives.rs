@@ -14,6 +14,7 @@ use foreshore_protocol::DeviceId;
 use foreshore_protocol::api::RolloutState;
 use rusqlite::Connection;
 
+use super::rollouts::OFFERS_AT_ONCE;
 use crate::rollout::{Facts, Fleet, News, Rollout, UnixMs};
 use crate::store;
 
@@ -61,6 +62,7 @@ impl Live {
             rollout,
             fleet: Fleet {
                 devices,
+                offers_at_once: OFFERS_AT_ONCE,
                 ..Fleet::default()
             },
             news: News::All,

@@ -16,6 +16,9 @@ use crate::rollout::{
 };
 use crate::store;
 
+/// Devices that one transaction offers something at most. Each takes some 0.1 ms, while which nobody else can write.
+pub(super) const OFFERS_AT_ONCE: u32 = 1_000;
+
 /// Opens a rollout of `app` to the release `to` over the devices that the app selects now, and takes its first
 /// step. A live rollout of the app makes room. `requirements` are what `to` can be reached from.
 ///

@@ -13,6 +13,7 @@ use rusqlite::Connection;
 use super::apps::Resolved;
 use super::ingest::{Inbound, Message, Receipt};
 use super::membership::Beyond;
+use super::rollouts::OFFERS_AT_ONCE;
 use super::*;
 use crate::store::tests::memory;
 
@@ -370,6 +371,32 @@ fn applying_again_is_a_no_op_and_another_policy_alone_opens_no_rollout() {
         hub.apply(&resolved("1", AT_ONCE)).outcome,
         ApplyOutcome::Updated
     );
+}
+
+#[test]
+fn a_release_for_everybody_is_placed_in_transactions_of_bounded_length() {
+    let mut hub = Hub::new();
+    hub.compare = false;
+    for number in 0..3 * OFFERS_AT_ONCE + 1 {
+        hub.join(&format!("d{number}"));
+    }
+    hub.apply(&resolved("1", AT_ONCE));
+    let placed = |hub: &Hub| {
+        let count = "SELECT count(*) FROM placement";
+        let count = hub
+            .connection
+            .query_row(count, [], |row| row.get::<_, u32>(0));
+        count.unwrap()
+    };
+    // When it is opened, and when its members are looked at.
+    assert_eq!(placed(&hub), 2 * OFFERS_AT_ONCE);
+    hub.tick();
+    assert_eq!(placed(&hub), 3 * OFFERS_AT_ONCE);
+    let next = hub.tick();
+    assert_eq!(placed(&hub), 3 * OFFERS_AT_ONCE + 1);
+    let (due, _) = store::rollout::due(&hub.connection, hub.now).unwrap();
+    assert_eq!(due, [], "nothing more is due at once");
+    assert!(next.is_some(), "but the deadlines of those that were told");
 }
 
 #[test]

@@ -21,6 +21,10 @@ use crate::store::{self, StoreError};
 /// A command that no device took for so long is worth nothing any more, in seconds.
 const EXPIRY_S: u32 = 300;
 
+/// How long acknowledgements wait for others to the same device: an update brings several events within a second, and what
+/// is not acknowledged is sent again after half a minute at the earliest.
+const LINGER: Duration = Duration::from_millis(300);
+
 /// How often a device is asked to send everything at most: it may be answering.
 const ASK_EVERY: Duration = Duration::from_secs(10);
 
@@ -85,6 +89,7 @@ pub async fn run(client: &AsyncClient, commands: &Commands) -> Result<(), Client
         }
         asked.retain(|_, at| at.elapsed() < ASK_EVERY);
         commands.news.notified().await;
+        tokio::time::sleep(LINGER).await;
     }
 }
 

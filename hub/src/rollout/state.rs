@@ -453,6 +453,9 @@ pub struct Fleet {
     /// How long after `listening_since` devices may need to be heard again, in milliseconds (the reconnect
     /// spread). Until then a rollout older than that only takes in reports.
     pub settle_ms: u64,
+    /// How many devices are offered something in one look at most; those left over follow in the next, which is due at
+    /// once. It bounds how long one transaction holds everybody else up.
+    pub offers_at_once: u32,
 }
 
 /// What is new in a [`Fleet`] since the last look at a rollout.
@@ -725,7 +728,8 @@ pub enum Touched {
 pub struct Step {
     /// What to do, in this order, in one transaction.
     pub actions: Vec<Action>,
-    /// When to look again even if nothing is heard before; `None`: only news can change anything.
+    /// When to look again even if nothing is heard before; `None`: only news can change anything. The moment of the look
+    /// itself: there was more to offer than [`Fleet::offers_at_once`].
     pub wake_at: Option<UnixMs>,
 }
 

@@ -105,6 +105,9 @@ fn policy(waves: Vec<WaveTarget>, devices: usize) -> Policy {
 /// When every rollout here is opened.
 const NOW: UnixMs = UnixMs(1_000_000_000);
 
+/// Few, so that many steps take more than one look.
+const OFFERS_AT_ONCE: u32 = 2;
+
 /// A hub's store and the devices' side of it, as small as can be.
 #[derive(Clone)]
 struct World {
@@ -208,11 +211,22 @@ impl World {
             ),
             listening_since: self.listening_since,
             settle_ms: 5_000,
+            offers_at_once: OFFERS_AT_ONCE,
         }
     }
 
-    /// One transaction of the controller, with every check there is.
+    /// The transactions of the controller that follow from one another at once, with every check there is.
     fn step(&mut self) -> Step {
+        let mut step = self.transaction();
+        while step.wake_at == Some(self.now) {
+            let mut next = self.transaction();
+            step.wake_at = next.wake_at;
+            step.actions.append(&mut next.actions);
+        }
+        step
+    }
+
+    fn transaction(&mut self) -> Step {
         let fleet = self.fleet();
         let step = self.look(&fleet);
         for action in &step.actions {
@@ -224,6 +238,16 @@ impl World {
                 self.rollout
             );
             self.commit(action);
+        }
+        if step.wake_at == Some(self.now) {
+            let offers = |action: &&Action| matches!(action, Action::Offer { .. });
+            let offered = step.actions.iter().filter(offers).count();
+            assert_eq!(
+                u32::try_from(offered).ok(),
+                Some(OFFERS_AT_ONCE),
+                "{step:?}"
+            );
+            return step;
         }
         let again = self.look(&fleet);
         assert_eq!(

@@ -18,7 +18,7 @@ pub(super) fn run(reports: u32) -> anyhow::Result<()> {
         "\na device's report, by the number of devices in the rollout, at most {reports} reports each"
     );
     println!(
-        "{:>8} {:>9} {:>9} {:>9} {:>11} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7}",
+        "{:>8} {:>9} {:>9} {:>9} {:>11} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>9} {:>9} {:>9}",
         "devices",
         "engine µs",
         "p99",
@@ -30,7 +30,10 @@ pub(super) fn run(reports: u32) -> anyhow::Result<()> {
         "batch µs",
         "open s",
         "cold s",
-        "bytes"
+        "bytes",
+        "apply s",
+        "worst s",
+        "told s"
     );
     for devices in FLEETS {
         let mut bench = step::cargo(&[
@@ -52,7 +55,8 @@ pub(super) fn run(reports: u32) -> anyhow::Result<()> {
     println!(
         "engine: advance and apply, in memory; all at once: the same looking at every device, ms; commit: a change of one \
          row; report: taken in and decided on, each in transactions of its own; batch: each of 100 together; cold: the \
-         first after a start; bytes: memory for each device. Medians where nothing else is said"
+         first after a start; bytes: memory for each device; apply: a release for everybody at once; worst: the longest look \
+         after it; told: until everybody is to be told. Medians where nothing else is said"
     );
     Ok(())
 }

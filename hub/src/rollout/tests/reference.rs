@@ -20,9 +20,10 @@ pub(super) fn advance_over_all(rollout: &Rollout, fleet: &Fleet, now: UnixMs) ->
         fleet,
         now,
         actions: Vec::new(),
+        more: false,
     };
     work.run();
-    let wake_at = work.wake_at();
+    let wake_at = if work.more { Some(now) } else { work.wake_at() };
     Step {
         actions: work.actions,
         wake_at,
@@ -45,6 +46,7 @@ struct Work<'a> {
     fleet: &'a Fleet,
     now: UnixMs,
     actions: Vec<Action>,
+    more: bool,
 }
 
 impl Work<'_> {
@@ -368,10 +370,10 @@ impl Work<'_> {
             .candidates()
             .map(|(device, assignment)| (assignment.rank, device.clone()))
             .collect();
-        for (_, device) in candidates
+        let candidates = candidates
             .into_iter()
-            .take(usize::try_from(free).unwrap_or(usize::MAX))
-        {
+            .take(usize::try_from(free).unwrap_or(usize::MAX));
+        for ((_, device), offered) in candidates.zip(0..) {
             let next = match pace {
                 None => None,
                 Some(_) if self.tick() < self.rollout.next_offer => return,
@@ -386,6 +388,10 @@ impl Work<'_> {
             let placement = self
                 .rollout
                 .next_placement(&self.rollout.assignments[&device], facts);
+            if offered == self.fleet.offers_at_once {
+                self.more = true;
+                return;
+            }
             self.act(Action::Offer {
                 device,
                 placement,

@@ -21,6 +21,9 @@ use crate::scenario::{MINUTE, Ms, SECOND};
 /// messages may be late.
 const DARK_FOR: Ms = 2 * BEACON_INTERVAL + 3 * MINUTE;
 
+/// Few, so that even small fleets take more than one look.
+const OFFERS_AT_ONCE: u32 = 3;
+
 impl Hub {
     pub(super) fn advance_rollouts(&mut self, now: Ms) {
         self.wake_at = None;
@@ -148,6 +151,7 @@ impl Hub {
                 self.listening_since
             },
             settle_ms: 10 * SECOND,
+            offers_at_once: OFFERS_AT_ONCE,
         }
     }
 
