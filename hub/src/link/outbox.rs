@@ -16,20 +16,19 @@ use futures_util::stream::FuturesUnordered;
 use rumqttc::{AsyncClient, ClientError, PublishOptions};
 use tokio::time::Instant;
 
+use self::pace::Pace;
 use self::rests::{Key, Rests};
 use super::{ANSWER_WITHIN, LinkCounters, reconnect_spread_ms};
 use crate::clock::wall_clock;
 use crate::controller::{BEACON_INTERVAL_MS, ControlError, Controller};
 use crate::store::{self, StoreError};
 
+mod pace;
 mod rests;
 
 /// Messages that are on their way to the broker at once. The next page goes out when the broker has taken all of one and
 /// that is stored, which takes some 100 ms while devices report: so small pages make a large fleet wait.
 const PAGE: usize = 500;
-
-/// The set rate: 4,000 messages a second.
-const MESSAGE_EVERY: Duration = Duration::from_micros(250);
 
 /// The outbox is looked at so often even without news.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -93,7 +92,7 @@ pub async fn run(
     counters: &LinkCounters,
 ) -> Result<(), PublishError> {
     let mut renew_at = Instant::now();
-    let mut page_at = renew_at;
+    let mut pace = Pace::new(renew_at);
     let mut rests = Rests::default();
     loop {
         if renew_at <= Instant::now() {
@@ -101,9 +100,7 @@ pub async fn run(
             renew_at = Instant::now() + HUB_INFO_EVERY;
         }
         while let Some(page) = next_page(controller, &rests).await? {
-            tokio::time::sleep_until(page_at).await;
-            page_at =
-                Instant::now() + MESSAGE_EVERY * u32::try_from(page.len()).unwrap_or(u32::MAX);
+            tokio::time::sleep_until(pace.take(Instant::now(), page.len())).await;
             publish(client, controller, counters, page, &mut rests).await?;
         }
         let now = Instant::now();

@@ -80,11 +80,15 @@ pub enum Mutation {
     PlanOldHeads,
     /// A device takes a turn for its own whatever it answers and however late it comes.
     LateTurns,
+    /// A device starts another release than the one it is at.
+    StartAnother,
+    /// The hub cuts waves by another seed than it says.
+    ShuffleWaves,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 38] = [
+    pub const ALL: [Self; 40] = [
         Self::SkipBake,
         Self::OfferAfterBreak,
         Self::IgnoreSlots,
@@ -123,5 +127,7 @@ impl Mutation {
         Self::StopBeforeStaged,
         Self::PlanOldHeads,
         Self::LateTurns,
+        Self::StartAnother,
+        Self::ShuffleWaves,
     ];
 }

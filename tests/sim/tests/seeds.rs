@@ -106,6 +106,8 @@ fn every_built_in_fault_is_noticed_by_the_right_rule() {
             Mutation::GrantWhilePaused => &["stands still"],
             Mutation::RollBackTheRollback => &["RollbackCause"],
             Mutation::BelieveOldWills => &["overrides the birth"],
+            Mutation::StartAnother => &["NotCurrent"],
+            Mutation::ShuffleWaves => &["mean another plan"],
             Mutation::StopBeforeStaged => &["NeedlessStop", "unchanged container", "KeptStopped"],
             // Random runs seldom meet what these need; `known_defects.rs` and `invariants.rs` have a run for each.
             Mutation::FreeWhenDark

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use foreshore_agent::plan::{History, Observed, Plan, Resume, Step};
 use foreshore_agent::runtime::{Container, ContainerState, Exit};
-use foreshore_protocol::release::service_digest;
+use foreshore_protocol::release::{Release, service_digest};
 
 use crate::mutation::Mutation;
 use crate::scenario::JOB;
@@ -41,6 +41,9 @@ pub(super) fn mutate(
     if mutation == Some(Mutation::StopBeforeStaged) {
         stop_what_is_replaced(plan, observed);
     }
+    if mutation == Some(Mutation::StartAnother) {
+        start_another(plan, observed);
+    }
     if mutation != Some(Mutation::RestartUnchanged) {
         return;
     }
@@ -69,6 +72,19 @@ pub(super) fn mutate(
             })
             .filter(|container| matches!(container.state, ContainerState::Running { .. }));
         plan.steps.extend(others.map(stop));
+    }
+}
+
+fn start_another(plan: &mut Plan, observed: &Observed) {
+    for step in &mut plan.steps {
+        if let Step::Start { id, release } = step {
+            let has = |manifest: &Release| {
+                manifest.app == id.app && manifest.services.contains_key(&id.service)
+            };
+            let mut others = observed.releases.iter();
+            let other = others.find(|(other, manifest)| *other != release && has(manifest));
+            *release = other.map_or(*release, |(other, _)| *other);
+        }
     }
 }
 

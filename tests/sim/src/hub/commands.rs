@@ -99,20 +99,34 @@ impl Hub {
             .iter()
             .map(|device| self.member(device, &described.name))
             .collect();
-        let rollout = Rollout::open(Opening {
-            id,
-            app: described.name.clone(),
-            from: self.completed(&described.name).map(|rollout| rollout.to),
-            to,
-            seed: hash(&[scenario.seed, id]),
-            policy: Policy {
-                requirements: scenario.requirements(app, to, id),
-                ..scenario.policy(id, members.len(), unix(now))
-            },
-            members,
-            before: newest.map(|index| &self.store.rollouts[index]),
-            now: unix(now),
-        });
+        let open = |seed, members: Vec<Member>| {
+            Rollout::open(Opening {
+                id,
+                app: described.name.clone(),
+                from: self.completed(&described.name).map(|rollout| rollout.to),
+                to,
+                seed,
+                policy: Policy {
+                    requirements: scenario.requirements(app, to, id),
+                    ..scenario.policy(id, members.len(), unix(now))
+                },
+                members,
+                before: newest.map(|index| &self.store.rollouts[index]),
+                now: unix(now),
+            })
+        };
+        let seed = hash(&[scenario.seed, id]);
+        let again = open(seed, members.iter().rev().cloned().collect());
+        let shuffled = u64::from(self.mutation == Some(Mutation::ShuffleWaves));
+        let rollout = Rollout {
+            seed,
+            ..open(seed ^ shuffled, members)
+        };
+        if rollout != again {
+            self.violations.push(format!(
+                "rollout {id}: its seed and its devices mean another plan"
+            ));
+        }
         if self.verbose {
             self.log.push(format!(
                 "hub: rollout {id} of {} opens to {to}",
