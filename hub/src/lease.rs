@@ -295,11 +295,15 @@ pub struct Asking {
 /// Who waits longest goes first. Whoever cannot go yet has a place kept in all its bounds, so that nobody who came later
 /// takes one after the other from it; only if one of its bounds is full of devices that are lost does it let others
 /// pass, as nobody knows how long that takes. A device that is unavailable already costs nothing more.
+///
+/// Who fills a bound that another waits for has the place of that one, if it is before its own: it makes room only when
+/// it has had its turn, and would otherwise wait behind the place that is kept for whoever waits for it.
 #[must_use]
 pub fn choose(queue: &[Asking], limits: &BTreeMap<Bound, Limit>) -> Vec<usize> {
     let mut taken: BTreeMap<&Bound, Taken<'_>> = BTreeMap::new();
     let mut chosen = Vec::new();
-    for (place, asking) in queue.iter().enumerate() {
+    for place in order(queue, limits) {
+        let asking = &queue[place];
         let device = &asking.device;
         let costs: Vec<(&Bound, &Limit)> = asking
             .bounds
@@ -334,6 +338,38 @@ pub fn choose(queue: &[Asking], limits: &BTreeMap<Bound, Limit>) -> Vec<usize> {
         }
     }
     chosen
+}
+
+/// The places in `queue` in the order in which they are looked at.
+fn order(queue: &[Asking], limits: &BTreeMap<Bound, Limit>) -> Vec<usize> {
+    let full = |bound: &Bound| {
+        let limit = limits.get(bound);
+        limit.filter(|limit| limit.unavailable.len() >= limit.max)
+    };
+    let fills = |asking: &Asking, bound: &Bound| {
+        full(bound).is_some_and(|limit| limit.unavailable.contains(&asking.device))
+    };
+    let mut awaited: BTreeMap<&Bound, usize> = BTreeMap::new();
+    for (place, asking) in queue.iter().enumerate() {
+        let bounds = asking.bounds.iter();
+        for bound in bounds.filter(|bound| full(bound).is_some() && !fills(asking, bound)) {
+            awaited.entry(bound).or_insert(place);
+        }
+    }
+    let key = |place: &usize| {
+        let filled = queue[*place]
+            .bounds
+            .iter()
+            .filter(|bound| fills(&queue[*place], bound));
+        let inherited = filled.filter_map(|bound| awaited.get(bound)).min();
+        match inherited {
+            Some(first) if first < place => (*first, false, *place),
+            Some(_) | None => (*place, true, *place),
+        }
+    };
+    let mut places: Vec<usize> = (0..queue.len()).collect();
+    places.sort_by_cached_key(key);
+    places
 }
 
 /// What was taken of a bound by those before in the queue.

@@ -167,7 +167,12 @@ fn assign(draft: &mut Draft<'_>, history: &mut AppHistory, desired: &HeadApp) {
             && assignment.phase != Phase::Removing
     });
     if !known {
-        let poison = history.poison(desired.since, &desired.release).cloned();
+        // What came to be good in a later assignment is good, also when a hub that was restored goes back to an earlier one.
+        let good = history.last_known_good.as_ref();
+        let poison = history
+            .poison(desired.since, &desired.release)
+            .filter(|_| good.is_none_or(|good| good.release != desired.release))
+            .cloned();
         history.assignment = Some(Assignment {
             since: desired.since,
             release: desired.release,

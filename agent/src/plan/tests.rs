@@ -1,7 +1,7 @@
 //! The planner against a model device: examples first, then properties.
 
 use foreshore_protocol::manifest::{Condition, Dependency, RestartPolicy, UpdateOrder};
-use foreshore_protocol::message::{Phase, ReasonCode, ServiceState};
+use foreshore_protocol::message::{Phase, Reason, ReasonCode, ServiceState};
 use foreshore_protocol::release::Release;
 
 use super::world::{DEADLINE_MS, SOAK_MS, World, release, service};
@@ -669,6 +669,28 @@ fn the_same_release_assigned_again_restarts_nothing_and_succeeds_at_once() {
     let plan = world.run(0);
     assert_eq!(plan.status[0].phase, Phase::Succeeded);
     assert_eq!(plan.status[0].since, world.version());
+    assert_eq!((world.started.len(), world.stopped.len()), (1, 0));
+}
+
+#[test]
+fn what_failed_in_an_assignment_and_is_good_since_is_good_in_that_assignment_too() {
+    let v1 = web("good", 1);
+    let mut world = settled(&v1);
+    let app: AppName = "shop".parse().unwrap();
+    let first = world.desired.apps[&app].since;
+    world.assign(&v1);
+    world.run(0);
+    let history = world.history.apps.get_mut(&app).unwrap();
+    history.poisoned.push(Poison {
+        since: first,
+        release: v1.digest(),
+        reason: Reason::new(ReasonCode::Exited, None, "it was not good then"),
+    });
+    // As a hub says that was restored from a backup of that time.
+    world.desired.version = Version::from_numbers(2, 99).ok();
+    world.desired.apps.get_mut(&app).unwrap().since = first;
+    world.run(HOUR);
+    assert_eq!(world.phase("shop"), Phase::Succeeded);
     assert_eq!((world.started.len(), world.stopped.len()), (1, 0));
 }
 

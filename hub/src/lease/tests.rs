@@ -210,6 +210,36 @@ fn who_waits_longest_goes_first_and_nobody_passes_it() {
 }
 
 #[test]
+fn who_waits_lets_those_pass_for_whom_it_waits() {
+    // 1 has to wait until the rollout has room, which 2 takes until it has had its turn in the group that both are in.
+    let queue = [
+        asking(1, 0, &["rollout", "group"]),
+        asking(2, 1, &["rollout", "group"]),
+        asking(3, 2, &["group"]),
+    ];
+    let limits = |max, down: &[usize]| {
+        BTreeMap::from([
+            (bound("rollout"), limit(1, down, &[])),
+            (bound("group"), limit(max, &[], &[])),
+        ])
+    };
+    assert_eq!(choose(&queue, &limits(1, &[2])), [1]);
+    assert_eq!(choose(&queue, &limits(2, &[2])), [1]);
+    // Nobody else passes: neither who fills nothing, nor one of a rollout that 1 does not wait for.
+    assert_eq!(choose(&queue, &limits(1, &[9])), [] as [usize; 0]);
+    assert_eq!(choose(&queue, &limits(1, &[])), [0]);
+    // Nor does it matter how many wait in between.
+    let chain = [
+        asking(1, 0, &["rollout", "group"]),
+        asking(2, 1, &["other", "group"]),
+        asking(3, 2, &["rollout", "group"]),
+    ];
+    let mut full = limits(1, &[3]);
+    full.insert(bound("other"), limit(1, &[2], &[]));
+    assert_eq!(choose(&chain, &full), [2]);
+}
+
+#[test]
 fn a_device_that_is_unavailable_already_costs_nothing_more() {
     let limits = BTreeMap::from([(bound("x"), limit(1, &[0], &[]))]);
     let queue = [asking(1, 1, &["x"]), asking(0, 2, &["x"])];
@@ -576,6 +606,34 @@ proptest! {
             }
         }
         world.settle(apps);
+    }
+
+    /// Where everybody that fills a rollout waits for a turn in it, somebody gets one.
+    #[test]
+    fn nobody_waits_in_a_circle(
+        max in 1_usize..3,
+        down in proptest::collection::vec((0_usize..8, 0_usize..3), 0..8),
+        others in proptest::collection::vec((0_usize..8, 0_usize..3), 1..8),
+        order in any::<u64>(),
+    ) {
+        let rollout = |number: usize| ["x", "y", "z"][number];
+        let mut limits = BTreeMap::from([(bound("group"), limit(max, &[], &[]))]);
+        for number in 0..3 {
+            let filling: Vec<_> = down.iter().filter(|(_, of)| *of == number).map(|(device, _)| *device).collect();
+            limits.insert(bound(rollout(number)), limit(filling.len().max(1), &filling, &[]));
+        }
+        let mut asked: Vec<_> = down.iter().chain(&others).collect();
+        let places = asked.len();
+        asked.rotate_left(usize::try_from(order % places as u64).unwrap());
+        let queue: Vec<Asking> = asked
+            .into_iter()
+            .zip(0_u64..)
+            .map(|((device, of), first)| asking(*device, first, &[rollout(*of), "group"]))
+            .collect();
+        let chosen = choose(&queue, &limits);
+        prop_assert!(!chosen.is_empty(), "{queue:?} {limits:?}");
+        let went: BTreeSet<_> = chosen.iter().map(|place| &queue[*place].device).collect();
+        prop_assert!(went.len() <= max);
     }
 
     /// Whoever is at the head of the queue goes as soon as its own bounds have room, whatever the others do.
