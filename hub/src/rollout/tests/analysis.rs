@@ -276,9 +276,9 @@ proptest! {
                 }
             }
         }
-        // With good answers only it comes to an end, unless it went back.
+        // With good answers only it comes to an end; also on the way back, for which devices may have been silent for too long.
         for _ in 0..200 {
-            if world.rollout.state == RolloutState::Paused {
+            if matches!(world.rollout.state, RolloutState::Paused | RolloutState::RollbackPaused) {
                 world.command(command::resume(&world.rollout));
             }
             for device in world.offered() {
