@@ -248,7 +248,7 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
 
-    /// DESIGN.md §4, points 5 to 9, through [`check`] and [`check_action`]; and it always comes to an end.
+    /// `ARCHITECTURE.md`, "What must always hold", points 5 to 9, through [`check`] and [`check_action`]; and it always comes to an end.
     #[test]
     fn whatever_happens_the_rules_hold_and_it_ends(
         devices in 1_usize..12,

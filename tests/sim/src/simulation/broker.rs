@@ -7,7 +7,7 @@ use foreshore_protocol::message::{Presence, Reported};
 use super::{Down, Event, Simulation, Told, Up};
 use crate::scenario::{MINUTE, Ms, SECOND};
 
-/// When a broker publishes the Will of a device that is gone (DESIGN.md §5).
+/// When a broker publishes the Will of a device that is gone, as the agent asks it to.
 const WILL_DELAY: Ms = 90 * SECOND;
 
 /// What the broker keeps.
