@@ -594,7 +594,15 @@ impl Controller {
             // Not at once: what failed is likely to fail again.
             return Ok(None);
         }
-        let next = self.change(|change| Ok(store::rollout::due(change.connection, change.now)?.1));
+        // What became due meanwhile, or left something for the next look, is not to be slept over.
+        let next = self.change(|change| {
+            let (due, next) = store::rollout::due(change.connection, change.now)?;
+            Ok(if due.is_empty() {
+                next
+            } else {
+                Some(change.now)
+            })
+        });
         next.await
     }
 

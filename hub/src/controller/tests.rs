@@ -399,6 +399,52 @@ fn a_release_for_everybody_is_placed_in_transactions_of_bounded_length() {
     assert!(next.is_some(), "but the deadlines of those that were told");
 }
 
+#[tokio::test]
+async fn what_is_left_for_the_next_look_is_not_slept_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _writer) = Store::open(&dir.path().join("hub.db")).unwrap();
+    let controller = Controller::new(store, HubClock::start(UnixMs(0)));
+    let devices = 3 * OFFERS_AT_ONCE + 1;
+    let births: Vec<_> = (0..devices)
+        .flat_map(|number| {
+            let birth = Message::Presence(presence(1, 1, true));
+            let labels = Labels::from([("role".parse().unwrap(), "web".parse().unwrap())]);
+            let report = Message::Reported(reported(1, 1, None, labels, Vec::new()));
+            [birth, report].map(|message| Inbound {
+                device: device(&format!("d{number}")),
+                retained: false,
+                message,
+            })
+        })
+        .collect();
+    let joined = controller.change(move |change| ingest::ingest(change, &births));
+    joined.await.unwrap();
+    controller.set_listening(Listening {
+        since: Some(UnixMs(0)),
+        settle_ms: 0,
+    });
+    let opened = controller.change(|change| apps::apply(change, &resolved("1", AT_ONCE), 7));
+    opened.await.unwrap();
+    // No device says anything.
+    loop {
+        let next = controller.round().await.unwrap();
+        let placed = controller.change(|change| {
+            let count = "SELECT count(*) FROM placement";
+            let count = change
+                .connection
+                .query_row(count, [], |row| row.get::<_, u32>(0));
+            Ok(count?)
+        });
+        if placed.await.unwrap() == devices {
+            break;
+        }
+        assert!(
+            next.is_some_and(|next| next <= controller.now()),
+            "{next:?}"
+        );
+    }
+}
+
 #[test]
 fn a_device_that_joins_during_a_rollout_waits_for_its_end() {
     let mut hub = Hub::new();
