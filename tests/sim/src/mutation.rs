@@ -84,11 +84,15 @@ pub enum Mutation {
     StartAnother,
     /// The hub cuts waves by another seed than it says.
     ShuffleWaves,
+    /// Receivers refuse messages into which a newer sender wrote more than they know of.
+    RefuseNewer,
+    /// Receivers do not look at checksums.
+    BelieveDamage,
 }
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 40] = [
+    pub const ALL: [Self; 42] = [
         Self::SkipBake,
         Self::OfferAfterBreak,
         Self::IgnoreSlots,
@@ -129,5 +133,7 @@ impl Mutation {
         Self::LateTurns,
         Self::StartAnother,
         Self::ShuffleWaves,
+        Self::RefuseNewer,
+        Self::BelieveDamage,
     ];
 }

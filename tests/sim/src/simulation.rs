@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `process` | the hub's process: transactions, what it hears and publishes |
 //! | `broker` | the broker and the network |
+//! | `wire` | messages as bytes, as the real encoders write and the real decoders read them |
 //! | `devices` | what happens on devices, and what they send |
 //! | `fate` | what goes wrong |
 //! | `backups` | copies of the hub's store, and what must hold when one is put back |
@@ -25,6 +26,7 @@ mod devices;
 mod fate;
 mod process;
 mod rest;
+mod wire;
 
 use crate::device::Device;
 use crate::hub::{BEACON_INTERVAL, Hub, Store};
@@ -32,6 +34,7 @@ use crate::mutation::Mutation;
 use crate::random::{Random, hash};
 use crate::scenario::{Command, Fault, MINUTE, Ms, Scenario};
 use broker::Broker;
+use wire::Sent;
 
 /// A run with more events than this goes in circles.
 const MAX_EVENTS: u64 = 5_000_000;
@@ -52,7 +55,7 @@ pub struct Outcome {
 }
 
 /// Device to hub.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 enum Up {
     Presence(Presence),
     Beacon(Beacon),
@@ -61,19 +64,19 @@ enum Up {
 }
 
 /// A head, and which life of the hub's store it comes from: how many backups were restored before.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 struct Told {
     life: u64,
     head: Head,
 }
 
 /// Hub or broker to device.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 enum Down {
     Head(Told),
     Ack(u64),
     Resync,
-    Release(Digest),
+    Release(Box<Release>),
     Lease(Lease),
 }
 
@@ -81,13 +84,13 @@ enum Down {
 enum Event {
     Up {
         device: usize,
-        message: Up,
+        message: Sent<Up>,
         retained: bool,
     },
     Down {
         device: usize,
         session: u64,
-        message: Down,
+        message: Sent<Down>,
     },
     Connect {
         device: usize,
@@ -149,6 +152,8 @@ enum Event {
 struct Simulation {
     scenario: Arc<Scenario>,
     random: Random,
+    /// What the wire draws from.
+    noise: Random,
     mutation: Option<Mutation>,
     now: Ms,
     queue: BinaryHeap<Reverse<(Ms, u64, usize)>>,
@@ -231,6 +236,7 @@ impl Simulation {
             .collect();
         let mut simulation = Self {
             random: Random::new(hash(&[scenario.seed, 1])),
+            noise: Random::new(hash(&[scenario.seed, 46])),
             mutation,
             now: 0,
             queue: BinaryHeap::new(),
@@ -333,12 +339,12 @@ impl Simulation {
                 device,
                 message,
                 retained,
-            } => self.hub_receives(device, message, retained),
+            } => self.hub_receives(device, &message, retained),
             Event::Down {
                 device,
                 session,
                 message,
-            } => self.device_receives(device, session, message),
+            } => self.device_receives(device, session, &message),
             Event::Connect { device, life } => self.connect(device, life),
             Event::Will { device, session } => self.will(device, session),
             Event::Poll { device, life } => {

@@ -106,8 +106,10 @@ fn every_built_in_fault_is_noticed_by_the_right_rule() {
             Mutation::GrantWhilePaused => &["stands still"],
             Mutation::RollBackTheRollback => &["RollbackCause"],
             Mutation::BelieveOldWills => &["overrides the birth"],
-            Mutation::StartAnother => &["NotCurrent"],
+            Mutation::StartAnother => &["NotCurrent", "UnknownService"],
             Mutation::ShuffleWaves => &["mean another plan"],
+            Mutation::RefuseNewer => &["was on the wire, and was read as None"],
+            Mutation::BelieveDamage => &["a damaged copy"],
             Mutation::StopBeforeStaged => &["NeedlessStop", "unchanged container", "KeptStopped"],
             // Random runs seldom meet what these need; `known_defects.rs` and `invariants.rs` have a run for each.
             Mutation::FreeWhenDark

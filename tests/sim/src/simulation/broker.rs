@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use foreshore_protocol::message::{Presence, Reported};
+use foreshore_protocol::message::Presence;
 
-use super::{Down, Event, Simulation, Told, Up};
+use super::wire::Sent;
+use super::{Down, Event, Simulation, Up};
 use crate::scenario::{MINUTE, Ms, SECOND};
 
 /// When a broker publishes the Will of a device that is gone, as the agent asks it to.
@@ -14,9 +15,9 @@ const WILL_DELAY: Ms = 90 * SECOND;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Broker {
     pub(super) up: bool,
-    pub(super) heads: BTreeMap<usize, Told>,
-    pub(super) presence: BTreeMap<usize, Presence>,
-    pub(super) reported: BTreeMap<usize, Reported>,
+    pub(super) heads: BTreeMap<usize, Sent<Down>>,
+    pub(super) presence: BTreeMap<usize, Sent<Up>>,
+    pub(super) reported: BTreeMap<usize, Sent<Up>>,
 }
 
 impl Broker {
@@ -38,11 +39,11 @@ impl Simulation {
         1 + usize::from(self.random.chance(duplication))
     }
 
-    pub(super) fn send_up(&mut self, device: usize, message: &Up) {
+    pub(super) fn send_up(&mut self, device: usize, message: Up) {
         if self.devices[device].session.is_none() || !self.broker.up || self.lost() {
             return;
         }
-        self.retain(device, message);
+        let message = self.retain(device, message);
         for _ in 0..self.copies() {
             let delay = self.random.between(5, self.scenario.delay);
             self.schedule(
@@ -56,19 +57,24 @@ impl Simulation {
         }
     }
 
-    fn retain(&mut self, device: usize, message: &Up) {
-        match message {
-            Up::Presence(presence) => {
-                self.broker.presence.insert(device, presence.clone());
-            }
-            Up::Reported(reported) => {
-                self.broker.reported.insert(device, (**reported).clone());
-            }
-            Up::Beacon(_) | Up::LeaseRequest(_) => {}
-        }
+    /// Puts it on the wire; the broker keeps it, if it is of a kind that is kept.
+    fn retain(&mut self, device: usize, message: Up) -> Sent<Up> {
+        let message = self.written_by_device(device, message);
+        let kept = match message.meant() {
+            Up::Presence(_) => &mut self.broker.presence,
+            Up::Reported(_) => &mut self.broker.reported,
+            Up::Beacon(_) | Up::LeaseRequest(_) => return message,
+        };
+        kept.insert(device, message.clone());
+        message
     }
 
-    pub(super) fn send_down(&mut self, device: usize, message: &Down) {
+    pub(super) fn send_down(&mut self, device: usize, message: Down) {
+        let message = self.written_by_hub(message);
+        self.deliver(device, &message);
+    }
+
+    pub(super) fn deliver(&mut self, device: usize, message: &Sent<Down>) {
         let Some(session) = self.devices[device].session else {
             return;
         };
@@ -123,12 +129,12 @@ impl Simulation {
             .filter(|reported| reported.seq > one.acknowledged);
         self.hub.contacts.insert(one.id.clone(), (true, now));
         self.note(|| format!("device-{device} connects"));
-        self.send_up(device, &Up::Presence(presence));
+        self.send_up(device, Up::Presence(presence));
         if let Some(reported) = reported {
             self.report(device, reported);
         }
         if let Some(head) = self.broker.heads.get(&device).cloned() {
-            self.send_down(device, &Down::Head(head));
+            self.deliver(device, &head);
         }
         self.schedule(0, Event::Poll { device, life });
     }
@@ -165,13 +171,13 @@ impl Simulation {
             secrets_key: None,
             secrets: None,
         };
-        self.retain(device, &Up::Presence(presence.clone()));
+        let message = self.retain(device, Up::Presence(presence));
         let delay = self.random.between(5, self.scenario.delay);
         self.schedule(
             delay,
             Event::Up {
                 device,
-                message: Up::Presence(presence),
+                message,
                 retained: false,
             },
         );

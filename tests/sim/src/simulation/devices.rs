@@ -3,6 +3,7 @@
 use foreshore_protocol::message::{Beacon, Reported};
 use foreshore_protocol::{AppName, Version};
 
+use super::wire::Sent;
 use super::{Down, Event, Simulation, Told, Up};
 use crate::hub::{BEACON_INTERVAL, TTL};
 use crate::scenario::{Ms, SECOND};
@@ -28,7 +29,9 @@ impl Simulation {
         }
         for release in asks.fetch {
             if self.devices[device].session.is_some() {
-                self.send_down(device, &Down::Release(release));
+                if let Some(release) = self.releases.get(&release).cloned() {
+                    self.send_down(device, Down::Release(Box::new(release)));
+                }
                 // Asked again until it comes.
                 self.poll_at(device, now + 20 * SECOND);
             }
@@ -37,7 +40,7 @@ impl Simulation {
             self.poll_at(device, at);
         }
         for request in asks.requests {
-            self.send_up(device, &Up::LeaseRequest(request));
+            self.send_up(device, Up::LeaseRequest(request));
         }
         for (app, since) in asks.began {
             self.check_turn(device, &app, since);
@@ -109,7 +112,7 @@ impl Simulation {
 
     pub(super) fn report(&mut self, device: usize, reported: Reported) {
         let (life, seq) = (self.devices[device].life, reported.seq);
-        self.send_up(device, &Up::Reported(Box::new(reported)));
+        self.send_up(device, Up::Reported(Box::new(reported)));
         self.schedule(30 * SECOND, Event::Resend { device, life, seq });
     }
 
@@ -139,13 +142,16 @@ impl Simulation {
             load_centi: 0,
             secrets: None,
         };
-        self.send_up(device, &Up::Beacon(beacon));
+        self.send_up(device, Up::Beacon(beacon));
     }
 
-    pub(super) fn device_receives(&mut self, device: usize, session: u64, message: Down) {
+    pub(super) fn device_receives(&mut self, device: usize, session: u64, sent: &Sent<Down>) {
         if self.devices[device].session != Some(session) {
             return;
         }
+        let Some(message) = self.take_from_wire(sent) else {
+            return;
+        };
         self.note(|| format!("device-{device} hears {message:?}"));
         match message {
             Down::Head(Told { life, head }) => {
@@ -176,11 +182,9 @@ impl Simulation {
                     self.report(device, reported);
                 }
             }
-            Down::Release(digest) => {
-                if let Some(release) = self.releases.get(&digest) {
-                    self.devices[device].receive_release(digest, release);
-                    self.poll(device);
-                }
+            Down::Release(release) => {
+                self.devices[device].receive_release(release.digest(), &release);
+                self.poll(device);
             }
         }
     }

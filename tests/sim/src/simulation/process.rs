@@ -5,6 +5,7 @@ use std::sync::Arc;
 use foreshore_hub::rollout::analysis::Question;
 use foreshore_protocol::DeviceId;
 
+use super::wire::Sent;
 use super::{Down, Event, Simulation, Told, Up};
 use crate::hub::{Hub, Store};
 use crate::mutation::Mutation;
@@ -36,7 +37,7 @@ impl Simulation {
         }
         for (id, lease) in std::mem::take(&mut self.hub.leases) {
             if let Some(device) = self.devices.iter().position(|one| one.id == id) {
-                self.send_down(device, &Down::Lease(lease));
+                self.send_down(device, Down::Lease(lease));
             }
         }
         Some(done)
@@ -91,18 +92,21 @@ impl Simulation {
             return;
         };
         self.check_issue(device, &head);
-        let head = Told {
+        let head = self.written_by_hub(Down::Head(Told {
             life: self.hub.restored,
             head,
-        };
+        }));
         self.broker.heads.insert(device, head.clone());
-        self.send_down(device, &Down::Head(head));
+        self.deliver(device, &head);
     }
 
-    pub(super) fn hub_receives(&mut self, device: usize, message: Up, retained: bool) {
+    pub(super) fn hub_receives(&mut self, device: usize, sent: &Sent<Up>, retained: bool) {
         if !self.hub.up || !self.broker.up {
             return;
         }
+        let Some(message) = self.take_from_wire(sent) else {
+            return;
+        };
         let id = self.devices[device].id.clone();
         self.note(|| format!("hub hears {id}: {}", describe(&message)));
         let now = self.now;
@@ -127,12 +131,12 @@ impl Simulation {
             self.publish_head(&id);
         }
         if missed {
-            self.send_down(device, &Down::Resync);
+            self.send_down(device, Down::Resync);
         }
         if let Up::Reported(reported) = message
             && self.devices[device].disk.starts == reported.boot
         {
-            self.send_down(device, &Down::Ack(reported.seq));
+            self.send_down(device, Down::Ack(reported.seq));
         }
     }
 
@@ -157,26 +161,15 @@ impl Simulation {
         if !self.broker.up {
             return;
         }
-        let presence: Vec<_> = self.broker.presence.clone().into_iter().collect();
-        for (device, presence) in presence {
+        let kept = self.broker.presence.iter().chain(&self.broker.reported);
+        let kept: Vec<_> = kept.map(|(device, sent)| (*device, sent.clone())).collect();
+        for (device, message) in kept {
             let delay = self.random.between(10, 5 * SECOND);
             self.schedule(
                 delay,
                 Event::Up {
                     device,
-                    message: Up::Presence(presence),
-                    retained: true,
-                },
-            );
-        }
-        let reported: Vec<_> = self.broker.reported.clone().into_iter().collect();
-        for (device, reported) in reported {
-            let delay = self.random.between(10, 5 * SECOND);
-            self.schedule(
-                delay,
-                Event::Up {
-                    device,
-                    message: Up::Reported(Box::new(reported)),
+                    message,
                     retained: true,
                 },
             );
