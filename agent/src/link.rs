@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foreshore_protocol::message::{
-    Beacon, Command, Event, Head, HubInfo, Lease, LeaseRequest, Presence, PullProgress, Reported,
+    Beacon, Command, Events, Head, HubInfo, Lease, LeaseRequest, Presence, PullProgress, Reported,
 };
 use foreshore_protocol::secret::{PublicKey, SealedSecrets};
 use foreshore_protocol::topic::{self, Leaf, Topic};
@@ -79,8 +79,8 @@ pub enum Outgoing {
     Beacon(Beacon),
     /// How far a pull is.
     Pull(PullProgress),
-    /// Something that happened.
-    Event(Event),
+    /// What happened, oldest first.
+    Events(Events),
     /// Ask for a turn to switch, or give it back.
     LeaseRequest(LeaseRequest),
     /// Ask for the manifest of a release; it arrives as [`Incoming::Release`].
@@ -489,8 +489,8 @@ fn send(client: &AsyncClient, device: &DeviceId, message: Outgoing) -> Result<()
         Outgoing::Pull(progress) => {
             publish(Leaf::Pull, frame::encode(&progress), QoS::AtMostOnce, false)
         }
-        Outgoing::Event(event) => {
-            publish(Leaf::Event, frame::encode(&event), QoS::AtLeastOnce, false)
+        Outgoing::Events(events) => {
+            publish(Leaf::Event, frame::encode(&events), QoS::AtLeastOnce, false)
         }
         Outgoing::LeaseRequest(request) => {
             // It is repeated before that.

@@ -576,6 +576,7 @@ impl<R: Runtime + 'static> Agent<R> {
         tracing::info!("stopping; containers keep running");
         self.watchdog.stop();
         self.tasks.abort_all();
+        self.uplink.hurry(&self.outbox);
         if !self.uplink.send(Outgoing::Close) {
             return;
         }

@@ -274,6 +274,30 @@ fn what_the_hub_did_not_acknowledge_is_sent_again() {
 }
 
 #[test]
+fn events_travel_together_and_a_stop_does_not_keep_them() {
+    run(async {
+        let bed = Bed::new();
+        let release = bed.release(&shop("one"));
+        let began = std::time::Instant::now();
+        let mut device = Device::start(&bed).await;
+        bed.hub.assign(1, &release);
+        device.phase("shop", Phase::Succeeded).await;
+        // Before the success has waited its second for others.
+        device.stop().await;
+        wait_for("the success to be told", || {
+            bed.hub.event(EventKind::Succeeded)
+        })
+        .await;
+        let (events, messages) = bed.hub.events();
+        let seconds = usize::try_from(began.elapsed().as_secs()).unwrap();
+        assert!(
+            messages < events && messages <= seconds + 2,
+            "{events} events in {messages} messages and {seconds} s"
+        );
+    });
+}
+
+#[test]
 fn an_unknown_image_blocks_and_the_old_release_runs_on() {
     run(async {
         let bed = Bed::new();

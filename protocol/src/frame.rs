@@ -9,7 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::message::{
-    Beacon, Command, Event, Head, HubInfo, Lease, LeaseRequest, Presence, PullProgress, Reported,
+    Beacon, Command, Event, Events, Head, HubInfo, Lease, LeaseRequest, Presence, PullProgress,
+    Reported,
 };
 use crate::secret::SealedSecrets;
 
@@ -23,7 +24,7 @@ pub const HEADER_LEN: usize = 9;
 pub const MAX_FRAME_BYTES: usize = 64 * 1024;
 
 /// The highest schema id this build reads.
-pub const MAX_SCHEMA: u16 = 0x000b;
+pub const MAX_SCHEMA: u16 = 0x000c;
 
 /// Why bytes are not a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -99,6 +100,7 @@ schema! {
     PullProgress => 0x0009,
     LeaseRequest => 0x000a,
     Lease => 0x000b,
+    Events => 0x000c,
 }
 
 /// The bytes of `message`, framed.

@@ -15,7 +15,7 @@ mod bounds;
 mod nodes;
 
 pub use bounds::{
-    MAX_APPS, MAX_BUDGETS, MAX_DEV_NODES, MAX_FACT_BYTES, MAX_GROUP_LABELS, MAX_LABELS,
+    MAX_APPS, MAX_BUDGETS, MAX_DEV_NODES, MAX_EVENTS, MAX_FACT_BYTES, MAX_GROUP_LABELS, MAX_LABELS,
     MAX_SERVICE_STATES, MAX_TEXT_BYTES, MAX_WINDOW_MS, MAX_ZONE_BYTES, fit,
 };
 pub use nodes::{DEV_NODE_DEPTH, tells_of};
@@ -554,6 +554,14 @@ impl Event {
         (self.app, self.service) = (Some(app), service);
         self
     }
+}
+
+/// Up: events that wait for the hub's acknowledgement, the oldest first and none between them missing; at most
+/// [`MAX_EVENTS`] of them. They travel together, as each message costs more than an event has to say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Events {
+    /// By [`Event::seq`].
+    pub events: Vec<Event>,
 }
 
 /// The kinds of [`Event`]. Append only; never reorder.

@@ -28,7 +28,7 @@ pub enum Leaf {
     Beacon,
     /// Up, QoS 0: [`crate::message::PullProgress`].
     Pull,
-    /// Up, QoS 1: [`crate::message::Event`].
+    /// Up, QoS 1: [`crate::message::Events`].
     Event,
     /// Up, QoS 1, retained, birth and Will: [`crate::message::Presence`].
     Presence,

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use foreshore_protocol::digest::Digest;
 use foreshore_protocol::frame::{self, MAX_FRAME_BYTES, Message as _};
 use foreshore_protocol::manifest::{self, MAX_MANIFEST_BYTES};
-use foreshore_protocol::message::{Event, Head, PullProgress, Reported};
+use foreshore_protocol::message::{Event, Events, Head, PullProgress, Reported};
 use foreshore_protocol::release::{MAX_RELEASE_BYTES, Release};
 
 /// The system's allocator, counting.
@@ -69,6 +69,7 @@ fn hostile_input_takes_bounded_memory() {
                 drop(frame::decode::<Head>(&bytes));
                 drop(frame::decode::<Reported>(&bytes));
                 drop(frame::decode::<Event>(&bytes));
+                drop(frame::decode::<Events>(&bytes));
                 drop(frame::decode::<PullProgress>(&bytes));
             });
             assert!(

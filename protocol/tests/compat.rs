@@ -14,9 +14,9 @@ use foreshore_protocol::frame::{self, MAX_SCHEMA, Message};
 use foreshore_protocol::id::{Epoch, Version};
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
-    AppStatus, Beacon, BudgetGroup, Command, Event, EventKind, Head, HeadApp, HubInfo, ImagePull,
-    Inventory, KeptOld, Lease, LeaseRequest, Phase, Presence, PullProgress, PullState, Reason,
-    ReasonCode, Reported, ServiceState, ServiceStatus, Window, Windows, Zone,
+    AppStatus, Beacon, BudgetGroup, Command, Event, EventKind, Events, Head, HeadApp, HubInfo,
+    ImagePull, Inventory, KeptOld, Lease, LeaseRequest, Phase, Presence, PullProgress, PullState,
+    Reason, ReasonCode, Reported, ServiceState, ServiceStatus, Window, Windows, Zone,
 };
 use foreshore_protocol::release::{Release, service_digest};
 use foreshore_protocol::secret::{
@@ -352,6 +352,7 @@ fn events_of_every_kind() {
         K::LetGo,
         K::TakenBack,
     ];
+    let mut events = Vec::new();
     for (seq, kind) in (1..).zip(kinds) {
         let event = Event::new(seq, 3, 1_790_000_000_000, kind, "what happened");
         let event = if seq % 2 == 0 {
@@ -360,7 +361,9 @@ fn events_of_every_kind() {
             event
         };
         message(&format!("event-{seq:02}.bin"), &event);
+        events.push(event);
     }
+    message("events.bin", &Events { events });
 }
 
 /// A release that stands on devices must keep its digest: it is compared with what the hub assigned.

@@ -9,7 +9,7 @@ use foreshore_protocol::frame::{self, FrameError, HEADER_LEN, Message};
 use foreshore_protocol::id::{LabelKey, LabelValue};
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
-    Beacon, Command, Event, EventKind, Head, HubInfo, Lease, LeaseRequest, MAX_TEXT_BYTES,
+    Beacon, Command, Event, EventKind, Events, Head, HubInfo, Lease, LeaseRequest, MAX_TEXT_BYTES,
     Presence, PullProgress, Reason, ReasonCode, Reported,
 };
 use foreshore_protocol::quantity::{Bytes, Cpus, Span};
@@ -57,6 +57,7 @@ fn decode_all(bytes: &[u8]) {
     let _ = frame::decode::<PullProgress>(bytes).map(|pull| PullView::from(&pull));
     let _ = frame::decode::<Presence>(bytes);
     let _ = frame::decode::<Event>(bytes);
+    let _ = frame::decode::<Events>(bytes);
     let _ = frame::decode::<HubInfo>(bytes);
     let _ = frame::decode::<SealedSecrets>(bytes);
     let _ = frame::decode::<LeaseRequest>(bytes);

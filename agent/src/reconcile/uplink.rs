@@ -9,15 +9,18 @@ use std::time::Duration;
 use foreshore_killpoint as killpoint;
 use foreshore_protocol::Version;
 use foreshore_protocol::frame::MAX_FRAME_BYTES;
-use foreshore_protocol::message::{AppStatus, Beacon, Event, Inventory, PullProgress, Reported};
+use foreshore_protocol::message::{
+    AppStatus, Beacon, Event, Events, Inventory, MAX_EVENTS, PullProgress, Reported,
+};
 use tokio::time::Instant;
 
 use crate::inventory;
 use crate::link::{Link, Outgoing, Receipt};
 use crate::state::Outbox;
 
-/// How many events may be on their way without the hub's acknowledgement.
-const EVENT_WINDOW: usize = 16;
+/// How long an event waits for others to travel with: one message instead of six for an update that takes a second, and
+/// nothing but people's eyes waits for it.
+const EVENT_LINGER: Duration = Duration::from_secs(1);
 
 /// How long the hub has to acknowledge before everything is sent again; doubles each time.
 const RESEND_FIRST: Duration = Duration::from_secs(30);
@@ -65,6 +68,8 @@ pub(super) struct Uplink {
     urgent: bool,
     /// The newest event that was handed to the link in this connection.
     sent_event: u64,
+    /// When those that were not are due.
+    events_at: Option<Instant>,
     resend_at: Option<Instant>,
     resend_pause: Duration,
     busy_until: Option<Instant>,
@@ -100,6 +105,7 @@ impl Uplink {
             unsent: false,
             urgent: false,
             sent_event: 0,
+            events_at: None,
             resend_at: None,
             resend_pause: RESEND_FIRST,
             busy_until: None,
@@ -164,6 +170,7 @@ impl Uplink {
         self.receipts.clear();
         self.connected = false;
         self.beacon_at = None;
+        self.events_at = None;
         self.resend_at = None;
         self.busy_until = None;
     }
@@ -217,7 +224,7 @@ impl Uplink {
         }
         let sent = self.flush_receipts()
             && self.flush_report(now, &inventory)
-            && self.flush_events(outbox)
+            && self.flush_events(now, outbox)
             && self.flush_beacon(now, outbox, gauges, &inventory)
             && self.flush_pull(now, pull);
         if !sent {
@@ -286,18 +293,35 @@ impl Uplink {
                 .is_none_or(|at| now >= at + self.report_interval)
     }
 
-    fn flush_events(&mut self, outbox: &Outbox) -> bool {
-        let window: Vec<&Event> = outbox.events().take(EVENT_WINDOW).collect();
-        for event in window {
-            if event.seq <= self.sent_event {
-                continue;
-            }
-            if !self.link.send(Outgoing::Event(event.clone())) {
-                return false;
-            }
-            self.sent_event = event.seq;
+    /// At most [`MAX_EVENTS`] are on their way without the hub's acknowledgement; when those are all, the rest waits for it.
+    fn flush_events(&mut self, now: Instant, outbox: &Outbox) -> bool {
+        let events: Vec<Event> = (outbox.events().take(MAX_EVENTS))
+            .filter(|event| event.seq > self.sent_event)
+            .cloned()
+            .collect();
+        let Some(newest) = events.last().map(|event| event.seq) else {
+            self.events_at = None;
+            return true;
+        };
+        let due = *self.events_at.get_or_insert(now + EVENT_LINGER);
+        if now < due && events.len() < MAX_EVENTS {
+            return true;
         }
+        if !self.link.send(Outgoing::Events(Events { events })) {
+            return false;
+        }
+        self.sent_event = newest;
+        self.events_at = None;
         true
+    }
+
+    /// Hands over what waits for others, as nothing else comes.
+    pub(super) fn hurry(&mut self, outbox: &Outbox) {
+        let now = Instant::now();
+        self.events_at = Some(now);
+        if self.connected && !self.flush_events(now, outbox) {
+            tracing::debug!("the last events wait for the next start");
+        }
     }
 
     fn flush_beacon(
@@ -348,9 +372,13 @@ impl Uplink {
             self.reported_at
                 .map_or_else(Instant::now, |at| at + self.report_interval)
         });
-        [report, self.resend_at, self.beacon_at, self.pull_at]
-            .into_iter()
-            .flatten()
-            .min()
+        let due = [
+            report,
+            self.events_at,
+            self.resend_at,
+            self.beacon_at,
+            self.pull_at,
+        ];
+        due.into_iter().flatten().min()
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use foreshore_protocol::frame;
 use foreshore_protocol::message::{
-    Command as Order, Event, EventKind, Head, HeadApp, Presence, Reported, Windows,
+    Command as Order, Event, EventKind, Events, Head, HeadApp, Presence, Reported, Windows,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::topic::{self, Leaf};
@@ -23,6 +23,8 @@ use rumqttc::{AsyncClient, Event as Polled, Incoming, MqttOptions, PublishOption
 struct Heard {
     reported: Option<Reported>,
     events: Vec<Event>,
+    /// How many messages they came in.
+    event_messages: usize,
     presences: Vec<Presence>,
 }
 
@@ -235,6 +237,12 @@ impl Hub {
         self.heard.borrow().reported.clone()
     }
 
+    /// How many events came in how many messages.
+    pub fn events(&self) -> (usize, usize) {
+        let heard = self.heard.borrow();
+        (heard.events.len(), heard.event_messages)
+    }
+
     /// The newest event of a kind.
     pub fn event(&self, kind: EventKind) -> Option<Event> {
         self.heard
@@ -264,7 +272,9 @@ fn take(heard: &mut Heard, topic: &str, payload: &[u8]) {
     if topic.ends_with("/reported") {
         heard.reported = Some(frame::decode(payload).unwrap());
     } else if topic.ends_with("/event") {
-        heard.events.push(frame::decode(payload).unwrap());
+        let Events { events } = frame::decode(payload).unwrap();
+        heard.events.extend(events);
+        heard.event_messages += 1;
     } else if topic.ends_with("/presence") {
         heard.presences.push(frame::decode(payload).unwrap());
     }

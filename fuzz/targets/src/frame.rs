@@ -5,7 +5,8 @@ use std::fmt::Debug;
 use foreshore_protocol::api::PullView;
 use foreshore_protocol::frame::{self, HEADER_LEN, MAX_FRAME_BYTES, Message};
 use foreshore_protocol::message::{
-    Beacon, Command, Event, Head, HubInfo, Lease, LeaseRequest, Presence, PullProgress, Reported,
+    Beacon, Command, Event, Events, Head, HubInfo, Lease, LeaseRequest, Presence, PullProgress,
+    Reported,
 };
 use foreshore_protocol::secret::{DeviceKey, SealedSecrets};
 
@@ -24,13 +25,14 @@ pub fn run(bytes: &[u8]) {
 }
 
 /// Which of the messages it is.
-fn found(bytes: &[u8]) -> [bool; 11] {
+fn found(bytes: &[u8]) -> [bool; 12] {
     [
         message::<Head>(bytes).is_some(),
         message::<Command>(bytes).is_some(),
         message::<Beacon>(bytes).is_some(),
         message::<Presence>(bytes).is_some(),
         message::<Event>(bytes).is_some(),
+        message::<Events>(bytes).is_some(),
         message::<HubInfo>(bytes).is_some(),
         message::<LeaseRequest>(bytes).is_some(),
         message::<Lease>(bytes).is_some(),

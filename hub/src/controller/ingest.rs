@@ -36,8 +36,8 @@ pub enum Message {
     Reported(Reported),
     /// A sign of life.
     Beacon(Beacon),
-    /// Something that happened.
-    Event(Event),
+    /// What happened, oldest first.
+    Events(Vec<Event>),
     /// It asks for its turn to switch.
     LeaseRequest(LeaseRequest),
 }
@@ -85,7 +85,7 @@ pub fn ingest(change: &mut Change<'_>, batch: &[Inbound]) -> Result<Receipts, Co
             Message::Presence(presence) => device.presence(change, presence, inbound.retained)?,
             Message::Reported(reported) => device.reported(change, reported, inbound.retained)?,
             Message::Beacon(beacon) => device.beacon(change, beacon)?,
-            Message::Event(event) => device.event(change, event)?,
+            Message::Events(events) => device.events(change, events)?,
             Message::LeaseRequest(request) if inbound.retained => {
                 // Nobody asks to be kept; whoever did that is not to be believed.
                 tracing::debug!(device = %inbound.device, app = %request.app, "a retained request was ignored");
@@ -149,7 +149,7 @@ fn may_be_of_a_later_life(change: &Change<'_>, inbound: &Inbound) -> rusqlite::R
         Message::Reported(reported) => reported.version,
         Message::Beacon(beacon) => beacon.version,
         Message::LeaseRequest(request) => Some(request.since),
-        Message::Event(_) => return Ok(epoch > Epoch::FIRST),
+        Message::Events(_) => return Ok(epoch > Epoch::FIRST),
     };
     Ok(has.is_some_and(|has| has.epoch < epoch))
 }
@@ -214,7 +214,7 @@ fn compare(
         Message::Presence(presence) => presence.online.then_some(presence.version),
         Message::Reported(reported) => Some(reported.version),
         Message::Beacon(beacon) => Some(beacon.version),
-        Message::Event(_) | Message::LeaseRequest(_) => None,
+        Message::Events(_) | Message::LeaseRequest(_) => None,
     };
     let Some(has) = has else {
         receipt.resync |= inbound.retained;
@@ -428,8 +428,16 @@ impl Device<'_> {
         }
     }
 
-    fn event(&mut self, change: &mut Change<'_>, event: &Event) -> Result<(), ControlError> {
+    fn events(&mut self, change: &mut Change<'_>, events: &[Event]) -> Result<(), ControlError> {
         self.link.online = true;
+        for event in events {
+            self.event(change, event)?;
+        }
+        self.acknowledge();
+        Ok(())
+    }
+
+    fn event(&mut self, change: &mut Change<'_>, event: &Event) -> Result<(), ControlError> {
         if event.seq > self.link.event_seq {
             let next = event.seq == self.link.event_seq + 1;
             // The first one ever, or the same one for the second time: there is nothing before it.
@@ -455,7 +463,6 @@ impl Device<'_> {
                 self.receipt.resync = true;
             }
         }
-        self.acknowledge();
         Ok(())
     }
 

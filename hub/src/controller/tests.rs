@@ -299,7 +299,11 @@ fn reported(
 }
 
 fn event(seq: u64) -> Message {
-    Message::Event(Event {
+    events([seq])
+}
+
+fn events(seqs: impl IntoIterator<Item = u64>) -> Message {
+    let event = |seq| Event {
         seq,
         boot: 1,
         unix_ms: 0,
@@ -307,7 +311,8 @@ fn event(seq: u64) -> Message {
         service: None,
         kind: EventKind::Started,
         message: String::new(),
-    })
+    };
+    Message::Events(seqs.into_iter().map(event).collect())
 }
 
 #[test]
@@ -586,6 +591,23 @@ fn a_gap_between_events_is_asked_about_before_it_is_believed() {
     // And now one that it really dropped.
     assert!(hub.hear("a", false, event(9)).resync);
     assert_eq!(hub.hear("a", false, event(9)).stored, Some((9, 0)));
+}
+
+#[test]
+fn events_that_travel_together_are_each_taken_once() {
+    let mut hub = Hub::new();
+    hub.birth("a", 1, 1);
+    assert_eq!(hub.hear("a", false, events(1..=3)).stored, Some((3, 0)));
+    // Some of them were on their way twice.
+    assert_eq!(hub.hear("a", false, events(2..=5)).stored, Some((5, 0)));
+    let missed = hub.hear("a", false, events(8..=9));
+    assert_eq!((missed.stored, missed.resync), (Some((5, 0)), true));
+    // They are gone for good.
+    let missed = hub.hear("a", false, events(8..=9));
+    assert_eq!((missed.stored, missed.resync), (Some((9, 0)), false));
+    assert_eq!(hub.hear("a", false, events([])).stored, Some((9, 0)));
+    let kinds = hub.kinds();
+    assert_eq!(kinds.iter().filter(|kind| *kind == "started").count(), 7);
 }
 
 #[test]

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use foreshore_protocol::DeviceId;
 use foreshore_protocol::Version;
 use foreshore_protocol::frame::{self, FrameError};
-use foreshore_protocol::message::{Beacon, Event, LeaseRequest, Presence, PullProgress, Reported};
+use foreshore_protocol::message::{
+    Beacon, Event, Events, LeaseRequest, Presence, PullProgress, Reported,
+};
 use foreshore_protocol::topic::{Leaf, Topic};
 use rumqttc::Publish;
 use tokio::sync::mpsc;
@@ -156,9 +158,15 @@ pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Hea
             (Message::Beacon(beacon), counters)
         }
         Leaf::Event => {
-            let event: Event = frame::decode(payload).map_err(unreadable)?;
-            let counters = [event.boot, event.seq, 0, 0];
-            (Message::Event(event), counters)
+            let Events { events } = frame::decode(payload).map_err(unreadable)?;
+            let greatest = |of: fn(&Event) -> u64| events.iter().map(of).max().unwrap_or(0);
+            let counters = [
+                greatest(|event| event.boot),
+                greatest(|event| event.seq),
+                0,
+                0,
+            ];
+            (Message::Events(events), counters)
         }
         Leaf::Pull => {
             let progress: PullProgress = frame::decode(payload).map_err(unreadable)?;

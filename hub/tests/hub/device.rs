@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use foreshore_protocol::frame;
 use foreshore_protocol::id::{Labels, Version};
 use foreshore_protocol::message::{
-    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, Inventory, Lease, LeaseRequest,
-    Phase, Presence, Reason, ReasonCode, Reported,
+    AppStatus, Beacon, Command, Event, EventKind, Events, Head, HeadApp, Inventory, Lease,
+    LeaseRequest, Phase, Presence, Reason, ReasonCode, Reported,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::topic::{self, Leaf, Topic};
@@ -498,7 +498,8 @@ fn kicked(client: &AsyncClient, id: &DeviceId, state: &mut State, kick: Kick) {
                 kind: EventKind::AgentStarted,
                 message: format!("event {seq}"),
             };
-            (Leaf::Event, frame::encode(&event))
+            let events = vec![event];
+            (Leaf::Event, frame::encode(&Events { events }))
         }
         Kick::Raw(leaf, bytes) => (leaf, bytes),
     };

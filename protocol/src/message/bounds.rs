@@ -3,8 +3,8 @@
 //! A frame is small, but numbers of things and lengths of texts end up in tables, logs and pages.
 
 use super::{
-    AppStatus, Beacon, Command, Event, Head, HubInfo, Inventory, Lease, LeaseRequest, Presence,
-    PullProgress, Reported, Windows, Zone,
+    AppStatus, Beacon, Command, Event, Events, Head, HubInfo, Inventory, Lease, LeaseRequest,
+    Presence, PullProgress, Reported, Windows, Zone,
 };
 use crate::id::AppName;
 use crate::manifest::MAX_SERVICES;
@@ -32,6 +32,9 @@ pub const MAX_FACT_BYTES: usize = 256;
 
 /// Nodes in an [`Inventory`].
 pub const MAX_DEV_NODES: usize = 128;
+
+/// Events in [`Events`]: so many of the longest fit into a frame.
+pub const MAX_EVENTS: usize = 64;
 
 /// Labels in an [`Inventory`].
 pub const MAX_LABELS: usize = 64;
@@ -186,6 +189,13 @@ impl Event {
     }
 }
 
+impl Events {
+    pub(crate) fn bounds(&self) -> Bounds {
+        ensure(self.events.len() <= MAX_EVENTS, "more than 64 events")?;
+        self.events.iter().try_for_each(Event::bounds)
+    }
+}
+
 impl PullProgress {
     pub(crate) fn bounds(&self) -> Bounds {
         ensure(self.images.len() <= MAX_SERVICES, "more than 32 images")?;
@@ -296,6 +306,20 @@ mod tests {
         let mut small = report(4, 2);
         small.apps.truncate(3);
         assert_eq!(small.clone().fitted(MAX_FRAME_BYTES), small);
+    }
+
+    #[test]
+    fn as_many_events_as_there_may_be_fit_into_a_frame() {
+        use crate::frame::{MAX_FRAME_BYTES, encode};
+        use crate::message::EventKind;
+        let text = "x".repeat(MAX_TEXT_BYTES);
+        let longest = Event::new(u64::MAX, u64::MAX, u64::MAX, EventKind::TakenBack, text).about(
+            "a".repeat(63).parse().unwrap(),
+            Some("s".repeat(63).parse().unwrap()),
+        );
+        let events = vec![longest; MAX_EVENTS];
+        // What is left is for the topic and the rest of the packet.
+        assert!(encode(&Events { events }).len() < MAX_FRAME_BYTES - 1024);
     }
 
     #[test]

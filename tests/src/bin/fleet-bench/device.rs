@@ -6,8 +6,9 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use foreshore_protocol::message::{
-    AppStatus, Beacon, Command, Event, EventKind, Head, HeadApp, Inventory, Lease, LeaseRequest,
-    Phase, Presence, Reason, ReasonCode, Reported, ServiceState, ServiceStatus,
+    AppStatus, Beacon, Command, Event, EventKind, Events, Head, HeadApp, Inventory, Lease,
+    LeaseRequest, MAX_EVENTS, Phase, Presence, Reason, ReasonCode, Reported, ServiceState,
+    ServiceStatus,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::secret::PublicKey;
@@ -40,8 +41,8 @@ pub(crate) const KEEPALIVE: Duration = Duration::from_secs(300);
 const RESEND_FIRST: Duration = Duration::from_secs(30);
 const RESEND_LAST: Duration = Duration::from_mins(15);
 
-/// Events on their way without the hub's acknowledgement.
-const EVENT_WINDOW: usize = 16;
+/// An event waits so long for others to travel with.
+const EVENT_LINGER: Duration = Duration::from_secs(1);
 
 /// Pauses between requests for a turn.
 const TURN_FIRST: Duration = Duration::from_secs(15);
@@ -111,6 +112,7 @@ pub(crate) struct Device {
     events: VecDeque<Event>,
     event_seq: u64,
     sent_event: u64,
+    events_at: Option<Instant>,
     seq: u64,
     said: Option<Said>,
     said_at: Option<Instant>,
@@ -146,6 +148,7 @@ impl Device {
             events: VecDeque::new(),
             event_seq: 0,
             sent_event: 0,
+            events_at: None,
             seq: 0,
             said: None,
             said_at: None,
@@ -251,10 +254,17 @@ impl Device {
             .map(|at| at + REPORT_INTERVAL);
         let turn = self.waits.as_ref().map(|wait| wait.next);
         let keepalive = self.wrote_at.map(|at| at + KEEPALIVE);
-        [step, report, turn, keepalive, self.resend_at]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            step,
+            report,
+            turn,
+            keepalive,
+            self.resend_at,
+            self.events_at,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// A beacon, which comes every 15 minutes, and within one after an update.
@@ -502,26 +512,30 @@ impl Device {
             self.resend_at = None;
         }
         self.flush_report(now, out);
-        let unsent: Vec<Event> = (self.events.iter().take(EVENT_WINDOW))
-            .filter(|event| event.seq > self.sent_event)
-            .cloned()
-            .collect();
-        for event in unsent {
-            self.sent_event = event.seq;
-            out.push(self.publish(
-                Leaf::Event,
-                frame::encode(&event),
-                QoS::AtLeastOnce,
-                false,
-                None,
-            ));
-        }
+        self.flush_events(now, out);
         self.flush_request(now, out);
         let waits = self.acknowledged < self.seq || !self.events.is_empty();
         if !waits {
             self.resend_at = None;
         } else if self.resend_at.is_none() {
             self.resend_at = Some(now + self.resend_pause);
+        }
+    }
+
+    fn flush_events(&mut self, now: Instant, out: &mut Vec<Packet>) {
+        let events: Vec<Event> = (self.events.iter().take(MAX_EVENTS))
+            .filter(|event| event.seq > self.sent_event)
+            .cloned()
+            .collect();
+        let Some(newest) = events.last().map(|event| event.seq) else {
+            self.events_at = None;
+            return;
+        };
+        let due = *self.events_at.get_or_insert(now + EVENT_LINGER);
+        if now >= due || events.len() == MAX_EVENTS {
+            (self.sent_event, self.events_at) = (newest, None);
+            let frame = frame::encode(&Events { events });
+            out.push(self.publish(Leaf::Event, frame, QoS::AtLeastOnce, false, None));
         }
     }
 
