@@ -102,6 +102,8 @@ impl StandIn {
                 self.timed[number] = None;
                 let mut out = Vec::new();
                 self.devices[number].go_on(now, &mut out);
+                // It may have nothing to send now, and more to do later.
+                self.time(number);
                 self.follow(number, out)?;
             }
             self.hub.send()?;
@@ -214,13 +216,18 @@ impl StandIn {
             // The bench may have ended.
             _ = self.news.send((number, news));
         }
-        if let Some(wake) = device.wake_at()
+        self.time(number);
+        out
+    }
+
+    /// Sees to it that the device goes on when it wants to.
+    fn time(&mut self, number: usize) {
+        if let Some(wake) = self.devices[number].wake_at()
             && self.timed[number].is_none_or(|timed| wake < timed)
         {
             self.timed[number] = Some(wake);
             self.timers.push(Reverse((wake, number)));
         }
-        out
     }
 
     fn hear(&mut self, packet: Packet) -> anyhow::Result<()> {
