@@ -14,13 +14,16 @@ use foreshore_protocol::topic::{Leaf, Topic};
 use rumqttc::Publish;
 use tokio::sync::mpsc;
 
+use self::allowance::Allowances;
 use super::LinkCounters;
 use super::commands::Commands;
 use crate::controller::Controller;
 use crate::controller::ingest::{self, Inbound, Message, Receipts};
 use crate::pulls::Pulls;
 
-/// The most messages that share a transaction.
+mod allowance;
+
+/// The most messages that share a transaction; each event counts as one.
 const BATCH_MAX: usize = 512;
 
 /// How often the same device may make an event of not being understood.
@@ -32,7 +35,7 @@ const COMPLAINTS_MAX: usize = 1024;
 /// The largest counter that a message may carry: what SQLite and JSON hold.
 const COUNTER_MAX: u64 = i64::MAX as u64;
 
-/// Why a packet is not a message.
+/// Why a packet is not a message, or none that is taken in.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
     /// Not a topic that devices write to.
@@ -44,6 +47,9 @@ pub enum Unreadable {
     /// A counter that no honest device reaches.
     #[error("a counter is beyond 2^63")]
     Counter(DeviceId),
+    /// More events than are taken from a device.
+    #[error("it sends more than ten events a second; the hub takes the rest later")]
+    Flood(DeviceId),
 }
 
 /// What a packet says.
@@ -64,13 +70,16 @@ pub async fn run(
     pulls: &Pulls,
 ) {
     let mut complaints = Complaints::default();
+    let mut allowances = Allowances::default();
     let mut buffer = Vec::with_capacity(BATCH_MAX);
     while packets.recv_many(&mut buffer, BATCH_MAX).await > 0 {
-        let mut batch = Vec::with_capacity(buffer.len());
+        let mut batches = Batches::default();
         for packet in buffer.drain(..) {
             counters.received.fetch_add(1, Ordering::Relaxed);
-            match decode(&packet.topic, &packet.payload, packet.retain) {
-                Ok(Some(Heard::Inbound(inbound))) => batch.push(inbound),
+            let heard = decode(&packet.topic, &packet.payload, packet.retain)
+                .and_then(|heard| within(&mut allowances, heard));
+            match heard {
+                Ok(Some(Heard::Inbound(inbound))) => batches.push(inbound),
                 Ok(Some(Heard::Pull(device, progress))) => {
                     pulls.note(device, progress, tokio::time::Instant::now());
                 }
@@ -81,9 +90,57 @@ pub async fn run(
                 }
             }
         }
-        let receipts = take_in(controller, batch).await;
-        commands.answer(receipts);
+        for batch in batches.whole {
+            let receipts = take_in(controller, batch).await;
+            commands.answer(receipts);
+        }
     }
+}
+
+/// Messages in order, as many to a batch as may share a transaction.
+#[derive(Debug, Default)]
+struct Batches {
+    whole: Vec<Vec<Inbound>>,
+    /// Of the last one.
+    rows: usize,
+}
+
+impl Batches {
+    fn push(&mut self, inbound: Inbound) {
+        let rows = events(&inbound).max(1);
+        match self.whole.last_mut() {
+            Some(batch) if self.rows + rows <= BATCH_MAX => {
+                self.rows += rows;
+                batch.push(inbound);
+            }
+            _ => {
+                self.rows = rows;
+                self.whole.push(vec![inbound]);
+            }
+        }
+    }
+}
+
+/// How many events a message brings.
+const fn events(inbound: &Inbound) -> usize {
+    match &inbound.message {
+        Message::Events(events) => events.len(),
+        Message::Presence(_)
+        | Message::Reported(_)
+        | Message::Beacon(_)
+        | Message::LeaseRequest(_) => 0,
+    }
+}
+
+/// The same, unless it brings more events than are taken from its device now.
+fn within(allowances: &mut Allowances, heard: Option<Heard>) -> Result<Option<Heard>, Unreadable> {
+    if let Some(Heard::Inbound(inbound)) = &heard {
+        let count = u32::try_from(events(inbound)).unwrap_or(u32::MAX);
+        if count > 0 && !allowances.takes(&inbound.device, count, Instant::now()) {
+            return Err(Unreadable::Flood(inbound.device.clone()));
+        }
+    }
+    Ok(heard)
 }
 
 /// One transaction for all; if that fails, one each, so that a message which the store cannot take does not
@@ -194,7 +251,7 @@ fn generation(version: Option<Version>) -> u64 {
     version.map_or(0, |version| version.generation.get())
 }
 
-/// A device that is not understood makes an event now and then, not a flood.
+/// A device whose messages are not taken in makes an event now and then, not a flood.
 #[derive(Debug, Default)]
 struct Complaints {
     last: BTreeMap<DeviceId, Instant>,
@@ -202,7 +259,10 @@ struct Complaints {
 
 impl Complaints {
     async fn raise(&mut self, controller: &Controller, why: &Unreadable) {
-        let (Unreadable::Frame(device, _) | Unreadable::Counter(device)) = why else {
+        let (Unreadable::Frame(device, _)
+        | Unreadable::Counter(device)
+        | Unreadable::Flood(device)) = why
+        else {
             return;
         };
         self.last.retain(|_, at| at.elapsed() < COMPLAIN_EVERY);
@@ -210,10 +270,10 @@ impl Complaints {
             return;
         }
         self.last.insert(device.clone(), Instant::now());
-        tracing::warn!(%device, %why, "a device's message is not understood");
+        tracing::warn!(%device, %why, "a device's message is not taken in");
         let (device, message) = (
             device.clone(),
-            format!("its message is not understood: {why}"),
+            format!("its message is not taken in: {why}"),
         );
         let recorded = controller.change(move |change| {
             Ok(change
@@ -233,6 +293,7 @@ impl Complaints {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use foreshore_protocol::message::EventKind;
     use foreshore_protocol::topic;
 
     fn beacon(boot: u64) -> Beacon {
@@ -246,6 +307,39 @@ mod tests {
             load_centi: 0,
             secrets: None,
         }
+    }
+
+    #[test]
+    fn a_transaction_takes_only_so_many_events() {
+        let bringing = |count: usize| {
+            let event = Event::new(1, 1, 0, EventKind::Ready, "");
+            let events = Events {
+                events: vec![event; count],
+            };
+            let topic = topic::device(&"d".parse().unwrap(), Leaf::Event);
+            match decode(topic.as_bytes(), &frame::encode(&events), false) {
+                Ok(Some(Heard::Inbound(inbound))) => inbound,
+                other => panic!("{other:?}"),
+            }
+        };
+        let mut batches = Batches::default();
+        for count in [0, 64, 64, 64, 64, 64, 64, 64, 64, 1, 0] {
+            batches.push(bringing(count));
+        }
+        let counts: Vec<usize> = batches.whole.iter().map(Vec::len).collect();
+        assert_eq!(counts, [8, 3]);
+        let mut allowances = Allowances::default();
+        for taken in 0..15 {
+            let heard = Some(Heard::Inbound(bringing(64)));
+            assert!(within(&mut allowances, heard).is_ok(), "{taken}");
+        }
+        let device = bringing(1).device;
+        assert_eq!(
+            within(&mut allowances, Some(Heard::Inbound(bringing(64)))),
+            Err(Unreadable::Flood(device))
+        );
+        let others = within(&mut allowances, Some(Heard::Inbound(bringing(0))));
+        assert!(others.is_ok(), "what costs nothing is always taken");
     }
 
     #[test]
