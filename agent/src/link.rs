@@ -154,6 +154,12 @@ impl Link {
         self.0.try_send(message).is_ok()
     }
 
+    /// Asks for an orderly end, when there is room for that. False when the link is gone. Cancel safe: it is asked wholly or
+    /// not at all.
+    pub async fn close(&self) -> bool {
+        self.0.send(Outgoing::Close).await.is_ok()
+    }
+
     /// Hands a receipt over.
     ///
     /// # Errors

@@ -577,10 +577,10 @@ impl<R: Runtime + 'static> Agent<R> {
         self.watchdog.stop();
         self.tasks.abort_all();
         self.uplink.hurry(&self.outbox);
-        if !self.uplink.send(Outgoing::Close) {
-            return;
-        }
         let closed = async {
+            if !self.uplink.close().await {
+                return;
+            }
             while let Some(message) = incoming.recv().await {
                 if matches!(message, Incoming::Closed) {
                     return;

@@ -40,6 +40,7 @@ use crate::rollout::{Refused, UnixMs};
 use crate::store::{self, Store, StoreError};
 use crate::zone::UnknownZone;
 
+mod allowance;
 pub mod analysis;
 pub mod apps;
 pub mod change;

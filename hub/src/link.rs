@@ -69,7 +69,7 @@ pub struct LinkCounters {
     pub connected: AtomicBool,
     /// Packets taken in.
     pub received: AtomicU64,
-    /// Of them, not understood, or more than are taken from a device.
+    /// Of them, not understood.
     pub refused: AtomicU64,
     /// Messages that the broker took.
     pub published: AtomicU64,

@@ -556,10 +556,12 @@ impl Event {
     }
 }
 
-/// Up: events that wait for the hub's acknowledgement, the oldest first and none between them missing; at most
-/// [`MAX_EVENTS`] of them. They travel together, as each message costs more than an event has to say.
+/// Up: events that wait for the hub's acknowledgement, oldest first, at most [`MAX_EVENTS`] of them. They travel together,
+/// as each message costs more than an event has to say.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Events {
+    /// [`Event::seq`] of the oldest event that the device still keeps: what is missing before it will not come.
+    pub kept_from: u64,
     /// By [`Event::seq`].
     pub events: Vec<Event>,
 }

@@ -363,7 +363,8 @@ fn events_of_every_kind() {
         message(&format!("event-{seq:02}.bin"), &event);
         events.push(event);
     }
-    message("events.bin", &Events { events });
+    let kept_from = 1;
+    message("events.bin", &Events { kept_from, events });
 }
 
 /// A release that stands on devices must keep its digest: it is compared with what the hub assigned.

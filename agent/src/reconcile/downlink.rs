@@ -15,7 +15,7 @@ use crate::clock;
 use crate::link::{Incoming, Outgoing, Receipt};
 use crate::plan::{BootMs, HubProof, Outcome};
 use crate::runtime::Runtime;
-use crate::state::AcceptError;
+use crate::state::{AcceptError, Outbox};
 use crate::vault::Refused;
 
 /// After connecting, heads are collected for this long and only the newest is taken: a broker may hand over
@@ -69,9 +69,12 @@ impl<R: Runtime + 'static> Agent<R> {
                         news = Next::Plan;
                     }
                 }
+                let oldest = |outbox: &Outbox| outbox.events().next().map(|event| event.seq);
+                let before = oldest(&self.outbox);
                 let stored = self.outbox.acknowledge(event);
                 self.note_disk(stored);
-                self.uplink.acknowledged(reported);
+                let advanced = oldest(&self.outbox) != before;
+                self.uplink.acknowledged(reported, advanced);
                 return news;
             }
             Incoming::Command(Command::Resync) => self.uplink.resync(),

@@ -46,6 +46,36 @@ pub(super) struct Gauges {
     pub(super) secrets: Option<Version>,
 }
 
+/// When what the hub did not acknowledge is sent again.
+#[derive(Debug)]
+struct Resend {
+    at: Option<Instant>,
+    /// The next time after so long.
+    pause: Duration,
+}
+
+impl Resend {
+    const NEW: Self = Self {
+        at: None,
+        pause: RESEND_FIRST,
+    };
+
+    /// Whether it is time, once.
+    fn is_due(&mut self, now: Instant) -> bool {
+        let due = self.at.is_some_and(|at| now >= at);
+        if due {
+            self.at = None;
+            self.pause = (self.pause * 2).min(RESEND_LAST);
+        }
+        due
+    }
+
+    /// Something waits, or nothing.
+    fn arm(&mut self, waits: bool, now: Instant) {
+        self.at = waits.then(|| self.at.unwrap_or(now + self.pause));
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Uplink {
     link: Link,
@@ -70,8 +100,8 @@ pub(super) struct Uplink {
     sent_event: u64,
     /// When those that were not are due.
     events_at: Option<Instant>,
-    resend_at: Option<Instant>,
-    resend_pause: Duration,
+    report_resend: Resend,
+    event_resend: Resend,
     busy_until: Option<Instant>,
     beacon_interval: Duration,
     beacon_at: Option<Instant>,
@@ -106,8 +136,8 @@ impl Uplink {
             urgent: false,
             sent_event: 0,
             events_at: None,
-            resend_at: None,
-            resend_pause: RESEND_FIRST,
+            report_resend: Resend::NEW,
+            event_resend: Resend::NEW,
             busy_until: None,
             beacon_interval,
             beacon_at: None,
@@ -130,6 +160,11 @@ impl Uplink {
     /// The newest report's number, for the birth.
     pub(super) const fn seq(&self) -> u64 {
         self.seq
+    }
+
+    /// Says goodbye, when the link has room for it. False when it is gone.
+    pub(super) async fn close(&self) -> bool {
+        self.link.close().await
     }
 
     /// Takes what is to be reported from now on.
@@ -171,7 +206,8 @@ impl Uplink {
         self.connected = false;
         self.beacon_at = None;
         self.events_at = None;
-        self.resend_at = None;
+        self.report_resend.at = None;
+        self.event_resend.at = None;
         self.busy_until = None;
     }
 
@@ -180,13 +216,20 @@ impl Uplink {
         self.unsent = true;
         self.urgent = true;
         self.sent_event = 0;
-        self.resend_pause = RESEND_FIRST;
+        self.report_resend.pause = RESEND_FIRST;
+        self.event_resend.pause = RESEND_FIRST;
     }
 
-    pub(super) fn acknowledged(&mut self, reported: u64) {
-        self.acknowledged = self.acknowledged.max(reported.min(self.seq));
-        self.resend_pause = RESEND_FIRST;
-        self.resend_at = None;
+    /// The hub has stored reports up to this one, and events that waited or not. What did not advance is sent again in its time.
+    pub(super) fn acknowledged(&mut self, reported: u64, events: bool) {
+        let reported = reported.min(self.seq);
+        if reported > self.acknowledged {
+            self.acknowledged = reported;
+            self.report_resend = Resend::NEW;
+        }
+        if events {
+            self.event_resend = Resend::NEW;
+        }
     }
 
     /// How long ago, at most, the hub wrote an acknowledgement of this report: since the report was first sent. `None` for
@@ -216,11 +259,9 @@ impl Uplink {
             return;
         }
         self.busy_until = None;
-        if self.resend_at.is_some_and(|at| now >= at) {
-            self.unsent |= self.acknowledged < self.seq;
+        self.unsent |= self.report_resend.is_due(now);
+        if self.event_resend.is_due(now) {
             self.sent_event = 0;
-            self.resend_pause = (self.resend_pause * 2).min(RESEND_LAST);
-            self.resend_at = None;
         }
         let sent = self.flush_receipts()
             && self.flush_report(now, &inventory)
@@ -230,12 +271,8 @@ impl Uplink {
         if !sent {
             self.busy_until = Some(now + BUSY_PAUSE);
         }
-        let waiting = self.acknowledged < self.seq || outbox.events().next().is_some();
-        if waiting && self.resend_at.is_none() {
-            self.resend_at = Some(now + self.resend_pause);
-        } else if !waiting {
-            self.resend_at = None;
-        }
+        self.report_resend.arm(self.acknowledged < self.seq, now);
+        self.event_resend.arm(outbox.events().next().is_some(), now);
     }
 
     fn flush_receipts(&mut self) -> bool {
@@ -293,12 +330,13 @@ impl Uplink {
                 .is_none_or(|at| now >= at + self.report_interval)
     }
 
-    /// At most [`MAX_EVENTS`] are on their way without the hub's acknowledgement; when those are all, the rest waits for it.
+    /// The oldest [`MAX_EVENTS`] are on their way without the hub's acknowledgement; the rest waits for it.
     fn flush_events(&mut self, now: Instant, outbox: &Outbox) -> bool {
         let events: Vec<Event> = (outbox.events().take(MAX_EVENTS))
             .filter(|event| event.seq > self.sent_event)
             .cloned()
             .collect();
+        let kept_from = outbox.events().next().map_or(0, |event| event.seq);
         let Some(newest) = events.last().map(|event| event.seq) else {
             self.events_at = None;
             return true;
@@ -307,7 +345,10 @@ impl Uplink {
         if now < due && events.len() < MAX_EVENTS {
             return true;
         }
-        if !self.link.send(Outgoing::Events(Events { events })) {
+        if !self
+            .link
+            .send(Outgoing::Events(Events { kept_from, events }))
+        {
             return false;
         }
         self.sent_event = newest;
@@ -375,7 +416,8 @@ impl Uplink {
         let due = [
             report,
             self.events_at,
-            self.resend_at,
+            self.report_resend.at,
+            self.event_resend.at,
             self.beacon_at,
             self.pull_at,
         ];

@@ -272,7 +272,7 @@ fn take(heard: &mut Heard, topic: &str, payload: &[u8]) {
     if topic.ends_with("/reported") {
         heard.reported = Some(frame::decode(payload).unwrap());
     } else if topic.ends_with("/event") {
-        let Events { events } = frame::decode(payload).unwrap();
+        let Events { events, .. } = frame::decode(payload).unwrap();
         heard.events.extend(events);
         heard.event_messages += 1;
     } else if topic.ends_with("/presence") {

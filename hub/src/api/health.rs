@@ -181,7 +181,7 @@ fn render(api: &Api, counts: &Counts) -> String {
     metric(
         "mqtt_refused_total",
         "counter",
-        "Messages not understood, or more than are taken from a device.",
+        "Messages not understood.",
         &link(&api.counters.refused),
     );
     metric(

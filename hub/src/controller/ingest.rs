@@ -6,11 +6,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use foreshore_protocol::message::{Beacon, Event, LeaseRequest, Presence, Reported};
+use foreshore_protocol::message::{Beacon, Event, Events, LeaseRequest, Presence, Reported};
 use foreshore_protocol::{DeviceId, Epoch, Version};
 
 use super::membership::{self, Beyond};
-use super::{Change, ControlError, apps, leases, secrets};
+use super::{Change, ControlError, allowance, apps, leases, secrets};
 use crate::broker::HUB_NAME;
 use crate::rollout::UnixMs;
 use crate::store;
@@ -36,8 +36,8 @@ pub enum Message {
     Reported(Reported),
     /// A sign of life.
     Beacon(Beacon),
-    /// What happened, oldest first.
-    Events(Vec<Event>),
+    /// What happened.
+    Events(Events),
     /// It asks for its turn to switch.
     LeaseRequest(LeaseRequest),
 }
@@ -49,6 +49,14 @@ pub struct Receipt {
     pub stored: Option<(u64, u64)>,
     /// Something is missing: it shall send all that it keeps.
     pub resync: bool,
+}
+
+impl Receipt {
+    /// Adds what a later message is answered with. A newer acknowledgement takes the place of an older one.
+    pub fn join(&mut self, later: Self) {
+        self.stored = later.stored.or(self.stored);
+        self.resync |= later.resync;
+    }
 }
 
 /// What follows from a batch.
@@ -310,7 +318,6 @@ impl Device<'_> {
         self.link.boot = presence.boot;
         self.link.reported_seq = 0;
         self.link.event_seq = 0;
-        self.link.event_gap = None;
         store::lease::forget_turns(change.connection, self.id)?;
         change
             .event("device-reset")
@@ -428,41 +435,57 @@ impl Device<'_> {
         }
     }
 
-    fn events(&mut self, change: &mut Change<'_>, events: &[Event]) -> Result<(), ControlError> {
+    /// Takes in what is new, oldest first, as far as events are taken from the device now; the rest comes again.
+    fn events(&mut self, change: &mut Change<'_>, events: &Events) -> Result<(), ControlError> {
         self.link.online = true;
-        for event in events {
+        // What the device does not keep any more will not come.
+        let gone = events.kept_from.saturating_sub(1);
+        self.link.event_seq = self.link.event_seq.max(gone);
+        for event in &events.events {
+            if event.seq <= self.link.event_seq {
+                continue;
+            }
+            if event.seq > self.link.event_seq + 1 {
+                self.receipt.resync = true;
+                break;
+            }
+            if !self.may_bring_one(change)? {
+                break;
+            }
+            self.link.event_seq = event.seq;
             self.event(change, event)?;
         }
         self.acknowledge();
         Ok(())
     }
 
-    fn event(&mut self, change: &mut Change<'_>, event: &Event) -> Result<(), ControlError> {
-        if event.seq > self.link.event_seq {
-            let next = event.seq == self.link.event_seq + 1;
-            // The first one ever, or the same one for the second time: there is nothing before it.
-            let first = self.link.event_seq == 0 || self.link.event_gap == Some(event.seq);
-            if next || first {
-                self.link.event_seq = event.seq;
-                self.link.event_gap = None;
-                let kind = store::column::to_word(&event.kind)?;
-                let mut draft = change
-                    .event(&kind)
-                    .device(self.id)
-                    .service(event.service.as_ref());
-                if let Some(app) = &event.app {
-                    draft = draft.app(app);
-                }
-                draft.record(event.message.clone())?;
-            } else {
-                let gap = self
-                    .link
-                    .event_gap
-                    .map_or(event.seq, |gap| gap.min(event.seq));
-                self.link.event_gap = Some(gap);
-                self.receipt.resync = true;
-            }
+    fn may_bring_one(&mut self, change: &mut Change<'_>) -> rusqlite::Result<bool> {
+        let rested = allowance::is_rested(self.link.events_paid, change.now);
+        let taken = allowance::take(self.link.events_paid, change.now);
+        if let Some(paid) = taken {
+            self.link.events_paid = paid;
+            self.link.events_throttled &= !rested;
+        } else if !self.link.events_throttled {
+            self.link.events_throttled = true;
+            tracing::warn!(device = %self.id, "a device sends more events than are taken in");
+            change.event("events-throttled").device(self.id).record(
+                "it sends more than ten events a second: it keeps the rest for later, and drops the oldest when it has \
+                 too many",
+            )?;
         }
+        Ok(taken.is_some())
+    }
+
+    fn event(&self, change: &mut Change<'_>, event: &Event) -> Result<(), ControlError> {
+        let kind = store::column::to_word(&event.kind)?;
+        let mut draft = change
+            .event(&kind)
+            .device(self.id)
+            .service(event.service.as_ref());
+        if let Some(app) = &event.app {
+            draft = draft.app(app);
+        }
+        draft.record(event.message.clone())?;
         Ok(())
     }
 

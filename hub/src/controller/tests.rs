@@ -4,7 +4,7 @@ use foreshore_protocol::api::{ApplyOutcome, RolloutState};
 use foreshore_protocol::id::{Labels, Version};
 use foreshore_protocol::manifest;
 use foreshore_protocol::message::{
-    AppStatus, Beacon, Event, EventKind, Inventory, Phase, Presence, Reported,
+    AppStatus, Beacon, Event, EventKind, Events, Inventory, Phase, Presence, Reported,
 };
 use foreshore_protocol::release::Release;
 use foreshore_protocol::{AppName, DeviceId, Digest};
@@ -225,11 +225,16 @@ impl Hub {
     }
 
     fn kinds(&self) -> Vec<String> {
-        store::event::after(&self.connection, 0, 1000)
+        store::event::after(&self.connection, 0, 10_000)
             .unwrap()
             .into_iter()
             .map(|event| event.kind)
             .collect()
+    }
+
+    fn started(&self) -> usize {
+        let kinds = self.kinds();
+        kinds.iter().filter(|kind| *kind == "started").count()
     }
 }
 
@@ -299,10 +304,11 @@ fn reported(
 }
 
 fn event(seq: u64) -> Message {
-    events([seq])
+    events(seq, [seq])
 }
 
-fn events(seqs: impl IntoIterator<Item = u64>) -> Message {
+/// Of a device that keeps events from `kept_from` on.
+fn events(kept_from: u64, seqs: impl IntoIterator<Item = u64>) -> Message {
     let event = |seq| Event {
         seq,
         boot: 1,
@@ -312,7 +318,10 @@ fn events(seqs: impl IntoIterator<Item = u64>) -> Message {
         kind: EventKind::Started,
         message: String::new(),
     };
-    Message::Events(seqs.into_iter().map(event).collect())
+    Message::Events(Events {
+        kept_from,
+        events: seqs.into_iter().map(event).collect(),
+    })
 }
 
 #[test]
@@ -565,49 +574,73 @@ fn reports_are_taken_once_in_order_and_acknowledged_also_the_second_time() {
 }
 
 #[test]
-fn a_gap_between_events_is_asked_about_before_it_is_believed() {
+fn a_gap_between_events_is_asked_about_unless_the_device_does_not_keep_them() {
     let mut hub = Hub::new();
     hub.birth("a", 1, 1);
     for seq in [1, 2, 2] {
         hub.hear("a", false, event(seq));
     }
-    let receipt = hub.hear("a", false, event(5));
-    assert_eq!(
-        receipt,
-        Receipt {
-            stored: Some((2, 0)),
-            resync: true
-        }
-    );
-    hub.hear("a", false, event(6));
-    // The device still had 3 and 4: no gap at all.
-    for seq in [3, 4, 5, 6] {
-        hub.hear("a", false, event(seq));
-    }
-    assert_eq!(
-        hub.kinds().iter().filter(|kind| *kind == "started").count(),
-        6
-    );
-    // And now one that it really dropped.
-    assert!(hub.hear("a", false, event(9)).resync);
-    assert_eq!(hub.hear("a", false, event(9)).stored, Some((9, 0)));
+    let missed = Receipt {
+        stored: Some((2, 0)),
+        resync: true,
+    };
+    assert_eq!(hub.hear("a", false, events(3, [5])), missed);
+    assert_eq!(hub.hear("a", false, events(3, [5, 6])), missed);
+    assert_eq!(hub.hear("a", false, events(3, 3..=6)).stored, Some((6, 0)));
+    // It dropped 7 and 8, and keeps dropping.
+    assert_eq!(hub.hear("a", false, events(9, [9])).stored, Some((9, 0)));
+    assert!(hub.hear("a", false, events(10, [12])).resync);
+    assert!(hub.hear("a", false, events(11, [13])).resync);
+    let told = hub.hear("a", false, events(14, 14..=15));
+    assert_eq!((told.stored, told.resync), (Some((15, 0)), false));
+    assert_eq!(hub.started(), 9);
 }
 
 #[test]
 fn events_that_travel_together_are_each_taken_once() {
     let mut hub = Hub::new();
     hub.birth("a", 1, 1);
-    assert_eq!(hub.hear("a", false, events(1..=3)).stored, Some((3, 0)));
+    assert_eq!(hub.hear("a", false, events(1, 1..=3)).stored, Some((3, 0)));
     // Some of them were on their way twice.
-    assert_eq!(hub.hear("a", false, events(2..=5)).stored, Some((5, 0)));
-    let missed = hub.hear("a", false, events(8..=9));
-    assert_eq!((missed.stored, missed.resync), (Some((5, 0)), true));
-    // They are gone for good.
-    let missed = hub.hear("a", false, events(8..=9));
-    assert_eq!((missed.stored, missed.resync), (Some((9, 0)), false));
-    assert_eq!(hub.hear("a", false, events([])).stored, Some((9, 0)));
-    let kinds = hub.kinds();
-    assert_eq!(kinds.iter().filter(|kind| *kind == "started").count(), 7);
+    assert_eq!(hub.hear("a", false, events(2, 2..=5)).stored, Some((5, 0)));
+    assert_eq!(hub.hear("a", false, events(2, 2..=5)).stored, Some((5, 0)));
+    assert_eq!(hub.hear("a", false, events(6, [])).stored, Some((5, 0)));
+    assert_eq!(hub.started(), 5);
+}
+
+#[test]
+fn who_floods_the_log_has_the_rest_taken_in_later() {
+    let mut hub = Hub::new();
+    hub.birth("a", 1, 1);
+    hub.birth("b", 1, 1);
+    let throttled = |hub: &Hub| {
+        let kinds = hub.kinds();
+        kinds
+            .iter()
+            .filter(|kind| *kind == "events-throttled")
+            .count()
+    };
+    for batch in 0..15 {
+        let from = batch * 64 + 1;
+        hub.hear("a", false, events(from, from..from + 64));
+    }
+    assert_eq!(throttled(&hub), 0);
+    // What comes twice, and what comes after a gap, costs nothing.
+    hub.hear("a", false, events(897, 897..961));
+    assert!(hub.hear("a", false, events(961, 970..1_000)).resync);
+    let last = || events(961, 961..1_025);
+    for _ in 0..2 {
+        let told = hub.hear("a", false, last());
+        assert_eq!((told.stored, told.resync), (Some((1_000, 0)), false));
+    }
+    assert_eq!(throttled(&hub), 1, "it is said once");
+    hub.now = hub.now.plus(1_000);
+    assert_eq!(hub.hear("a", false, last()).stored, Some((1_010, 0)));
+    hub.hear("b", false, event(1));
+    assert_eq!(hub.started(), 1_011);
+    hub.now = hub.now.plus(3_600_000);
+    assert_eq!(hub.hear("a", false, last()).stored, Some((1_024, 0)));
+    assert_eq!(throttled(&hub), 1);
 }
 
 #[test]

@@ -47,9 +47,7 @@ impl Commands {
             if receipt == Receipt::default() {
                 continue;
             }
-            let entry = waiting.entry(device).or_default();
-            entry.stored = receipt.stored.or(entry.stored);
-            entry.resync |= receipt.resync;
+            waiting.entry(device).or_default().join(receipt);
         }
         if !waiting.is_empty() {
             self.news.notify_one();

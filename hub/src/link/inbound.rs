@@ -14,14 +14,11 @@ use foreshore_protocol::topic::{Leaf, Topic};
 use rumqttc::Publish;
 use tokio::sync::mpsc;
 
-use self::allowance::Allowances;
 use super::LinkCounters;
 use super::commands::Commands;
 use crate::controller::Controller;
 use crate::controller::ingest::{self, Inbound, Message, Receipts};
 use crate::pulls::Pulls;
-
-mod allowance;
 
 /// The most messages that share a transaction; each event counts as one.
 const BATCH_MAX: usize = 512;
@@ -35,7 +32,7 @@ const COMPLAINTS_MAX: usize = 1024;
 /// The largest counter that a message may carry: what SQLite and JSON hold.
 const COUNTER_MAX: u64 = i64::MAX as u64;
 
-/// Why a packet is not a message, or none that is taken in.
+/// Why a packet is not a message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
     /// Not a topic that devices write to.
@@ -47,9 +44,6 @@ pub enum Unreadable {
     /// A counter that no honest device reaches.
     #[error("a counter is beyond 2^63")]
     Counter(DeviceId),
-    /// More events than are taken from a device.
-    #[error("it sends more than ten events a second; the hub takes the rest later")]
-    Flood(DeviceId),
 }
 
 /// What a packet says.
@@ -70,15 +64,12 @@ pub async fn run(
     pulls: &Pulls,
 ) {
     let mut complaints = Complaints::default();
-    let mut allowances = Allowances::default();
     let mut buffer = Vec::with_capacity(BATCH_MAX);
     while packets.recv_many(&mut buffer, BATCH_MAX).await > 0 {
         let mut batches = Batches::default();
         for packet in buffer.drain(..) {
             counters.received.fetch_add(1, Ordering::Relaxed);
-            let heard = decode(&packet.topic, &packet.payload, packet.retain)
-                .and_then(|heard| within(&mut allowances, heard));
-            match heard {
+            match decode(&packet.topic, &packet.payload, packet.retain) {
                 Ok(Some(Heard::Inbound(inbound))) => batches.push(inbound),
                 Ok(Some(Heard::Pull(device, progress))) => {
                     pulls.note(device, progress, tokio::time::Instant::now());
@@ -124,23 +115,12 @@ impl Batches {
 /// How many events a message brings.
 const fn events(inbound: &Inbound) -> usize {
     match &inbound.message {
-        Message::Events(events) => events.len(),
+        Message::Events(events) => events.events.len(),
         Message::Presence(_)
         | Message::Reported(_)
         | Message::Beacon(_)
         | Message::LeaseRequest(_) => 0,
     }
-}
-
-/// The same, unless it brings more events than are taken from its device now.
-fn within(allowances: &mut Allowances, heard: Option<Heard>) -> Result<Option<Heard>, Unreadable> {
-    if let Some(Heard::Inbound(inbound)) = &heard {
-        let count = u32::try_from(events(inbound)).unwrap_or(u32::MAX);
-        if count > 0 && !allowances.takes(&inbound.device, count, Instant::now()) {
-            return Err(Unreadable::Flood(inbound.device.clone()));
-        }
-    }
-    Ok(heard)
 }
 
 /// One transaction for all; if that fails, one each, so that a message which the store cannot take does not
@@ -168,7 +148,11 @@ async fn take_in(controller: &Controller, batch: Vec<Inbound>) -> Receipts {
             .change(move |change| ingest::ingest(change, &[inbound]))
             .await
         {
-            Ok(one) => receipts.extend(one),
+            Ok(one) => {
+                for (device, receipt) in one {
+                    receipts.entry(device).or_default().join(receipt);
+                }
+            }
             Err(error) => {
                 tracing::error!(%device, error = &error as &dyn std::error::Error, "failed to take in a message");
             }
@@ -215,8 +199,8 @@ pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Hea
             (Message::Beacon(beacon), counters)
         }
         Leaf::Event => {
-            let Events { events } = frame::decode(payload).map_err(unreadable)?;
-            let greatest = |of: fn(&Event) -> u64| events.iter().map(of).max().unwrap_or(0);
+            let events: Events = frame::decode(payload).map_err(unreadable)?;
+            let greatest = |of: fn(&Event) -> u64| events.events.iter().map(of).max().unwrap_or(0);
             let counters = [
                 greatest(|event| event.boot),
                 greatest(|event| event.seq),
@@ -251,7 +235,7 @@ fn generation(version: Option<Version>) -> u64 {
     version.map_or(0, |version| version.generation.get())
 }
 
-/// A device whose messages are not taken in makes an event now and then, not a flood.
+/// A device that is not understood makes an event now and then, not a flood.
 #[derive(Debug, Default)]
 struct Complaints {
     last: BTreeMap<DeviceId, Instant>,
@@ -259,10 +243,7 @@ struct Complaints {
 
 impl Complaints {
     async fn raise(&mut self, controller: &Controller, why: &Unreadable) {
-        let (Unreadable::Frame(device, _)
-        | Unreadable::Counter(device)
-        | Unreadable::Flood(device)) = why
-        else {
+        let (Unreadable::Frame(device, _) | Unreadable::Counter(device)) = why else {
             return;
         };
         self.last.retain(|_, at| at.elapsed() < COMPLAIN_EVERY);
@@ -270,10 +251,10 @@ impl Complaints {
             return;
         }
         self.last.insert(device.clone(), Instant::now());
-        tracing::warn!(%device, %why, "a device's message is not taken in");
+        tracing::warn!(%device, %why, "a device's message is not understood");
         let (device, message) = (
             device.clone(),
-            format!("its message is not taken in: {why}"),
+            format!("its message is not understood: {why}"),
         );
         let recorded = controller.change(move |change| {
             Ok(change
@@ -314,6 +295,7 @@ mod tests {
         let bringing = |count: usize| {
             let event = Event::new(1, 1, 0, EventKind::Ready, "");
             let events = Events {
+                kept_from: 1,
                 events: vec![event; count],
             };
             let topic = topic::device(&"d".parse().unwrap(), Leaf::Event);
@@ -328,18 +310,6 @@ mod tests {
         }
         let counts: Vec<usize> = batches.whole.iter().map(Vec::len).collect();
         assert_eq!(counts, [8, 3]);
-        let mut allowances = Allowances::default();
-        for taken in 0..15 {
-            let heard = Some(Heard::Inbound(bringing(64)));
-            assert!(within(&mut allowances, heard).is_ok(), "{taken}");
-        }
-        let device = bringing(1).device;
-        assert_eq!(
-            within(&mut allowances, Some(Heard::Inbound(bringing(64)))),
-            Err(Unreadable::Flood(device))
-        );
-        let others = within(&mut allowances, Some(Heard::Inbound(bringing(0))));
-        assert!(others.is_ok(), "what costs nothing is always taken");
     }
 
     #[test]

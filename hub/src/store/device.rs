@@ -24,8 +24,10 @@ pub struct LinkState {
     pub reported_seq: u64,
     /// The newest event below which none is missing.
     pub event_seq: u64,
-    /// The first event seen beyond a gap; if it comes again, the device has none before it.
-    pub event_gap: Option<u64>,
+    /// When all of its events that were taken in would have come, had they come evenly.
+    pub events_paid: UnixMs,
+    /// Some were not taken in since it was last quiet for long.
+    pub events_throttled: bool,
     /// The newest desired state it stored.
     pub accepted: Option<Version>,
     /// The newest desired state it should have.
@@ -72,9 +74,9 @@ pub fn insert(connection: &Connection, device: &DeviceId, now: UnixMs) -> rusqli
 pub fn link(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Option<LinkState>> {
     connection
         .prepare_cached(
-            "SELECT session, online, last_seen_ms, boot, reported_seq, event_seq, event_gap,
+            "SELECT session, online, last_seen_ms, boot, reported_seq, event_seq, events_paid_ms,
                     accepted_epoch, accepted_generation, desired_epoch, desired_generation,
-                    repair_at_ms, repair_tries, restored_epoch, restored_generation
+                    repair_at_ms, repair_tries, restored_epoch, restored_generation, events_throttled
              FROM device WHERE id = ?1",
         )?
         .query_row([device.as_str()], |row| {
@@ -85,7 +87,8 @@ pub fn link(connection: &Connection, device: &DeviceId) -> rusqlite::Result<Opti
                 boot: row.get(3)?,
                 reported_seq: row.get(4)?,
                 event_seq: row.get(5)?,
-                event_gap: row.get(6)?,
+                events_paid: UnixMs(row.get(6)?),
+                events_throttled: row.get(15)?,
                 accepted: column::version_option(row, 7)?,
                 desired: column::version_option(row, 9)?,
                 repair_at: UnixMs(row.get(11)?),
@@ -109,8 +112,8 @@ pub fn put_link(
     connection
         .prepare_cached(
             "UPDATE device SET session = ?2, online = ?3, last_seen_ms = ?4, boot = ?5, reported_seq = ?6,
-                    event_seq = ?7, event_gap = ?8, accepted_epoch = ?9, accepted_generation = ?10,
-                    repair_at_ms = ?11, repair_tries = ?12
+                    event_seq = ?7, events_paid_ms = ?8, accepted_epoch = ?9, accepted_generation = ?10,
+                    repair_at_ms = ?11, repair_tries = ?12, events_throttled = ?13
              WHERE id = ?1",
         )?
         .execute(params![
@@ -121,11 +124,12 @@ pub fn put_link(
             link.boot,
             link.reported_seq,
             link.event_seq,
-            link.event_gap,
+            link.events_paid.0,
             link.accepted.map(|version| version.epoch.get()),
             link.accepted.map(|version| version.generation.get()),
             link.repair_at.0,
             link.repair_tries,
+            link.events_throttled,
         ])?;
     Ok(())
 }

@@ -18,7 +18,15 @@ const MIGRATIONS: &[&str] = &[
     GAUGES,
     TERMS,
     REQUIREMENTS,
+    ALLOWANCES,
 ];
+
+/// Devices say since when they keep events, and have only so many taken in.
+const ALLOWANCES: &str = "
+ALTER TABLE device DROP COLUMN event_gap;
+ALTER TABLE device ADD COLUMN events_paid_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE device ADD COLUMN events_throttled INTEGER NOT NULL DEFAULT 0;
+";
 
 /// From which releases of its app one can be reached, in order; one without rows from any.
 const REQUIREMENTS: &str = "

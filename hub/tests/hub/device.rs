@@ -498,8 +498,11 @@ fn kicked(client: &AsyncClient, id: &DeviceId, state: &mut State, kick: Kick) {
                 kind: EventKind::AgentStarted,
                 message: format!("event {seq}"),
             };
-            let events = vec![event];
-            (Leaf::Event, frame::encode(&Events { events }))
+            let events = Events {
+                kept_from: seq,
+                events: vec![event],
+            };
+            (Leaf::Event, frame::encode(&events))
         }
         Kick::Raw(leaf, bytes) => (leaf, bytes),
     };

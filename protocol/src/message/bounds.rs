@@ -319,7 +319,14 @@ mod tests {
         );
         let events = vec![longest; MAX_EVENTS];
         // What is left is for the topic and the rest of the packet.
-        assert!(encode(&Events { events }).len() < MAX_FRAME_BYTES - 1024);
+        assert!(
+            encode(&Events {
+                kept_from: u64::MAX,
+                events,
+            })
+            .len()
+                < MAX_FRAME_BYTES - 1024
+        );
     }
 
     #[test]

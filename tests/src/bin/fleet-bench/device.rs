@@ -534,7 +534,8 @@ impl Device {
         let due = *self.events_at.get_or_insert(now + EVENT_LINGER);
         if now >= due || events.len() == MAX_EVENTS {
             (self.sent_event, self.events_at) = (newest, None);
-            let frame = frame::encode(&Events { events });
+            let kept_from = self.events.front().map_or(0, |event| event.seq);
+            let frame = frame::encode(&Events { kept_from, events });
             out.push(self.publish(Leaf::Event, frame, QoS::AtLeastOnce, false, None));
         }
     }

@@ -99,6 +99,10 @@ impl StandIn {
                 && now >= at
             {
                 self.timers.pop();
+                if self.timed[number] != Some(at) {
+                    // Another one is earlier.
+                    continue;
+                }
                 self.timed[number] = None;
                 let mut out = Vec::new();
                 self.devices[number].go_on(now, &mut out);
