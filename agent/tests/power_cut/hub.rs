@@ -6,7 +6,7 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use foreshore_protocol::message::{Command, Event, EventKind, Head, Reported};
+use foreshore_protocol::message::{Command, Event, EventKind, Events, Head, Reported};
 use foreshore_protocol::topic::{self, Leaf};
 use foreshore_protocol::{DeviceId, Digest, Version, frame};
 
@@ -149,10 +149,12 @@ impl Talk {
         if topic.ends_with("/reported") {
             self.reported = Some(frame::decode(payload).unwrap());
         } else if topic.ends_with("/event") {
-            let event: Event = frame::decode(payload).unwrap();
-            match self.events.get(&event.seq) {
-                Some(other) if *other != event => self.reused.push((other.clone(), event)),
-                _ => drop(self.events.insert(event.seq, event)),
+            let Events { events, .. } = frame::decode(payload).unwrap();
+            for event in events {
+                match self.events.get(&event.seq) {
+                    Some(other) if *other != event => self.reused.push((other.clone(), event)),
+                    _ => drop(self.events.insert(event.seq, event)),
+                }
             }
         }
     }
