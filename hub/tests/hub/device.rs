@@ -74,7 +74,11 @@ pub(crate) enum Kick {
     Beacon,
     /// A beacon with so many MiB.
     Gauges(u32),
-    Event(u64),
+    /// An event, of which the device keeps those from a number on.
+    Event {
+        kept_from: u64,
+        seq: u64,
+    },
     Raw(Leaf, Vec<u8>),
 }
 
@@ -487,7 +491,7 @@ fn kicked(client: &AsyncClient, id: &DeviceId, state: &mut State, kick: Kick) {
             };
             (Leaf::Beacon, frame::encode(&beacon))
         }
-        Kick::Event(seq) => {
+        Kick::Event { kept_from, seq } => {
             state.event_seq = state.event_seq.max(seq);
             let event = Event {
                 seq,
@@ -499,7 +503,7 @@ fn kicked(client: &AsyncClient, id: &DeviceId, state: &mut State, kick: Kick) {
                 message: format!("event {seq}"),
             };
             let events = Events {
-                kept_from: seq,
+                kept_from,
                 events: vec![event],
             };
             (Leaf::Event, frame::encode(&events))

@@ -52,7 +52,7 @@ fn events_are_stored_once_and_acknowledged_after_that() {
     let device = Device::start(&bed, "device-0");
     bed.await_online(1);
     for seq in [1, 2, 2, 1, 3] {
-        device.kick(Kick::Event(seq));
+        device.kick(Kick::Event { kept_from: 1, seq });
     }
     let stored = || {
         let events = bed.get("/events?after=0&limit=1000");
@@ -67,16 +67,22 @@ fn events_are_stored_once_and_acknowledged_after_that() {
     });
     assert_eq!(stored(), ["event 1", "event 2", "event 3"]);
 
-    // A gap is asked about before it is believed.
+    // A gap is asked about, unless the device says that it is one.
     let asked = device.state().resyncs;
-    device.kick(Kick::Event(6));
+    device.kick(Kick::Event {
+        kept_from: 4,
+        seq: 6,
+    });
     wait_until("the hub to ask", || device.state().resyncs > asked);
     assert_eq!(
         device.state().acked.unwrap().0,
         3,
         "what lies beyond a gap is not acknowledged"
     );
-    device.kick(Kick::Event(6));
+    device.kick(Kick::Event {
+        kept_from: 6,
+        seq: 6,
+    });
     wait_until("the gap to be believed", || {
         device.state().acked.is_some_and(|(event, _)| event == 6)
     });
@@ -139,7 +145,10 @@ fn what_cannot_be_understood_is_counted_and_named_and_harms_nobody() {
         .filter(|kind| kind == "message-refused")
         .count();
     assert_eq!(refused, 1, "one event, not a flood");
-    device.kick(Kick::Event(1));
+    device.kick(Kick::Event {
+        kept_from: 1,
+        seq: 1,
+    });
     wait_until("the next good one to be taken", || {
         device.state().acked.is_some_and(|(event, _)| event == 1)
     });
@@ -170,7 +179,10 @@ fn a_device_that_is_cut_off_is_seen_offline_and_an_old_will_never_wins() {
         Leaf::Presence,
         foreshore_protocol::frame::encode(&stale),
     ));
-    device.kick(Kick::Event(1));
+    device.kick(Kick::Event {
+        kept_from: 1,
+        seq: 1,
+    });
     wait_until("the event behind it to be taken", || {
         device.state().acked.is_some_and(|(event, _)| event == 1)
     });
