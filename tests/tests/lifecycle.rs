@@ -91,6 +91,18 @@ fn status(fleet: &Fleet) -> Value {
     app_status(&fleet.api().device("device-1"), "shop")
 }
 
+/// Waits for an event with this in it; events may come a little later than what they are of shows.
+fn await_told(fleet: &Fleet, what: &str) {
+    wait_for("the event", LONG, || {
+        let events = fleet.api().get("/events?limit=200").ok().to_string();
+        if events.contains(what) {
+            Ok(())
+        } else {
+            Err(events)
+        }
+    });
+}
+
 #[test]
 fn services_start_and_stop_in_the_order_of_their_dependencies_and_jobs_run_once_a_release() {
     let (bed, builder) = bed("order");
@@ -189,8 +201,7 @@ fn a_container_whose_liveness_probe_fails_is_stopped_and_started_again_and_the_h
     });
     assert_eq!(container(&bed, "device-1", "shop", "a-web"), Some(second));
     assert_eq!(container(&bed, "device-1", "shop", "db"), Some(db));
-    let events = fleet.api().get("/events?limit=200").ok().to_string();
-    assert!(events.contains("the liveness probe fails"), "{events}");
+    await_told(&fleet, "the liveness probe fails");
 }
 
 #[test]
@@ -361,11 +372,7 @@ fn what_is_kept_is_taken_back_without_a_start_and_serves_without_a_break_until_i
     let rollout = fleet.await_rollout("shop", "rolled-back");
     wait_until("only the first to be left", LONG, || servers() == [first]);
     assert_eq!(status(&fleet)["running"], rollout["from"]);
-    let events = fleet.api().get("/events?limit=200").ok().to_string();
-    assert!(
-        events.contains("is the service's own again; it never stopped"),
-        "{events}"
-    );
+    await_told(&fleet, "is the service's own again; it never stopped");
 
     // A good one, an agent that ends and starts again meanwhile, and an operator who wants the first back.
     apply(&fleet, "v3", "10m", "");

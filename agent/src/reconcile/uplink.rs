@@ -263,9 +263,13 @@ impl Uplink {
         if self.event_resend.is_due(now) {
             self.sent_event = 0;
         }
+        if self.urgent && self.is_changed() {
+            // Who is told how a release ended is told before what led to it.
+            self.events_at = Some(now);
+        }
         let sent = self.flush_receipts()
-            && self.flush_report(now, &inventory)
             && self.flush_events(now, outbox)
+            && self.flush_report(now, &inventory)
             && self.flush_beacon(now, outbox, gauges, &inventory)
             && self.flush_pull(now, pull);
         if !sent {
