@@ -264,7 +264,7 @@ impl Uplink {
             self.sent_event = 0;
         }
         if self.urgent && self.is_changed() {
-            // Who is told how a release ended is told before what led to it.
+            // Whoever sees how a release ended finds the events that led there.
             self.events_at = Some(now);
         }
         let sent = self.flush_receipts()
@@ -426,5 +426,36 @@ impl Uplink {
             self.pull_at,
         ];
         due.into_iter().flatten().min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn acknowledged_reports_do_not_keep_events_from_being_sent_again() {
+        let ((link, _from_link), _ends) = crate::link::channels();
+        let mut uplink = Uplink::new(link, 1, Duration::from_secs(5), Duration::from_secs(900));
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        uplink.seq = 10;
+        uplink.event_resend.arm(true, start);
+        for seconds in 1..10 {
+            uplink.acknowledged(seconds, false);
+            uplink.event_resend.arm(true, after(seconds));
+            uplink.report_resend.arm(true, after(seconds));
+        }
+        assert_eq!(uplink.event_resend.at, Some(after(30)));
+        assert_eq!(uplink.report_resend.at, Some(after(39)), "it advanced");
+        assert!(!uplink.event_resend.is_due(after(29)));
+        assert!(uplink.event_resend.is_due(after(30)));
+        uplink.event_resend.arm(true, after(30));
+        assert_eq!(uplink.event_resend.at, Some(after(90)), "later each time");
+        uplink.acknowledged(9, true);
+        uplink.event_resend.arm(true, after(31));
+        assert_eq!(uplink.event_resend.at, Some(after(61)));
+        uplink.event_resend.arm(false, after(32));
+        assert_eq!(uplink.event_resend.at, None, "nothing waits");
     }
 }

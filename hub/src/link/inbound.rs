@@ -204,7 +204,7 @@ pub fn decode(topic: &[u8], payload: &[u8], retained: bool) -> Result<Option<Hea
             let counters = [
                 greatest(|event| event.boot),
                 greatest(|event| event.seq),
-                0,
+                events.kept_from,
                 0,
             ];
             (Message::Events(events), counters)
@@ -345,6 +345,15 @@ mod tests {
             Err(Unreadable::Topic)
         );
         assert_eq!(decode(b"\xff", &frame, false), Err(Unreadable::Topic));
+        for kept_from in [COUNTER_MAX, u64::MAX] {
+            let events = vec![];
+            let huge = frame::encode(&Events { kept_from, events });
+            let up = topic::device(&device, Leaf::Event);
+            assert!(matches!(
+                decode(up.as_bytes(), &huge, false),
+                Err(Unreadable::Counter(_))
+            ));
+        }
         let huge = frame::encode(&beacon(u64::MAX));
         assert!(matches!(
             decode(up.as_bytes(), &huge, false),
