@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::api::Api;
 use crate::image::Builder;
-use crate::process::{start_time, wait_for};
+use crate::process::{has_executed, start_time, wait_for};
 use crate::{Bed, Device, Hub};
 
 /// How long a test waits for something that takes seconds on an idle machine.
@@ -129,6 +129,8 @@ pub struct Identity {
 #[must_use]
 pub fn container(bed: &Bed, device: &str, app: &str, service: &str) -> Option<Identity> {
     let mut found = containers(bed, device, &format!("{app}.{service}."));
+    // While a container is made, processes of the runtime are in its cgroup, and the oldest of them goes away.
+    found.retain(|identity| has_executed(identity.pid));
     // The first process is the oldest; its id is not the lowest once the kernel has come round.
     found.sort_by_key(|identity| (identity.start_time, identity.pid));
     found.first().copied()

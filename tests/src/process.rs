@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, OnceLock};
@@ -225,4 +226,18 @@ pub fn free_port() -> u16 {
 pub fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
+}
+
+/// Whether a process runs, and runs another program than the process that started it.
+#[must_use]
+pub fn has_executed(pid: i32) -> bool {
+    let program = |pid: i32| {
+        let file = std::fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+        Some((file.dev(), file.ino()))
+    };
+    let parent = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        program(stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()?)
+    };
+    program(pid).is_some_and(|own| parent().is_some_and(|parent| parent != own))
 }

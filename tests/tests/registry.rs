@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use e2e::bed::SmallDisk;
-use e2e::fleet::{Fleet, LONG, await_container, http_get, web_manifest};
+use e2e::fleet::{Fleet, LONG, container, http_get, web_manifest};
 use e2e::hub::HubOptions;
 use e2e::image::Builder;
 use e2e::process::programs;
@@ -11,9 +11,9 @@ use e2e::registry::Registry;
 use e2e::{Bed, Device, Hub, wait_for};
 
 fn served(bed: &Bed, device: &str) -> String {
-    let container = await_container(bed, device, "shop", "server");
     wait_for("the container to answer", LONG, || {
-        http_get(container, "/version")
+        let found = container(bed, device, "shop", "server").ok_or("none")?;
+        http_get(found, "/version")
     })
 }
 
