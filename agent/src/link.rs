@@ -24,8 +24,8 @@ use foreshore_protocol::topic::{self, Leaf, Topic};
 use foreshore_protocol::{DeviceId, Digest, Version, frame};
 use rumqttc::mqttbytes::v5::{ConnectReturnCode, LastWill, LastWillProperties, Publish};
 use rumqttc::{
-    AckMode, AsyncClient, ConnectionError, Event as Polled, Incoming as Packet, ManualAck,
-    MqttOptions, PublishOptions, PublishProperties, QoS, TlsConfiguration, Transport,
+    AckMode, AsyncClient, ConnectionError, Event as Polled, EventLoop, Incoming as Packet,
+    ManualAck, MqttOptions, PublishOptions, PublishProperties, QoS, TlsConfiguration, Transport,
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
 
@@ -33,6 +33,8 @@ use crate::config::HubConfig;
 
 mod memory;
 mod pause;
+#[cfg(test)]
+mod tests;
 mod tls;
 
 pub use pause::Pause;
@@ -306,6 +308,17 @@ enum End {
     AgentGone,
 }
 
+impl End {
+    /// Not by the broker's word.
+    const fn lost(why: String) -> Self {
+        Self::Lost {
+            why,
+            refused: false,
+            answered: false,
+        }
+    }
+}
+
 /// Waits, throwing away what the agent wants to send meanwhile; false when it wants to end.
 async fn idle(ends: &mut Ends, wait: Duration) -> bool {
     let until = tokio::time::Instant::now() + wait;
@@ -323,6 +336,42 @@ async fn idle(ends: &mut Ends, wait: Duration) -> bool {
     }
 }
 
+/// What a session goes on with.
+enum Next {
+    Polled(Result<Polled, ConnectionError>),
+    /// What the agent sends; `None` when it is gone.
+    Asked(Option<Outgoing>),
+}
+
+/// What comes first while there is no connection. `EventLoop::poll` that is dropped then begins to connect anew, so one call
+/// of it stays, however often the agent has something to send: that is thrown away, and sent again when `Connected` is told.
+async fn connecting(events: &mut EventLoop, from_agent: &mut mpsc::Receiver<Outgoing>) -> Next {
+    let mut polled = std::pin::pin!(events.poll());
+    loop {
+        // Cancel safe: the one is kept, and `recv` loses nothing.
+        tokio::select! {
+            polled = &mut polled => return Next::Polled(polled),
+            message = from_agent.recv() => match message {
+                None | Some(Outgoing::Close) => return Next::Asked(message),
+                Some(_) => {}
+            },
+        }
+    }
+}
+
+/// What comes first on a connection.
+async fn connected(
+    events: &mut EventLoop,
+    from_agent: &mut mpsc::Receiver<Outgoing>,
+    closing: bool,
+) -> Next {
+    // Cancel safe: on a connection `EventLoop::poll` keeps its place, and `recv` loses nothing.
+    tokio::select! {
+        polled = events.poll() => Next::Polled(polled),
+        message = from_agent.recv(), if !closing => Next::Asked(message),
+    }
+}
+
 /// One connection, from its first attempt to its end.
 async fn session(
     device: &DeviceId,
@@ -332,49 +381,52 @@ async fn session(
     spread: &mut Duration,
 ) -> End {
     let (client, mut events) = AsyncClient::builder(options).capacity(PACKETS).build();
-    let mut connected = false;
+    let mut is_connected = false;
     let mut closing = false;
     loop {
-        // Cancel safe: `EventLoop::poll` keeps its place (rumqttc documents it), `recv` loses nothing.
-        let told = tokio::select! {
-            polled = events.poll() => match polled {
-                Ok(Polled::Incoming(Packet::ConnAck(_))) => {
-                    pause.reset();
-                    connected = true;
-                    match greet(&client, device, greetings.birth.clone()) {
-                        Ok(()) => Some(Incoming::Connected),
-                        Err(why) => return End::Lost { why, refused: false, answered: false },
-                    }
+        let next = match is_connected {
+            false => connecting(&mut events, &mut ends.from_agent).await,
+            true => connected(&mut events, &mut ends.from_agent, closing).await,
+        };
+        let told = match next {
+            Next::Polled(Ok(Polled::Incoming(Packet::ConnAck(_)))) => {
+                pause.reset();
+                is_connected = true;
+                match greet(&client, device, greetings.birth.clone()) {
+                    Ok(()) => Some(Incoming::Connected),
+                    Err(why) => return End::lost(why),
                 }
-                Ok(Polled::Incoming(Packet::Publish(message))) => Some(arrived(&client, &message, spread)),
-                Ok(Polled::Incoming(Packet::Disconnect(reason))) => {
-                    return End::Lost { why: format!("the broker closed the session: {:?}", reason.reason_code), refused: false, answered: true };
+            }
+            Next::Polled(Ok(Polled::Incoming(Packet::Publish(message)))) => {
+                Some(arrived(&client, &message, spread))
+            }
+            Next::Polled(Ok(Polled::Incoming(Packet::Disconnect(reason)))) => {
+                return End::Lost {
+                    why: format!("the broker closed the session: {:?}", reason.reason_code),
+                    refused: false,
+                    answered: true,
+                };
+            }
+            Next::Polled(Ok(_)) => None,
+            Next::Polled(Err(_)) if closing => return End::Closed,
+            Next::Polled(Err(error)) => return lost(&error),
+            Next::Asked(None) => return End::AgentGone,
+            Next::Asked(Some(Outgoing::Close)) if !is_connected => return End::Closed,
+            Next::Asked(Some(Outgoing::Close)) => {
+                closing = true;
+                // A disconnect on purpose discards the Will, so we say it ourselves.
+                let said = say(&client, device, greetings.goodbye.clone());
+                if said.is_err() || client.try_disconnect().is_err() {
+                    return End::Closed;
                 }
-                Ok(Polled::Incoming(_) | Polled::Outgoing(_) | Polled::Auth(_)) => None,
-                Err(_) if closing => return End::Closed,
-                Err(error) => return lost(&error),
-            },
-            message = ends.from_agent.recv(), if !closing => match message {
-                None => return End::AgentGone,
-                Some(Outgoing::Close) if !connected => return End::Closed,
-                // Whoever sent it does so again when told `Connected`.
-                Some(_) if !connected => None,
-                Some(Outgoing::Close) => {
-                    closing = true;
-                    // A disconnect on purpose discards the Will, so we say it ourselves.
-                    let said = say(&client, device, greetings.goodbye.clone());
-                    if said.is_err() || client.try_disconnect().is_err() {
-                        return End::Closed;
-                    }
-                    None
+                None
+            }
+            Next::Asked(Some(message)) => {
+                if let Err(why) = send(&client, device, message) {
+                    return End::lost(why);
                 }
-                Some(message) => {
-                    if let Err(why) = send(&client, device, message) {
-                        return End::Lost { why, refused: false, answered: false };
-                    }
-                    None
-                }
-            },
+                None
+            }
         };
         if let Some(told) = told
             && ends.to_agent.send(told).await.is_err()

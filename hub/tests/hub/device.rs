@@ -212,6 +212,8 @@ async fn session(login: &Login, shared: &Mutex<State>) {
     let (client, mut eventloop) = AsyncClient::builder(options).capacity(1000).build();
     let mut tick = tokio::time::interval(Duration::from_millis(10));
     loop {
+        // Whoever stops to poll before there is a connection begins to connect anew.
+        let connected = shared.lock().unwrap().connected;
         tokio::select! {
             event = eventloop.poll() => match event {
                 Ok(MqttEvent::Incoming(packet)) => {
@@ -221,7 +223,7 @@ async fn session(login: &Login, shared: &Mutex<State>) {
                 Ok(_) => {}
                 Err(_) => return,
             },
-            _ = tick.tick() => {
+            _ = tick.tick(), if connected => {
                 let mut state = shared.lock().unwrap();
                 if state.connected {
                     work(&client, &login.id, &mut state);
