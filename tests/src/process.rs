@@ -65,6 +65,13 @@ pub fn programs() -> &'static Path {
             .expect("the profile directory is in the target directory");
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
+        // What the outer cargo says about this package would make build scripts that look at it run again and again.
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy();
+            if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+                command.env_remove(&*name);
+            }
+        }
         command.args(["build", "--quiet", "--bins"]);
         command.args([
             "-p",

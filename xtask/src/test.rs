@@ -1,5 +1,6 @@
 //! `cargo xtask test`: everything that CI runs.
 
+use std::num::NonZero;
 use std::time::Instant;
 
 use anyhow::ensure;
@@ -54,14 +55,18 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             &mut step::cargo(&lints),
         );
     }
+    // Every step below takes the whole workspace and then what it wants of it: with other packages cargo would join
+    // other features, and build most dependencies again.
     step(
         "build",
-        &mut step::cargo(&["build", "--workspace", "--bins"]),
+        &mut step::cargo(&["test", "--workspace", "--no-run"]),
     );
     let quick = ["test", "--workspace", "--exclude", "e2e", "--no-fail-fast"];
+    // Most tests wait for something most of the time.
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     step(
         "unit, property, contract and simulator tests",
-        &mut step::cargo(&quick),
+        step::cargo(&quick).env("RUST_TEST_THREADS", (2 * cores).to_string()),
     );
     // Their corpora were replayed above; this finds what is not in them yet.
     let fuzz = [
@@ -75,16 +80,25 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         "3",
     ];
     step("every fuzz target for 3 s", &mut step::cargo(&fuzz));
-    // Each starts a hub, brokers and several agents: two at a time keep a small machine honest about time.
-    let real = [
+    // Each starts a hub, brokers and several agents: a few at a time keep a small machine honest about time.
+    let fleet = ["test", "--workspace", "--no-fail-fast", "--test", "fleet"];
+    step(
+        "end-to-end tests with real parts",
+        step::cargo(&fleet).env("RUST_TEST_THREADS", (1 + cores).to_string()),
+    );
+    let bombs = [
         "test",
-        "-p",
-        "e2e",
+        "--workspace",
         "--no-fail-fast",
-        "--",
-        "--test-threads=2",
+        "--test",
+        "io",
+        "--test",
+        "limits",
     ];
-    step("end-to-end tests with real parts", &mut step::cargo(&real));
+    step(
+        "what measures beside bombs, one at a time",
+        step::cargo(&bombs).env("RUST_TEST_THREADS", "1"),
+    );
     // The demo checks what it shows, so it is a test too: command line, hub and devices together.
     let demo = ["run", "--quiet", "--package", "xtask", "--", "demo"];
     step("the demo", &mut step::cargo(&demo));

@@ -27,10 +27,17 @@ pub(crate) struct Programs {
 impl Programs {
     /// Builds them, cargo's progress on our stderr, and asks cargo where they are.
     pub(crate) fn build() -> anyhow::Result<Self> {
+        // The whole workspace, for its features: `cargo xtask test` has built with those.
         let output = step::cargo(&[
             "test",
-            "-p",
+            "--workspace",
+            "--lib",
+            "--bin",
             "foreshore-agent",
+            "--test",
+            "runtime",
+            "--test",
+            "device",
             "--no-run",
             "--message-format=json-render-diagnostics",
         ])
