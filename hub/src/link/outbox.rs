@@ -264,9 +264,60 @@ async fn publish_hub_info(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+
+    use foreshore_protocol::secret::PublicKey;
+
     use super::*;
     use crate::rollout::{Placement, UnixMs};
     use crate::store::tests::memory;
+
+    /// How many instructions SQLite executes to find the one head, and then the one bundle of secrets, that wait in a fleet
+    /// of so many devices.
+    fn instructions(devices: usize) -> u64 {
+        let mut connection = memory();
+        let (app, release) = ("shop".parse().unwrap(), Digest::of(b"release"));
+        store::app::put_release(&connection, &release, &app, b"release", UnixMs(1)).unwrap();
+        let placement = Placement {
+            release,
+            soak_ms: 1,
+            progress_deadline_ms: 2,
+        };
+        for number in 0..devices {
+            let id: DeviceId = format!("d-{number}").parse().unwrap();
+            store::device::insert(&connection, &id, UnixMs(1)).unwrap();
+            let key = PublicKey::from_bytes([7; 32]);
+            store::secret::show_key(&connection, &id, &key).unwrap();
+            store::desired::place(&connection, &id, &app, &placement).unwrap();
+        }
+        connection
+            .execute_batch(
+                "UPDATE device_secrets SET epoch = 1, generation = 1;
+                 DELETE FROM outbox WHERE device != 'd-1'; DELETE FROM outbox_secrets;",
+            )
+            .unwrap();
+        let executed = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&executed);
+        let count = move || {
+            counter.fetch_add(1, Ordering::Relaxed);
+            false
+        };
+        connection.progress_handler(1, Some(count)).unwrap();
+        let look = || waiting(&connection, &Rests::default(), Instant::now(), PAGE).unwrap();
+        assert!(matches!(&look()[..], [Item::Head(..)]));
+        connection
+            .execute("INSERT INTO outbox_secrets VALUES ('d-1', 1, 1)", [])
+            .unwrap();
+        assert!(matches!(&look()[..], [Item::Secrets(..)]));
+        executed.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn what_waits_is_found_in_a_large_fleet_as_in_a_small_one() {
+        let (small, large) = (instructions(10), instructions(1000));
+        assert!(large < 2 * small, "{small} and {large} instructions");
+    }
 
     #[test]
     fn what_the_broker_refuses_for_good_holds_nobody_else_up() {

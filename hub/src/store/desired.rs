@@ -309,8 +309,9 @@ pub fn waiting_heads(
     rests: impl Fn(&DeviceId, Version) -> bool,
 ) -> rusqlite::Result<Vec<(DeviceId, Head)>> {
     let mut devices: Vec<DeviceId> = Vec::new();
+    // CROSS JOIN makes SQLite begin with what waits, not with every device.
     let mut waiting = connection.prepare_cached(
-        "SELECT device, epoch, generation FROM outbox JOIN device ON device.id = outbox.device
+        "SELECT device, epoch, generation FROM outbox CROSS JOIN device ON device.id = outbox.device
              WHERE restored_epoch IS NULL ORDER BY device",
     )?;
     let mut rows = waiting.query([])?;
@@ -374,7 +375,7 @@ pub fn waiting_releases(
     rests: impl Fn(&Digest) -> bool,
 ) -> rusqlite::Result<Vec<(Digest, Vec<u8>)>> {
     let mut waiting = connection.prepare_cached(
-        "SELECT release.digest, release.bytes FROM outbox_release JOIN release USING (digest)",
+        "SELECT release.digest, release.bytes FROM outbox_release CROSS JOIN release USING (digest)",
     )?;
     let mut rows = waiting.query([])?;
     let mut releases = Vec::new();

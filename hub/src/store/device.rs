@@ -1,9 +1,11 @@
 //! Devices: who they are, whether they are there, and what they say.
 
-use foreshore_protocol::DeviceId;
+use std::collections::BTreeSet;
+
 use foreshore_protocol::api::DeviceView;
 use foreshore_protocol::id::{LabelKey, LabelValue, Labels, Version};
 use foreshore_protocol::message::{AppStatus, Inventory};
+use foreshore_protocol::{AppName, DeviceId};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::column;
@@ -259,7 +261,10 @@ pub fn put_inventory(
         .prepare_cached("SELECT own_labels FROM device WHERE id = ?1")?
         .query_row([device.as_str()], |row| column::json(row, 0))?;
     connection
-        .prepare_cached("UPDATE device SET inventory = ?2, own_labels = ?3 WHERE id = ?1")?
+        .prepare_cached(
+            "UPDATE device SET inventory = ?2, own_labels = ?3
+             WHERE id = ?1 AND (inventory IS NOT ?2 OR own_labels != ?3)",
+        )?
         .execute(params![
             device.as_str(),
             column::to_json(inventory)?,
@@ -278,14 +283,22 @@ pub fn put_reports(
     device: &DeviceId,
     apps: &[AppStatus],
 ) -> rusqlite::Result<()> {
-    connection
-        .prepare_cached("DELETE FROM report WHERE device = ?1")?
-        .execute([device.as_str()])?;
+    let mut gone: BTreeSet<AppName> = connection
+        .prepare_cached("SELECT app FROM report WHERE device = ?1")?
+        .query_map([device.as_str()], |row| column::parsed(row, 0))?
+        .collect::<rusqlite::Result<_>>()?;
     for status in apps {
+        gone.remove(&status.app);
+        // In its place: a row that is removed and inserted again is taken out of every index too, and most of what a device
+        // says was so before.
         connection
             .prepare_cached(
-                "INSERT OR REPLACE INTO report (device, app, since_epoch, since_generation, release, phase, body)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                "INSERT INTO report (device, app, since_epoch, since_generation, release, phase, body)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+                 ON CONFLICT (device, app) DO UPDATE SET since_epoch = excluded.since_epoch,
+                     since_generation = excluded.since_generation, release = excluded.release,
+                     phase = excluded.phase, body = excluded.body
+                 WHERE body != excluded.body",
             )?
             .execute(params![
                 device.as_str(),
@@ -296,6 +309,11 @@ pub fn put_reports(
                 column::to_word(&status.phase)?,
                 column::to_json(status)?,
             ])?;
+    }
+    for app in gone {
+        connection
+            .prepare_cached("DELETE FROM report WHERE device = ?1 AND app = ?2")?
+            .execute([device.as_str(), app.as_str()])?;
     }
     Ok(())
 }

@@ -160,6 +160,12 @@ fn wanted(
     connection: &Connection,
     device: &DeviceId,
 ) -> rusqlite::Result<(Wanted, Vec<SecretName>)> {
+    let any: bool = connection
+        .prepare_cached("SELECT EXISTS (SELECT 1 FROM release_secret)")?
+        .query_row([], |row| row.get(0))?;
+    if !any {
+        return Ok((Wanted::new(), Vec::new()));
+    }
     let mut statement = connection.prepare_cached(&format!(
         "SELECT DISTINCT name, revision, length(value) FROM secret JOIN release_secret ON secret = name
          WHERE release IN ({RELEASES}) ORDER BY name"
@@ -393,10 +399,12 @@ pub fn waiting(
     limit: usize,
     rests: impl Fn(&DeviceId, Version) -> bool,
 ) -> rusqlite::Result<Vec<(DeviceId, Version, SealedSecrets)>> {
+    // CROSS JOIN makes SQLite begin with what waits, which is little, not with every device that has a key.
     let mut statement = connection.prepare_cached(
-        "SELECT d.device, d.epoch, d.generation, key, wanted FROM outbox_secrets JOIN device_secrets d USING (device)
-             JOIN device ON device.id = d.device
-         WHERE untrusted IS NULL AND restored_epoch IS NULL ORDER BY d.device",
+        "SELECT d.device, d.epoch, d.generation, key, wanted FROM outbox_secrets AS waiting
+             CROSS JOIN device_secrets AS d ON d.device = waiting.device
+             CROSS JOIN device ON device.id = waiting.device
+         WHERE untrusted IS NULL AND restored_epoch IS NULL ORDER BY waiting.device",
     )?;
     let mut rows = statement.query([])?;
     let mut bundles = Vec::new();
