@@ -341,6 +341,55 @@ fn whichever_of_its_processes_is_killed_none_is_left() {
     }
 }
 
+/// Whoever is killed a moment after it made a process, before that has seen to its own end, leaves none behind either.
+#[test]
+fn killed_at_any_moment_of_its_preparations_none_is_left() {
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+    const MYSELF: nix::unistd::Pid = nix::unistd::Pid::from_raw(0);
+    let bed = Bed::new();
+    let allowed = sched_getaffinity(MYSELF).unwrap();
+    let mut processors = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap());
+    let one = processors.next().unwrap();
+    let other = processors.next_back().unwrap_or(one);
+    let move_to = |cpu| {
+        let mut only = CpuSet::new();
+        only.set(cpu).unwrap();
+        sched_setaffinity(MYSELF, &only).unwrap();
+    };
+    for time in 0..100 {
+        // All of its processes share one processor, where a new one has to wait for its turn; this test has another.
+        move_to(one);
+        let mut child = Command::new(env!("CARGO_BIN_EXE_foreshore-agent"))
+            .arg("inflate")
+            .args([bed.root(), bed.target()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        move_to(other);
+        let (pid, until) = (child.id(), Instant::now() + Duration::from_secs(20));
+        while fs::read(format!("/proc/{pid}/task/{pid}/children"))
+            .unwrap()
+            .is_empty()
+        {
+            assert!(Instant::now() < until, "waited 20 s for a child");
+        }
+        // Every other at once, which is when the first of them is new.
+        if time % 2 == 1 {
+            std::thread::sleep(Duration::from_micros(25 * time));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let target = bed.target().display().to_string();
+    wait_for("all to end", || {
+        let entries = fs::read_dir("/proc").unwrap().flatten();
+        let mut commands = entries.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
+        !commands.any(|command| String::from_utf8_lossy(&command).contains(&target))
+    });
+}
+
 #[test]
 fn owners_modes_and_whiteouts_come_out_right_and_privileges_do_not() {
     use tar::EntryType as Kind;

@@ -70,6 +70,7 @@ impl AsFd for UserNamespace {
 
 /// Forks a process into a new user namespace, which does nothing there until it is killed.
 fn hold() -> io::Result<Pid> {
+    let parent = libc::c_long::from(std::process::id().cast_signed());
     let flags = libc::CLONE_NEWUSER | libc::SIGCHLD;
     #[expect(unsafe_code, reason = "clone(2) without a stack, as fork(2)")]
     // SAFETY: this process has one thread, and the child makes nothing but system calls that take numbers.
@@ -84,6 +85,10 @@ fn hold() -> io::Result<Pid> {
                 0,
                 0,
             );
+            // One that was gone before takes nobody along.
+            if libc::syscall(libc::SYS_getppid) != parent {
+                libc::syscall(libc::SYS_exit_group, 1);
+            }
             loop {
                 libc::syscall(libc::SYS_ppoll, 0, 0, 0, 0, 0);
             }
