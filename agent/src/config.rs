@@ -103,7 +103,8 @@ pub struct HubConfig {
     pub join_token_file: PathBuf,
     /// For `mqtts://`: PEM file with the certificates to trust, instead of the system's.
     pub ca_file: Option<PathBuf>,
-    /// MQTT keepalive: a lost connection is noticed within one and a half of it. 5s to 1h. Default: 5m.
+    /// MQTT keepalive. The broker notices a lost device within one and a half of it, the device a lost broker within
+    /// two. 5s to 1h. Default: 5m.
     #[serde(default = "defaults::keepalive")]
     pub keepalive: Span,
     /// At most one report in this time, except for the end of an assignment. 100ms to 1h. Default: 5s.
@@ -423,6 +424,12 @@ impl HubConfig {
     #[must_use]
     pub fn keepalive_secs(&self) -> u16 {
         u16::try_from(self.keepalive.millis() / 1000).unwrap_or(u16::MAX)
+    }
+
+    /// A broker that leaves something unanswered for so long is out of reach: as long as it takes to notice by pings.
+    #[must_use]
+    pub fn answer_within(&self) -> Duration {
+        2 * self.keepalive.duration()
     }
 
     /// [`Self::report_interval`].

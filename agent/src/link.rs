@@ -24,10 +24,11 @@ use foreshore_protocol::topic::{self, Leaf, Topic};
 use foreshore_protocol::{DeviceId, Digest, Version, frame};
 use rumqttc::mqttbytes::v5::{ConnectReturnCode, LastWill, LastWillProperties, Publish};
 use rumqttc::{
-    AckMode, AsyncClient, ConnectionError, Event as Polled, EventLoop, Incoming as Packet,
-    ManualAck, MqttOptions, PublishOptions, PublishProperties, QoS, TlsConfiguration, Transport,
+    AckMode, AsyncClient, ConnectionError, Event as Polled, Incoming as Packet, ManualAck,
+    MqttOptions, PublishOptions, PublishProperties, QoS, TlsConfiguration, Transport,
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::time::Instant;
 
 use crate::config::HubConfig;
 
@@ -61,6 +62,9 @@ const QUEUE: usize = 32;
 /// How many packets wait in the MQTT client: more than one event brings about, so that it is never full
 /// while the connection makes progress.
 const PACKETS: usize = 4 * QUEUE;
+
+/// What a device is told, besides what all are told ([`topic::HUB`]).
+const DOWN: [Leaf; 4] = [Leaf::Secrets, Leaf::Head, Leaf::Command, Leaf::Lease];
 
 /// A request for a turn that no hub took for so long is worth nothing any more.
 const REQUEST_EXPIRY_SECS: u32 = 60;
@@ -250,14 +254,7 @@ pub async fn run(
     let mut spread = Duration::ZERO;
     loop {
         let options = options(&settings, transport.clone(), birth());
-        let end = session(
-            &settings.device,
-            options,
-            &mut ends,
-            &mut pause,
-            &mut spread,
-        )
-        .await;
+        let end = session(&settings, options, &mut ends, &mut pause, &mut spread).await;
         let (why, refused, answered) = match end {
             End::Lost {
                 why,
@@ -321,7 +318,7 @@ impl End {
 
 /// Waits, throwing away what the agent wants to send meanwhile; false when it wants to end.
 async fn idle(ends: &mut Ends, wait: Duration) -> bool {
-    let until = tokio::time::Instant::now() + wait;
+    let until = Instant::now() + wait;
     loop {
         // Cancel safe: `recv` loses nothing when the timer wins.
         match tokio::time::timeout_at(until, ends.from_agent.recv()).await {
@@ -336,102 +333,161 @@ async fn idle(ends: &mut Ends, wait: Duration) -> bool {
     }
 }
 
-/// What a session goes on with.
-enum Next {
-    Polled(Result<Polled, ConnectionError>),
-    /// What the agent sends; `None` when it is gone.
-    Asked(Option<Outgoing>),
-}
-
-/// What comes first while there is no connection. `EventLoop::poll` that is dropped then begins to connect anew, so one call
-/// of it stays, however often the agent has something to send: that is thrown away, and sent again when `Connected` is told.
-async fn connecting(events: &mut EventLoop, from_agent: &mut mpsc::Receiver<Outgoing>) -> Next {
-    let mut polled = std::pin::pin!(events.poll());
-    loop {
-        // Cancel safe: the one is kept, and `recv` loses nothing.
-        tokio::select! {
-            polled = &mut polled => return Next::Polled(polled),
-            message = from_agent.recv() => match message {
-                None | Some(Outgoing::Close) => return Next::Asked(message),
-                Some(_) => {}
-            },
-        }
-    }
-}
-
-/// What comes first on a connection.
-async fn connected(
-    events: &mut EventLoop,
-    from_agent: &mut mpsc::Receiver<Outgoing>,
-    closing: bool,
-) -> Next {
-    // Cancel safe: on a connection `EventLoop::poll` keeps its place, and `recv` loses nothing.
-    tokio::select! {
-        polled = events.poll() => Next::Polled(polled),
-        message = from_agent.recv(), if !closing => Next::Asked(message),
-    }
-}
-
 /// One connection, from its first attempt to its end.
 async fn session(
-    device: &DeviceId,
+    settings: &Settings,
     (options, greetings): (MqttOptions, Greetings),
     ends: &mut Ends,
     pause: &mut Pause,
     spread: &mut Duration,
 ) -> End {
+    let device = &settings.device;
     let (client, mut events) = AsyncClient::builder(options).capacity(PACKETS).build();
-    let mut is_connected = false;
+    let mut connected: Option<Instant> = None;
+    let mut unanswered = Unanswered::new(settings.hub.answer_within());
     let mut closing = false;
-    loop {
-        let next = match is_connected {
-            false => connecting(&mut events, &mut ends.from_agent).await,
-            true => connected(&mut events, &mut ends.from_agent, closing).await,
-        };
-        let told = match next {
-            Next::Polled(Ok(Polled::Incoming(Packet::ConnAck(_)))) => {
-                pause.reset();
-                is_connected = true;
-                match greet(&client, device, greetings.birth.clone()) {
-                    Ok(()) => Some(Incoming::Connected),
-                    Err(why) => return End::lost(why),
+    let end = 'connection: loop {
+        // `EventLoop::poll` that is dropped begins to connect anew, and on a connection loses the packet for which there was no
+        // room yet: one call of it stays, however often the agent has something to send.
+        let polled = {
+            let mut polled = std::pin::pin!(events.poll());
+            loop {
+                // Cancel safe: the one is kept, and `recv` loses nothing. An answer that is here counts before the time.
+                tokio::select! {
+                    biased;
+                    polled = &mut polled => break polled,
+                    message = ends.from_agent.recv(), if !closing => match message {
+                        None => return End::AgentGone,
+                        Some(Outgoing::Close) if connected.is_none() => return End::Closed,
+                        Some(Outgoing::Close) => {
+                            closing = true;
+                            // A disconnect on purpose discards the Will, so we say it ourselves.
+                            let said = say(&client, device, greetings.goodbye.clone());
+                            if said.is_err() || client.try_disconnect().is_err() {
+                                return End::Closed;
+                            }
+                        }
+                        // It is sent again when `Connected` is told.
+                        Some(_) if connected.is_none() => {}
+                        Some(message) => {
+                            unanswered.sent(&message);
+                            if let Err(why) = send(&client, device, message) {
+                                break 'connection End::lost(why);
+                            }
+                        }
+                    },
+                    () = unanswered.overdue() => {
+                        break 'connection End::lost("the broker does not answer".to_owned());
+                    }
                 }
             }
-            Next::Polled(Ok(Polled::Incoming(Packet::Publish(message)))) => {
+        };
+        let told = match polled {
+            Ok(Polled::Incoming(Packet::ConnAck(_))) => {
+                connected = Some(Instant::now());
+                unanswered.greeted();
+                match greet(&client, device, greetings.birth.clone()) {
+                    Ok(()) => Some(Incoming::Connected),
+                    Err(why) => break End::lost(why),
+                }
+            }
+            Ok(Polled::Incoming(Packet::Publish(message))) => {
                 Some(arrived(&client, &message, spread))
             }
-            Next::Polled(Ok(Polled::Incoming(Packet::Disconnect(reason)))) => {
-                return End::Lost {
+            Ok(Polled::Incoming(Packet::Disconnect(reason))) => {
+                break End::Lost {
                     why: format!("the broker closed the session: {:?}", reason.reason_code),
                     refused: false,
                     answered: true,
                 };
             }
-            Next::Polled(Ok(_)) => None,
-            Next::Polled(Err(_)) if closing => return End::Closed,
-            Next::Polled(Err(error)) => return lost(&error),
-            Next::Asked(None) => return End::AgentGone,
-            Next::Asked(Some(Outgoing::Close)) if !is_connected => return End::Closed,
-            Next::Asked(Some(Outgoing::Close)) => {
-                closing = true;
-                // A disconnect on purpose discards the Will, so we say it ourselves.
-                let said = say(&client, device, greetings.goodbye.clone());
-                if said.is_err() || client.try_disconnect().is_err() {
-                    return End::Closed;
-                }
+            Ok(Polled::Incoming(packet)) => {
+                unanswered.heard(&packet);
                 None
             }
-            Next::Asked(Some(message)) => {
-                if let Err(why) = send(&client, device, message) {
-                    return End::lost(why);
-                }
-                None
-            }
+            Ok(Polled::Outgoing(_) | Polled::Auth(_)) => None,
+            Err(error) => break lost(&error),
         };
         if let Some(told) = told
             && ends.to_agent.send(told).await.is_err()
         {
             return End::AgentGone;
+        }
+    };
+    if closing {
+        return End::Closed;
+    }
+    if let Some(since) = connected {
+        pause.held(since.elapsed());
+    }
+    end
+}
+
+/// What the broker was asked and has not answered. Where packets are swallowed on the way nothing else shows that: the
+/// client puts its ping off whenever it writes, and TCP gives up after a quarter of an hour (tcp(7), `tcp_retries2`).
+#[derive(Debug)]
+struct Unanswered {
+    count: usize,
+    /// When the broker last answered while there were any, or was asked the first.
+    since: Instant,
+    within: Duration,
+}
+
+impl Unanswered {
+    fn new(within: Duration) -> Self {
+        Self {
+            count: 0,
+            since: Instant::now(),
+            within,
+        }
+    }
+
+    fn asked(&mut self, times: usize) {
+        if self.count == 0 {
+            self.since = Instant::now();
+        }
+        self.count += times;
+    }
+
+    /// The subscriptions and the birth of [`greet`].
+    fn greeted(&mut self) {
+        self.asked(DOWN.len() + 2);
+    }
+
+    fn sent(&mut self, message: &Outgoing) {
+        match message {
+            Outgoing::Reported(_)
+            | Outgoing::Events(_)
+            | Outgoing::LeaseRequest(_)
+            | Outgoing::Fetch(_)
+            | Outgoing::Fetched(_) => self.asked(1),
+            // QoS 0, or an answer itself; nothing is sent after a goodbye.
+            Outgoing::Beacon(_) | Outgoing::Pull(_) | Outgoing::Accepted(_) | Outgoing::Close => {}
+        }
+    }
+
+    fn heard(&mut self, packet: &Packet) {
+        match packet {
+            Packet::PubAck(_) | Packet::SubAck(_) | Packet::UnsubAck(_) => {
+                self.count = self.count.saturating_sub(1);
+            }
+            // The ping came after all the rest (MQTT 5.0, section 4.6), so that has arrived.
+            Packet::PingResp => self.count = 0,
+            _ => return,
+        }
+        self.since = Instant::now();
+    }
+
+    /// When it is out of reach if it does not answer until then.
+    fn late_at(&self) -> Option<Instant> {
+        (self.count > 0).then(|| self.since + self.within)
+    }
+
+    /// Returns when it is late, and never when nothing was asked. Cancel safe.
+    async fn overdue(&self) {
+        match self.late_at() {
+            None => std::future::pending().await,
+            Some(at) => tokio::time::sleep_until(at).await,
         }
     }
 }
@@ -505,14 +561,8 @@ fn options(settings: &Settings, transport: Transport, birth: Birth) -> (MqttOpti
 /// Subscribes and says that we are here. The session may have been resumed; subscribing again is harmless
 /// and brings the retained head.
 fn greet(client: &AsyncClient, device: &DeviceId, birth: Vec<u8>) -> Result<(), String> {
-    let down = [
-        topic::device(device, Leaf::Secrets),
-        topic::device(device, Leaf::Head),
-        topic::device(device, Leaf::Command),
-        topic::device(device, Leaf::Lease),
-        topic::HUB.to_owned(),
-    ];
-    for topic in down {
+    let down = DOWN.map(|leaf| topic::device(device, leaf));
+    for topic in down.into_iter().chain([topic::HUB.to_owned()]) {
         client
             .try_subscribe(topic, QoS::AtLeastOnce)
             .map_err(|error| error.to_string())?;

@@ -60,6 +60,9 @@ const RETRY: Duration = Duration::from_secs(5);
 /// How often to send a beacon before the hub says otherwise.
 const BEACON_INTERVAL: Duration = Duration::from_mins(15);
 
+/// What happens at the begin of a trial is on its way to the broker within this.
+const TOLD_WITHIN: Duration = Duration::from_secs(30);
+
 /// How long a goodbye to the broker may take.
 const GOODBYE: Duration = Duration::from_secs(3);
 
@@ -218,9 +221,10 @@ impl<R: Runtime + 'static> Agent<R> {
         let interval = parts.config.hub.report_interval();
         let run = parts.config.paths.run.clone();
         let policy = parts.config.policy_source();
-        // A ping that is not answered is noticed when the next one is due; the rest is for slow links.
+        // From when a trial begins; what happens then is told within a moment, and is to be answered.
+        let noticed = parts.config.hub.answer_within() + TOLD_WITHIN;
         let contact = HubContact {
-            noticed_after_ms: 2 * parts.config.hub.keepalive.millis() + 30_000,
+            noticed_after_ms: u64::try_from(noticed.as_millis()).unwrap_or(u64::MAX),
             ..HubContact::default()
         };
         let wall = Wall::new(parts.config.time.trust_clock);

@@ -5,6 +5,9 @@ use std::time::Duration;
 /// The first pause is up to this long.
 const FIRST: Duration = Duration::from_secs(1);
 
+/// A connection that lasts this long was no accident.
+const HELD: Duration = Duration::from_secs(30);
+
 /// Full-jitter back-off: each pause is a random part of a bound that doubles up to a maximum ("Exponential
 /// Backoff And Jitter", AWS Architecture Blog, 2015). Without jitter a hub that comes back meets its whole
 /// fleet in one second.
@@ -26,9 +29,12 @@ impl Pause {
         }
     }
 
-    /// After a connection that was accepted: begin with short pauses again.
-    pub fn reset(&mut self) {
-        self.bound = FIRST;
+    /// After a connection that lasted so long: short pauses again, unless it was over so soon that whatever ended it, as
+    /// another device with the same name does, would be met again at once.
+    pub fn held(&mut self, lasted: Duration) {
+        if lasted >= HELD {
+            self.bound = FIRST;
+        }
     }
 
     /// The next pause: a random part of the bound, of `least` at least half and, for the first one after a
@@ -70,6 +76,18 @@ mod tests {
             let refused = pause.next(Duration::from_secs(30), Duration::ZERO);
             prop_assert!(refused >= Duration::from_secs(15).min(max / 2) && refused <= max.max(Duration::from_secs(1)));
         }
+    }
+
+    #[test]
+    fn only_a_connection_that_lasted_makes_pauses_short_again() {
+        let mut pause = Pause::new(Duration::from_secs(300), 1);
+        for _ in 0..10 {
+            pause.next(Duration::ZERO, Duration::ZERO);
+            pause.held(HELD / 2);
+        }
+        assert_eq!(pause.bound, Duration::from_secs(300));
+        pause.held(HELD);
+        assert_eq!(pause.bound, FIRST);
     }
 
     #[test]

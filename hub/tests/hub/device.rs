@@ -211,12 +211,14 @@ async fn session(login: &Login, shared: &Mutex<State>) {
     }
     let (client, mut eventloop) = AsyncClient::builder(options).capacity(1000).build();
     let mut tick = tokio::time::interval(Duration::from_millis(10));
+    // Not whether somebody is: a connection before this may have been a moment late to say so.
+    let mut connected = false;
     loop {
         // Whoever stops to poll before there is a connection begins to connect anew.
-        let connected = shared.lock().unwrap().connected;
         tokio::select! {
             event = eventloop.poll() => match event {
                 Ok(MqttEvent::Incoming(packet)) => {
+                    connected |= matches!(packet, Packet::ConnAck(_));
                     let mut state = shared.lock().unwrap();
                     incoming(&client, &login.id, &mut state, packet);
                 }
