@@ -201,6 +201,7 @@ enum Output {
 }
 
 fn main() -> ExitCode {
+    wait_for_children();
     // These must run before any thread exists, and are for the agent only.
     let mut arguments = std::env::args_os().skip(1);
     match arguments.next().as_deref().and_then(|first| first.to_str()) {
@@ -219,6 +220,16 @@ fn main() -> ExitCode {
             eprintln!("foreshore-agent: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Makes sure that children can be waited for: an ignored SIGCHLD, inherited from whoever started the agent, would make the
+/// kernel throw exit statuses away (sigaction(2)).
+fn wait_for_children() {
+    #[expect(unsafe_code, reason = "signal(2)")]
+    // SAFETY: the default action.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
     }
 }
 
@@ -307,6 +318,8 @@ fn log_to_stderr() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        // A full disk or a reader that is gone would end the agent: what cannot be written is told by a panic.
+        .log_internal_errors(false)
         .init();
 }
 

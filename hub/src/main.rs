@@ -224,6 +224,8 @@ fn start_logging() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(terminal)
+        // A full disk or a reader that is gone would end the hub: what cannot be written is told by a panic.
+        .log_internal_errors(false)
         .init();
 }
 

@@ -41,6 +41,8 @@ pub struct Device {
     read_only: bool,
     /// Whether new containers are started beside the old ones, which are kept for a moment.
     pub beside: bool,
+    /// Where the agent's standard error goes from its next start on.
+    pub log: PathBuf,
     /// What the agent does wrong from its next start on, as `FORESHORE_FAULT` has it.
     pub fault: Option<&'static str>,
     /// Dropped after everything else, the newest first.
@@ -75,6 +77,7 @@ impl Device {
         );
         fs::write(dir.path().join("agent.toml"), text).unwrap();
         Self {
+            log: dir.path().join("agent.log"),
             dir: Some(dir),
             name,
             hub,
@@ -197,7 +200,7 @@ impl Device {
         let log = fs::File::options()
             .create(true)
             .append(true)
-            .open(self.path("agent.log"))
+            .open(&self.log)
             .unwrap();
         let _none_yet = fs::remove_file(self.path("points"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_foreshore-agent"));

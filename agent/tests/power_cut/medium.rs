@@ -170,6 +170,18 @@ fn settle(device: &mut Device) {
     device.check_accounts();
 }
 
+/// As where the log is a file on a disk that is full: what cannot be written is lost, and that is all.
+#[test]
+fn an_agent_whose_log_cannot_be_written_does_its_work() {
+    let mut device = Device::new(204);
+    device.log = PathBuf::from("/dev/full");
+    device.assign();
+    device.start(None);
+    device.await_settled();
+    device.check_accounts();
+    device.finish();
+}
+
 #[test]
 fn a_state_directory_that_becomes_read_only_is_survived_and_told() {
     let mut device = begun(30);
