@@ -2,7 +2,8 @@
 //! the container's user, with its environment, working directory, capabilities, limits and seccomp filter.
 //!
 //! How it went is one line of JSON on standard output. The command's own output is read and dropped. After the
-//! timeout its whole process group is killed. Like `shim`, this must be a process without threads.
+//! timeout its whole process group is killed; when this process ends before, the command is killed. Like `shim`, this must
+//! be a process without threads.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -20,7 +21,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Gid, Pid, Uid, pipe2};
 
 use crate::runtime::cgroup::Cgroups;
-use crate::runtime::entry::Entry;
+use crate::runtime::entry::{Entry, Unstarted, timeout};
 use crate::runtime::process::PidFd;
 use crate::runtime::request::{CONFIG, ExecReport, RECORD, REQUEST, Record, Request, read_json};
 use crate::runtime::seal;
@@ -104,7 +105,11 @@ fn exec(dir: &Path, timeout: Duration, command: &[String]) -> Result<ExecReport,
         id,
         stdio: [stdin, output_end, error_end],
     };
-    let pid = entry.start().map_err(|error| explain(&error))?;
+    let pid = match entry.start(deadline) {
+        Ok(pid) => pid,
+        Err(Unstarted::Expired) => return Ok(ExecReport::Timeout),
+        Err(Unstarted::Failed(error)) => return Err(explain(&error)),
+    };
     wait(pid, &output, deadline).map_err(|error| format!("failed to wait for the command: {error}"))
 }
 
@@ -158,11 +163,4 @@ fn wait(pid: Pid, output: &OwnedFd, deadline: Instant) -> io::Result<ExecReport>
             });
         }
     }
-}
-
-/// Rounded up, so that the deadline has passed when it is over.
-fn timeout(left: Duration) -> PollTimeout {
-    i32::try_from(left.as_millis().saturating_add(1)).map_or(PollTimeout::MAX, |ms| {
-        PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
-    })
 }

@@ -43,7 +43,7 @@ use crate::runtime::devices::{self, AccessError};
 use crate::runtime::io_limits::IoLimits;
 use crate::runtime::mount_table;
 use crate::runtime::mounts::Detached;
-use crate::runtime::process::{Identity, PidFd};
+use crate::runtime::process::{FORKING, Identity, PidFd};
 use crate::runtime::request::{
     CONFIG, LIBRARY, RECORD, REQUEST, Record, Request, StartReport, read_json, write_json,
 };
@@ -143,7 +143,8 @@ impl From<BackstageError> for Failure {
 
 fn start(dir: &Path) -> Result<Infallible, Failure> {
     seal::ensure().step(|| "seal the own program".to_owned())?;
-    detach();
+    // Signals to the agent's group and its terminal are not for this process.
+    let _it_leads_one_already = nix::unistd::setsid();
     // libcontainer leaves them as they are when the container's user is in no group.
     nix::unistd::setgroups(&[]).step(|| "leave the agent's groups".to_owned())?;
     let request: Request =
@@ -181,6 +182,7 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
     let base = request.base.unwrap_or(0);
     let (stdout, stdout_end) = pipe(&user, base)?;
     let (stderr, stderr_end) = pipe(&user, base)?;
+    nix::sys::prctl::set_name(FORKING).step(|| "take a name".to_owned())?;
     let mut container = build(dir, &request.id.to_string(), stdout_end, stderr_end)
         .map_err(|error| said.explain(&error))?;
     let pid = container.pid().map_or(0, Pid::as_raw);
@@ -236,18 +238,6 @@ fn start(dir: &Path) -> Result<Infallible, Failure> {
             let _ = nix::sys::wait::waitpid(Pid::from_raw(pid), None);
         }
     })
-}
-
-/// Leaves the agent's session, so that signals to its group and its terminal do not reach this process, and
-/// makes sure that children can be waited for.
-fn detach() {
-    let _ = nix::unistd::setsid();
-    #[expect(unsafe_code, reason = "signal(2)")]
-    // SAFETY: the default action; an ignored SIGCHLD, inherited from whoever started the agent, would make the
-    // kernel throw exit statuses away.
-    unsafe {
-        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-    }
 }
 
 fn open_log_dir(path: &Path) -> io::Result<File> {

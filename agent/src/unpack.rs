@@ -33,6 +33,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
+use crate::runtime::process::Lifeline;
 use crate::runtime::seccomp::Filter;
 use crate::runtime::userns::UserNamespace;
 
@@ -78,7 +79,7 @@ pub fn run_inflate(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match prepare_inflating(&target) {
         Ok(()) => ExitCode::from(inflate(io::stdin().lock(), &mut io::stdout().lock())),
         Err(error) => {
-            eprintln!("foreshore-agent inflate: {error}");
+            say(&format!("foreshore-agent inflate: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -96,10 +97,15 @@ pub fn run_rebuild(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(rebuild(Path::new("/"), stdin, &mut stdout))
         }
         Err(error) => {
-            eprintln!("foreshore-agent rebuild: {error}");
+            say(&format!("foreshore-agent rebuild: {error}"));
             ExitCode::FAILURE
         }
     }
+}
+
+/// On standard error. Where that cannot be written it is lost: a panic about it would be blamed on the layer.
+fn say(text: &str) {
+    let _lost = writeln!(io::stderr(), "{text}");
 }
 
 fn places(
@@ -112,7 +118,9 @@ fn places(
         _ => None,
     };
     if found.is_none() {
-        eprintln!("usage: foreshore-agent {subcommand} ROOT TARGET < INPUT");
+        say(&format!(
+            "usage: foreshore-agent {subcommand} ROOT TARGET < INPUT"
+        ));
     }
     found
 }
@@ -129,7 +137,7 @@ pub fn confined(
     match prepare(root, target).and_then(|(job, mut stdin)| work(&job, &mut stdin)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("foreshore-agent unpack: {error}");
+            say(&format!("foreshore-agent unpack: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -199,7 +207,9 @@ impl Apart {
         match &self.namespace {
             Ok(namespace) => setns(namespace, CloneFlags::CLONE_NEWUSER)?,
             Err(error) => {
-                eprintln!("foreshore-agent unpack: no user namespace ({error}); going on without");
+                say(&format!(
+                    "foreshore-agent unpack: no user namespace ({error}); going on without"
+                ));
                 kept |= outside;
             }
         }
@@ -219,7 +229,7 @@ impl Apart {
     reason = "an abort would look like memory that is not there"
 )]
 fn give_up(panic: &std::panic::PanicHookInfo<'_>) {
-    eprintln!("foreshore-agent unpack: {panic}");
+    say(&format!("foreshore-agent unpack: {panic}"));
     std::process::exit(PANICKED);
 }
 
@@ -228,7 +238,9 @@ fn give_up(panic: &std::panic::PanicHookInfo<'_>) {
 fn leave_processes() -> io::Result<bool> {
     // For children only, unshare(2).
     if let Err(error) = unshare(CloneFlags::CLONE_NEWPID) {
-        eprintln!("foreshore-agent unpack: no PID namespace ({error}); going on without");
+        say(&format!(
+            "foreshore-agent unpack: no PID namespace ({error}); going on without"
+        ));
         return Ok(false);
     }
     go_on_in_child()?;
@@ -237,12 +249,12 @@ fn leave_processes() -> io::Result<bool> {
 }
 
 fn go_on_in_child() -> io::Result<()> {
+    let parent = Lifeline::of_this_process()?;
     #[expect(unsafe_code, reason = "fork(2)")]
     // SAFETY: this process has one thread, so the child's memory is whole.
     match unsafe { fork() }? {
         ForkResult::Parent { child } => end_as(child),
-        // A parent that was gone before leaves a closed standard input behind.
-        ForkResult::Child => Ok(set_pdeathsig(Signal::SIGKILL)?),
+        ForkResult::Child => parent.hold(),
     }
 }
 
@@ -261,7 +273,14 @@ fn end_as(child: Pid) -> ! {
             Err(_) => break (1, None),
         }
     };
-    if let Some(signal) = signal {
+    // What took the worker over must not say that this process is to stop, and then goes on with its output open.
+    const STOPPING: [Signal; 4] = [
+        Signal::SIGSTOP,
+        Signal::SIGTSTP,
+        Signal::SIGTTIN,
+        Signal::SIGTTOU,
+    ];
+    if let Some(signal) = signal.filter(|signal| !STOPPING.contains(signal)) {
         let _only_a_core_dump_more = set_dumpable(false);
         // The first of a namespace lives on.
         let _it_may_not_end = raise(signal);

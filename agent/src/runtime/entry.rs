@@ -10,25 +10,30 @@
 //! ```
 //!
 //! The process in the middle is there because a process does not enter a PID namespace itself, only its children do.
+//!
+//! Whoever waits knows when the time is up, so the command does not outlive it.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
 
 use libcontainer::capabilities;
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::Executor as _;
 use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::{Mode, umask};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Gid, Pid, Uid, dup2, fork, pipe2, setsid};
 
 use super::cgroup::Cgroups;
-use super::process::PidFd;
+use super::process::{Lifeline, PidFd};
 use super::workload::Workload;
 
 /// What is entered.
@@ -44,6 +49,15 @@ pub(crate) struct Entry<'a> {
     pub(crate) stdio: [OwnedFd; 3],
 }
 
+/// Why a command was not started.
+#[derive(Debug)]
+pub(crate) enum Unstarted {
+    /// Its time was up before, as where the container is out of CPU time or memory.
+    Expired,
+    /// As text.
+    Failed(String),
+}
+
 /// The two ways in which children speak: a number and a text.
 const PID: &str = "pid ";
 const ERROR: &str = "error ";
@@ -51,42 +65,46 @@ const ERROR: &str = "error ";
 const MAX_MESSAGES: u64 = 64 << 10;
 
 impl Entry<'_> {
-    /// Starts the command; it is a child of this process and has been executed when this returns. Only for a process with
-    /// one thread.
+    /// Starts the command; it is a child of this process, has been executed when this returns, and ends with this process.
+    /// Only for a process with one thread.
     ///
     /// # Errors
     ///
-    /// What went wrong, as text; then nothing of the command runs.
-    pub(crate) fn start(self) -> Result<Pid, String> {
-        let text = |error: nix::Error| error.to_string();
+    /// Why it was not started. What is left of the attempt ends with this process.
+    pub(crate) fn start(self, deadline: Instant) -> Result<Pid, Unstarted> {
+        let text = |error: nix::Error| Unstarted::Failed(error.to_string());
         // What runs in the container before the command does must be no business of the container's processes.
         nix::sys::prctl::set_dumpable(false).map_err(text)?;
         let (messages, end) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;
+        let parent =
+            Lifeline::of_this_process().map_err(|error| Unstarted::Failed(error.to_string()))?;
         #[expect(unsafe_code, reason = "fork(2)")]
         // SAFETY: this process has one thread, so its child may do everything it could.
         match unsafe { fork() }.map_err(text)? {
             ForkResult::Child => {
                 let mut end = File::from(end);
-                if let Err(error) = self.join(&mut end) {
+                if let Err(error) = self.join(&parent, &mut end) {
                     let _ = say(&mut end, ERROR, &error);
                 }
                 std::process::exit(0);
             }
             ForkResult::Parent { child } => {
                 drop((end, self.stdio));
-                let mut said = String::new();
-                let read = File::from(messages)
-                    .take(MAX_MESSAGES)
-                    .read_to_string(&mut said);
+                let read = read_until(messages, deadline);
+                if matches!(read, Ok(None)) {
+                    kill(child, Signal::SIGKILL).map_err(text)?;
+                }
                 waitpid(child, None).map_err(text)?;
-                read.map_err(|error| error.to_string())?;
-                outcome(&said)
+                match read.map_err(|error| Unstarted::Failed(error.to_string()))? {
+                    Some(said) => outcome(&said).map_err(Unstarted::Failed),
+                    None => Err(Unstarted::Expired),
+                }
             }
         }
     }
 
     /// In the middle process: enters, and makes the command's process.
-    fn join(self, messages: &mut File) -> Result<(), String> {
+    fn join(self, parent: &Lifeline, messages: &mut File) -> Result<(), String> {
         self.cgroups
             .join(self.id)
             .map_err(|error| format!("failed to join the container's cgroups: {error}"))?;
@@ -110,7 +128,7 @@ impl Entry<'_> {
         let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
         match pid {
             0 => {
-                let Err(error) = self.become_it();
+                let Err(error) = self.become_it(parent);
                 let _ = say(messages, ERROR, &error);
                 std::process::exit(1);
             }
@@ -136,7 +154,7 @@ impl Entry<'_> {
     }
 
     /// In the command's process, in the order that libcontainer has for a container's first one.
-    fn become_it(&self) -> Result<Infallible, String> {
+    fn become_it(&self, parent: &Lifeline) -> Result<Infallible, String> {
         let process = self
             .spec
             .process()
@@ -193,6 +211,8 @@ impl Entry<'_> {
         workload
             .setup_envs(environment)
             .map_err(|error| error.to_string())?;
+        // Nobody else knows when its time is up. Now that it has its credentials, which do not grow by what it executes.
+        parent.hold().map_err(|error| error.to_string())?;
         // Everything above standard error goes with the execution.
         system.close_range(0).map_err(|error| error.to_string())?;
         match workload.exec(self.spec) {
@@ -213,6 +233,38 @@ fn environment(process: &Process) -> HashMap<String, String> {
 /// Writes a line in one piece: two processes speak at a time, and pipe(7) keeps apart only what comes in one write.
 fn say(messages: &mut File, kind: &str, what: &str) -> io::Result<()> {
     messages.write_all(format!("{kind}{what}\n").as_bytes())
+}
+
+/// Reads until all ends are closed; `None` when they are not in time.
+fn read_until(messages: OwnedFd, deadline: Instant) -> io::Result<Option<String>> {
+    let mut messages = File::from(messages).take(MAX_MESSAGES);
+    let mut said = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut asked = [PollFd::new(messages.get_ref().as_fd(), PollFlags::POLLIN)];
+        match poll(&mut asked, timeout(left)) {
+            Ok(0) if left.is_zero() => return Ok(None),
+            Ok(0) | Err(nix::Error::EINTR) => continue,
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut buffer = [0; 4096];
+        match messages.read(&mut buffer)? {
+            0 => return Ok(Some(String::from_utf8_lossy(&said).into_owned())),
+            count => said.extend_from_slice(&buffer[..count]),
+        }
+    }
+}
+
+/// Rounded up, so that the deadline has passed when it is over.
+pub(crate) fn timeout(left: Duration) -> PollTimeout {
+    let milliseconds = match left.is_zero() {
+        true => 0,
+        false => left.as_millis().saturating_add(1),
+    };
+    i32::try_from(milliseconds).map_or(PollTimeout::MAX, |ms| {
+        PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
+    })
 }
 
 fn outcome(said: &str) -> Result<Pid, String> {

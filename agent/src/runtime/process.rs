@@ -1,8 +1,13 @@
 //! Processes that are surely the ones meant: pid and start time, then a pidfd.
 
+use std::ffi::CStr;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 
 use serde::{Deserialize, Serialize};
 
@@ -86,32 +91,81 @@ fn absent_as_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// The processes that libcontainer forked from `parent`, which leads a session of its own, and that are on their way
-/// to becoming a container's first process. When the parent is killed they go on for a moment.
-pub(crate) fn half_made(parent: Identity) -> Vec<PidFd> {
+/// The processes that libcontainer forked from `parent`, which leads a session of its own and had [`FORKING`] for a name,
+/// and that are on their way to becoming a container's first process. When the parent is killed they go on for a moment.
+///
+/// # Errors
+///
+/// When that cannot be told.
+pub(crate) fn half_made(parent: Identity) -> io::Result<Vec<PidFd>> {
     // The number of a session that still has members is given to nobody else; a stranger who has it proves that
     // none are left.
-    if stat(parent.pid).is_ok_and(|stat| stat.start_ticks != parent.start_ticks) {
-        return Vec::new();
+    if absent_as_none(stat(parent.pid))?.is_some_and(|stat| stat.start_ticks != parent.start_ticks)
+    {
+        return Ok(Vec::new());
     }
     let belongs = |stat: &Stat| {
         stat.session == parent.pid
             && stat.start_ticks >= parent.start_ticks
             && stat.command.starts_with(FORK_NAME)
     };
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter(|pid| stat(*pid).is_ok_and(|stat| belongs(&stat)))
-        .filter_map(|pid| {
-            PidFd::open(pid)
-                .ok()
-                .filter(|_| stat(pid).is_ok_and(|stat| belongs(&stat)))
-        })
-        .collect()
+    let is_one = |pid| -> io::Result<bool> {
+        Ok(absent_as_none(stat(pid))?.is_some_and(|stat| belongs(&stat)))
+    };
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let Some(pid) = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        if is_one(pid)?
+            && let Some(fd) = absent_as_none(PidFd::open(pid))?
+            // Checked after opening, so it is this process's for certain.
+            && is_one(pid)?
+        {
+            found.push(fd);
+        }
+    }
+    Ok(found)
 }
 
 /// How libcontainer names the processes it forks.
 const FORK_NAME: &str = "youki:[";
+
+/// What the process that libcontainer works in is to be called before it forks: so a fork has such a name from its first
+/// moment, not only once it gave itself one.
+pub(crate) const FORKING: &CStr = c"youki:[start]";
+
+/// A process that its forks are not to outlive.
+#[derive(Debug)]
+pub(crate) struct Lifeline(PidFd);
+
+impl Lifeline {
+    /// Of this process, which has one thread.
+    pub(crate) fn of_this_process() -> io::Result<Self> {
+        let own = nix::unistd::Pid::this().as_raw();
+        Ok(Self(PidFd::open(own)?))
+    }
+
+    /// From here on this process, a child of that one, is killed when that ends. Credentials that change undo it, prctl(2),
+    /// `PR_SET_PDEATHSIG`.
+    ///
+    /// # Errors
+    ///
+    /// When that has ended already: then this process must.
+    pub(crate) fn hold(&self) -> io::Result<()> {
+        set_pdeathsig(Signal::SIGKILL)?;
+        // Not by the parent's number: seen from another PID namespace that is 0 at any time.
+        let mut asked = [PollFd::new(self.0.fd().as_fd(), PollFlags::POLLIN)];
+        match poll(&mut asked, PollTimeout::ZERO)? {
+            0 => Ok(()),
+            _ => Err(io::Error::other("the process that wanted this is gone")),
+        }
+    }
+}
 
 /// USER_HZ.
 const TICKS_PER_SECOND: u64 = 100;
@@ -247,6 +301,13 @@ mod tests {
         };
         assert!(!other.runs().unwrap());
         assert!(other.open().unwrap().is_none());
+    }
+
+    #[test]
+    fn forks_are_known_by_the_name_that_the_one_they_come_from_was_given() {
+        assert!(FORKING.to_str().unwrap().starts_with(FORK_NAME));
+        // TASK_COMM_LEN, prctl(2).
+        assert!(FORKING.to_bytes_with_nul().len() <= 16);
     }
 
     #[test]

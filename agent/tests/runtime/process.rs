@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use foreshore_agent::runtime::{ContainerState, ExecError, Runtime as _, StartError};
 use serde_json::json;
 
-use crate::bed::{Bed, LONG, find, refusal, run, wait_for};
+use crate::bed::{Bed, LONG, find, kill9, pid_of, refusal, run, wait_for};
 
 fn command(parts: &[&str]) -> Vec<String> {
     parts.iter().map(|part| (*part).to_owned()).collect()
@@ -139,4 +139,47 @@ async fn commands_run_inside_with_the_containers_rights() {
         exec(&["true"], LONG).await,
         Err(ExecError::NotRunning(_))
     ));
+}
+
+/// Nobody else would end it when its time is up.
+#[tokio::test]
+async fn a_command_ends_with_the_process_that_waits_for_it() {
+    let bed = Bed::new();
+    let runtime = bed.runtime();
+    let spec = bed.shell("exec sleep 1000", json!({}));
+    runtime.start(&spec).await.unwrap();
+    let container = pid_of(&runtime, &spec.id).await;
+    let other = || {
+        let inside = bed.cgroup_file(&spec.id, "cgroup.procs");
+        let mut inside = inside.lines().filter_map(|line| line.parse::<i32>().ok());
+        inside.find(|pid| *pid != container)
+    };
+    for round in 0..20 {
+        let parts = command(&["tail", "-f", "/dev/null"]);
+        let kill_who_waits = async {
+            let mut parent = None;
+            wait_for("the command", || {
+                // Every other time on its way there, when it may be the process that makes it.
+                let found = other().filter(|pid| {
+                    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                    round % 2 == 0 || words.starts_with(b"tail\0")
+                });
+                let status =
+                    found.map(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")));
+                parent = status.and_then(Result::ok).and_then(|status| {
+                    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+                    line.trim().parse().ok()
+                });
+                let found = parent.is_some();
+                async move { found }
+            })
+            .await;
+            kill9(parent.unwrap());
+        };
+        let (ended, ()) = tokio::join!(runtime.exec(&spec.id, &parts, LONG), kill_who_waits);
+        assert!(matches!(ended, Err(ExecError::Failed(_))), "{ended:?}");
+        wait_for("the command is gone", || async { other().is_none() }).await;
+    }
+    runtime.remove(&spec.id).await.unwrap();
+    bed.assert_clean();
 }

@@ -51,7 +51,7 @@ impl OciRuntime {
             return Err(StopError::Survived(name));
         }
         if let (Some(shim), true) = (shim, unfinished) {
-            for fork in half_made(shim) {
+            for fork in half_made(shim).map_err(looked)? {
                 fork.signal(libc::SIGKILL)
                     .map_err(|source| io_stop("kill", &name, source))?;
                 let _ = watch::ended(fork.fd(), KILL_TIMEOUT).await;
