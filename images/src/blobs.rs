@@ -353,13 +353,16 @@ mod tests {
             let (first, written) = std::sync::mpsc::channel();
             let busy = &busy;
             scope.spawn(move || {
-                let until = Instant::now() + Duration::from_millis(300);
+                let mut until = None;
                 // Until the time is over or the directory gone.
                 for n in 0.. {
-                    if Instant::now() > until || File::create(busy.join(n.to_string())).is_err() {
+                    if until.is_some_and(|until| Instant::now() > until)
+                        || File::create(busy.join(n.to_string())).is_err()
+                    {
                         break;
                     }
                     if n == 100 {
+                        until = Some(Instant::now() + Duration::from_millis(300));
                         first.send(()).unwrap();
                     }
                 }

@@ -287,7 +287,7 @@ pub fn web_manifest(app: &str, image: &str, waves: &str) -> String {
          \x20   waves: {waves}\n\
          \x20   soak: 1s\n\
          \x20   bake: 500ms\n\
-         \x20   progressDeadline: 5s\n\
+         \x20   progressDeadline: 15s\n\
          \x20   maxUnavailable: 100%\n"
     )
 }

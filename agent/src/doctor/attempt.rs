@@ -293,14 +293,15 @@ mod tests {
 
     use super::*;
 
-    /// What comes of a program in place of the child, within a second.
+    /// What comes of a program in place of the child, within a second if it is one that hangs.
     fn outcome(script: &str) -> Outcome {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("child");
         std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         let what = Try::Namespace(Namespace::Uts);
-        Attempt::start_for(&program, what, 1).finish()
+        let seconds = if script.contains("sleep") { 1 } else { 30 };
+        Attempt::start_for(&program, what, seconds).finish()
     }
 
     fn synced(outcome: &Outcome) -> Tried {

@@ -28,6 +28,9 @@ struct Heard {
     presences: Vec<Presence>,
 }
 
+/// For a service to become ready, in milliseconds: more than a slow machine takes.
+const DEADLINE_MS: u64 = 20_000;
+
 #[derive(Debug)]
 pub struct Hub {
     broker: RefCell<Option<Child>>,
@@ -161,13 +164,13 @@ impl Hub {
     }
 
     pub fn assign_only(&self, generation: u64, release: &Release) {
-        self.assign_within(generation, release, 3_000);
+        self.assign_within(generation, release, DEADLINE_MS);
     }
 
     /// Assigns a release that must show within so many milliseconds that the way to the hub is open.
     pub fn assign_requiring_hub(&self, generation: u64, release: &Release, within: u64) {
         self.publish_release(&release.digest(), &release.to_canonical_json());
-        self.assign_on(generation, release, 3_000, Some(within));
+        self.assign_on(generation, release, DEADLINE_MS, Some(within));
     }
 
     /// The same with another deadline for progress, in milliseconds.

@@ -77,9 +77,10 @@ pub(crate) fn a_silent_connection_is_found_out(bed: &Bed) {
     connect.keep_alive_s = 5;
     let begun = Instant::now();
     let mut silent = bed.connect(&connect).expect("allowed");
-    assert_eq!(hub.message(SOON).expect("the Will").payload, b"gone");
+    let late = Duration::from_secs(40);
+    assert_eq!(hub.message(late).expect("the Will").payload, b"gone");
     assert!(
-        (5..13).contains(&begun.elapsed().as_secs()),
+        (5..30).contains(&begun.elapsed().as_secs()),
         "after {:?}",
         begun.elapsed()
     );
@@ -88,7 +89,7 @@ pub(crate) fn a_silent_connection_is_found_out(bed: &Bed) {
 
 pub(crate) fn a_delayed_will_waits_and_a_return_cancels_it(bed: &Bed) {
     let mut connect = with_will(Version::V5).lasting(3600);
-    connect.will.as_mut().expect("it has one").delay_s = 2;
+    connect.will.as_mut().expect("it has one").delay_s = 5;
     let mut hub = bed.hub();
     assert_eq!(hub.subscribe(&presence()).expect("an answer"), 1);
     drop(bed.connect(&connect).expect("allowed"));
@@ -97,15 +98,15 @@ pub(crate) fn a_delayed_will_waits_and_a_return_cancels_it(bed: &Bed) {
     let device = bed.connect(&connect).expect("allowed");
     assert!(device.session_present);
     assert!(
-        hub.message(Duration::from_secs(4)).is_err(),
+        hub.message(Duration::from_secs(7)).is_err(),
         "a return cancels the Will"
     );
-    assert!(lost.elapsed() > Duration::from_secs(3));
+    assert!(lost.elapsed() > Duration::from_secs(6));
     drop(device);
     let lost = Instant::now();
     assert_eq!(hub.message(SOON).expect("the Will").payload, b"gone");
     assert!(
-        (1..8).contains(&lost.elapsed().as_secs()),
+        (4..15).contains(&lost.elapsed().as_secs()),
         "after {:?}",
         lost.elapsed()
     );

@@ -13,6 +13,7 @@ fn a_broker_that_lost_everything_is_filled_again() {
     let v1 = bed.import("v1");
     let applied = bed.apply("shop", &manifest("shop", &v1, "[{percent: 100}]"));
     bed.await_rollout("shop", "completed");
+    let heads_before = devices[0].state().heads.len();
     bed.kill_mosquitto();
     wait_until("the hub to notice", || {
         bed.request("GET", "/readyz", None, b"").0 == 503
@@ -29,7 +30,6 @@ fn a_broker_that_lost_everything_is_filled_again() {
     bed.await_online(2);
 
     // A device that comes with an empty disk finds its head and its release on the new broker.
-    let heads_before = devices[0].state().heads.len();
     wait_until("the heads to be there again", || {
         devices[0].state().heads.len() > heads_before
     });

@@ -57,9 +57,9 @@ pub(crate) fn text(path: &Path) -> &str {
 
 /// Short times, so that a server that hangs is found out quickly.
 pub(crate) const TIMEOUTS: Timeouts = Timeouts {
-    connect: Duration::from_secs(2),
-    stall: Duration::from_millis(1500),
-    exchange: Duration::from_secs(4),
+    connect: Duration::from_secs(5),
+    stall: Duration::from_secs(4),
+    exchange: Duration::from_secs(8),
     pace_bytes: 1 << 20,
 };
 

@@ -1,6 +1,7 @@
 //! Bad links: connections that end in the middle, pulls that are killed, registries that want to be left alone. What came
 //! is kept, and only the rest is fetched.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -10,7 +11,7 @@ use foreshore_images::registry::{Client, ClientConfig, Gate, RegistryConfig, Ret
 use foreshore_images::store::{Progress, StageError, StagedImage, Store, StoreConfig, Unpacker};
 use foreshore_images::{Digest, Fault, Platform};
 
-use crate::bed::{TIMEOUTS, wait_for};
+use crate::bed::{TIMEOUTS, unless_busy, wait_for};
 use crate::compose::{Blobs, Layer, digest};
 use crate::hostile::{chain, honest, reference};
 use crate::server::{Reply, Server, ranged, status, with_header};
@@ -377,7 +378,7 @@ fn lies_about_a_range_are_noticed() {
     let begin = Instant::now();
     let error = stage(&store, &client(&server, |_| {}), &server, image).unwrap_err();
     assert_eq!(error.fault(), Fault::DigestMismatch, "{}", chain(&error));
-    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert!(begin.elapsed() < Duration::from_secs(60));
     assert_eq!(store.staged(&image), None);
 }
 
@@ -401,7 +402,7 @@ fn ranges_that_bring_next_to_nothing_end_in_time() {
     let error = stage(&store, &client(&server, |_| {}), &server, image).unwrap_err();
     assert_eq!(error.fault(), Fault::Unreachable, "{}", chain(&error));
     assert!(
-        begin.elapsed() < Duration::from_secs(30),
+        begin.elapsed() < Duration::from_secs(90),
         "{:?}",
         begin.elapsed()
     );
@@ -484,7 +485,12 @@ fn a_pull_that_is_killed_in_the_middle_fetches_only_the_rest() {
             .unwrap()
     };
     let on_disk = || -> usize {
-        let size = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().metadata().unwrap().len();
+        // What is finished goes at any moment.
+        let size = |entry: std::io::Result<fs::DirEntry>| {
+            entry
+                .and_then(|entry| entry.metadata())
+                .map_or(0, |file| file.len())
+        };
         let partial = fs::read_dir(root.path().join("partial"));
         let partial: u64 = partial.map_or(0, |entries| entries.map(size).sum());
         usize::try_from(partial).unwrap()
@@ -537,11 +543,19 @@ fn layers_are_fetched_at_once_and_unpacked_in_order() {
     let image = digest(&blobs.image(AMD64, &layers));
     let at_once = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
     let counted = Arc::clone(&at_once);
+    let fetched: BTreeSet<String> = layers
+        .iter()
+        .map(|layer| Digest::of(&layer.blob).hex())
+        .collect();
     let server = Server::start("127.0.0.1", move |request| {
-        if request.path.contains("/blobs/") {
+        if fetched.contains(request.path.rsplit(':').next().unwrap_or_default()) {
             let now = counted.0.fetch_add(1, Ordering::SeqCst) + 1;
             counted.1.fetch_max(now, Ordering::SeqCst);
-            // Not a wait for a condition: a server far away.
+            // The first waits until there are as many as there should be; then for more, as a server far away.
+            let until = Instant::now() + Duration::from_secs(20);
+            while counted.1.load(Ordering::SeqCst) < 3 && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             std::thread::sleep(Duration::from_millis(50));
             counted.0.fetch_sub(1, Ordering::SeqCst);
         }
@@ -655,10 +669,10 @@ fn what_was_begun_stays_as_long_as_its_image_is_wanted() {
     }
     let partial = |blob: &[u8]| root.path().join("partial").join(Digest::of(blob).hex());
     assert!(partial(&blob).exists() && partial(&other.2).exists());
-    let removed = store.remove_unused(&[wanted].into()).unwrap();
+    let removed = unless_busy(|| store.remove_unused(&[wanted].into()));
     assert!(removed.bytes >= 600_000);
     assert!(partial(&blob).exists() && !partial(&other.2).exists());
-    store.remove_unused(&[].into()).unwrap();
+    unless_busy(|| store.remove_unused(&[].into()));
     assert_eq!(
         fs::read_dir(root.path().join("partial")).unwrap().count(),
         0

@@ -11,6 +11,7 @@ use foreshore_images::registry::{Client, RegistryConfig};
 use foreshore_images::store::{Progress, StageError, Store, StoreConfig, Unpacker};
 use foreshore_images::{Digest, Fault, Platform, Reference};
 
+use crate::bed::{unless_busy, wait_for};
 use crate::compose::{Blobs, Layer, digest};
 use crate::hostile::{chain, client_for, honest};
 use crate::server::{Server, status};
@@ -169,9 +170,13 @@ fn leftovers_of_a_power_loss_are_swept() {
     )
     .unwrap();
     drop(store);
+    // Whoever opens it sweeps, unless a process that another test starts still has the lock.
+    wait_for("the sweep", || {
+        let _swept = world.store();
+        let left = |name| fs::read_dir(root.join(name)).unwrap().count();
+        left("tmp") + left("layers") == 0
+    });
     let store = world.store();
-    assert_eq!(fs::read_dir(root.join("tmp")).unwrap().count(), 0);
-    assert_eq!(fs::read_dir(root.join("layers")).unwrap().count(), 0);
     world.stage(&store, image).unwrap();
     // A directory that vanished under a whole image: it is staged again.
     fs::remove_dir_all(root.join("layers").join(layers[1].diff_id.hex())).unwrap();
@@ -228,7 +233,7 @@ fn a_layer_that_a_power_cut_has_torn_is_found_and_fetched_again() {
     assert!(surveyed(&world).is_empty());
     fs::write(tree.join("b"), "").unwrap();
     assert!(surveyed(&world).is_empty());
-    world.store().remove_unused(&BTreeSet::new()).unwrap();
+    unless_busy(|| world.store().remove_unused(&BTreeSet::new()));
     let left = fs::read_dir(world.root.path().join("layers")).unwrap();
     assert_eq!(left.count(), 0, "marks go with their layers");
 }
@@ -310,12 +315,10 @@ fn what_is_kept_is_kept_and_the_rest_goes() {
     assert_ne!(indexed.digest, indexed.manifest);
     assert_eq!(kept.layers[0], gone.layers[0], "one directory for both");
 
-    let everything = store
-        .remove_unused(&BTreeSet::from([keep, go, index]))
-        .unwrap();
+    let everything = unless_busy(|| store.remove_unused(&BTreeSet::from([keep, go, index])));
     assert_eq!(everything.images, []);
     assert_eq!(everything.layers, 0);
-    let removed = store.remove_unused(&BTreeSet::from([keep, index])).unwrap();
+    let removed = unless_busy(|| store.remove_unused(&BTreeSet::from([keep, index])));
     assert_eq!(removed.images, [go]);
     assert_eq!(removed.layers, 1);
     assert_eq!(store.staged(&keep), Some(kept.clone()));
@@ -326,10 +329,7 @@ fn what_is_kept_is_kept_and_the_rest_goes() {
     // A pinned image stays although nobody names it, also when the store is opened again.
     store.pin(&index).unwrap();
     store.pin(&index).unwrap();
-    let removed = world
-        .store()
-        .remove_unused(&BTreeSet::from([keep]))
-        .unwrap();
+    let removed = unless_busy(|| world.store().remove_unused(&BTreeSet::from([keep])));
     assert_eq!(removed, foreshore_images::store::Removed::default());
     assert_eq!(world.store().pinned().unwrap(), BTreeSet::from([index]));
     assert!(store.unpin(&index).unwrap() && !store.unpin(&index).unwrap());
@@ -344,10 +344,10 @@ fn what_is_kept_is_kept_and_the_rest_goes() {
         "rot",
     )
     .unwrap();
-    store.remove_unused(&BTreeSet::from([keep])).unwrap();
+    unless_busy(|| store.remove_unused(&BTreeSet::from([keep])));
     assert_eq!(store.staged(&keep), Some(kept));
     assert_eq!(store.staged(&index), None);
-    let none = store.remove_unused(&BTreeSet::new()).unwrap();
+    let none = unless_busy(|| store.remove_unused(&BTreeSet::new()));
     assert_eq!(none.images, [keep]);
     for name in ["layers", "blobs/sha256", "images"] {
         assert_eq!(
@@ -503,7 +503,7 @@ fn who_unpacks_cannot_pass_a_tree_off_as_another_layer() {
     let staged = world.stage(&store, honest_image).unwrap();
     assert_eq!(fs::read(staged.layers[0].join("f")).unwrap(), b"good");
     // Nor can who inflates: what comes out of it has that digest or is thrown away.
-    store.remove_unused(&BTreeSet::new()).unwrap();
+    unless_busy(|| store.remove_unused(&BTreeSet::new()));
     let lying = StoreConfig {
         unpacker: Some(unpacker(
             ["-c", &script],
@@ -560,24 +560,28 @@ fn an_inflater_that_hangs_dies_or_is_no_match_is_an_error_and_leaves_nothing() {
     ] {
         let config = StoreConfig {
             unpacked_bytes_max: 64 << 20,
-            unpacker: Some(unpacker(
-                ["-c", &script],
-                inflate,
-                Duration::from_millis(700),
-            )),
+            unpacker: Some(unpacker(["-c", &script], inflate, patience(inflate))),
             ..StoreConfig::default()
         };
         let store = Store::open_with(world.root.path(), config).unwrap();
         let begin = Instant::now();
         let error = world.stage(&store, image).unwrap_err();
         let text = chain(&error);
-        assert!(begin.elapsed() < Duration::from_secs(20), "{inflate}");
+        assert!(begin.elapsed() < Duration::from_secs(60), "{inflate}");
         assert_eq!(error.fault(), fault, "{inflate}: {text}");
         assert!(text.contains(named), "{inflate}: {text}");
         for name in ["tmp", "layers", "images"] {
             let left = fs::read_dir(world.root.path().join(name)).unwrap().count();
             assert_eq!(left, 0, "{inflate}: {name}");
         }
+    }
+}
+
+/// Little for what hangs, and more for the rest than a slow machine takes to start a program.
+fn patience(script: &str) -> Duration {
+    match script.contains("sleep") {
+        true => Duration::from_millis(500),
+        false => Duration::from_secs(30),
     }
 }
 
@@ -628,18 +632,14 @@ fn an_unpacker_that_hangs_dies_or_talks_nonsense_is_an_error_and_leaves_nothing(
         ("exit 0", "without an answer", Fault::BadImage),
     ] {
         let config = StoreConfig {
-            unpacker: Some(unpacker(
-                ["-c", script],
-                "exec gzip -dc",
-                Duration::from_millis(500),
-            )),
+            unpacker: Some(unpacker(["-c", script], "exec gzip -dc", patience(script))),
             ..StoreConfig::default()
         };
         let store = Store::open_with(world.root.path(), config).unwrap();
         let begin = Instant::now();
         let error = world.stage(&store, image).unwrap_err();
         let text = chain(&error);
-        assert!(begin.elapsed() < Duration::from_secs(10), "{script}");
+        assert!(begin.elapsed() < Duration::from_secs(60), "{script}");
         assert_eq!(error.fault(), fault, "{script}: {text}");
         assert_eq!(error.is_transient(), fault == Fault::Internal, "{script}");
         assert!(text.contains(named), "{script}: {text}");

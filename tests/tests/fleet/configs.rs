@@ -24,7 +24,7 @@ spec:
       image: {image}
       mem_limit: 32m
       stop_grace_period: 1s
-  rollout: {{waves: [{{percent: 100}}], soak: 1s, bake: 0s, progressDeadline: 5s, maxUnavailable: 100%}}
+  rollout: {{waves: [{{percent: 100}}], soak: 1s, bake: 0s, progressDeadline: 15s, maxUnavailable: 100%}}
 "
     )
 }

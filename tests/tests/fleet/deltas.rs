@@ -81,7 +81,7 @@ fn device(bed: &Bed, hub: &Hub, meter: &Meter, id: &str, more: &str) -> Device {
 /// Applies an image, waits until both devices run it, and what each of them moved.
 fn update(bed: &Bed, fleet: &Fleet, meters: &[Meter; 2], image: &str, version: &str) -> [u64; 2] {
     let manifest = web_manifest("shop", image, "[{percent: 100}]");
-    let manifest = manifest.replace("progressDeadline: 5s", "progressDeadline: 60s");
+    let manifest = manifest.replace("progressDeadline: 15s", "progressDeadline: 60s");
     let applied = fleet.api().apply("shop", &manifest).ok();
     fleet.await_release("shop", &applied["release"]);
     for device in &fleet.devices {

@@ -66,7 +66,7 @@ fn plan(fleet: &Fleet, manifest: &str) -> Value {
 
 fn of(image: &str) -> String {
     web_manifest("shop", image, "[{percent: 100}]")
-        .replace("progressDeadline: 5s", "progressDeadline: 60s")
+        .replace("progressDeadline: 15s", "progressDeadline: 60s")
 }
 
 /// Applies, and how many bytes the device says it has to fetch while it does.

@@ -57,12 +57,12 @@ fn a_slow_pull_says_how_far_it_is_and_how_long_it_takes() {
     let first = wait_for("the device to tell of its pull", LONG, || {
         let view = fleet.api().device("device-1");
         if seen(&view)["fetchedBytes"].as_u64() > Some(0) {
-            Ok(view["pull"].clone())
+            Ok((Instant::now(), view["pull"].clone()))
         } else {
             Err(view)
         }
     });
-    assert_eq!(first["release"], applied["release"]);
+    assert_eq!(first.1["release"], applied["release"]);
     // The device itself says it too, also to who has no hub at hand.
     let here = wait_for("the device to tell on the spot", LONG, || {
         let status = fleet.devices[0].status()?;
@@ -99,7 +99,7 @@ fn a_slow_pull_says_how_far_it_is_and_how_long_it_takes() {
     );
 
     // Each thing that is told, and when it was first seen.
-    let mut told: Vec<(Instant, Value)> = vec![(Instant::now(), first)];
+    let mut told: Vec<(Instant, Value)> = vec![first];
     wait_for("the pull to end", LONG, || {
         let view = fleet.api().device("device-1");
         let pull = &view["pull"];

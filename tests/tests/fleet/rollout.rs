@@ -113,7 +113,7 @@ fn pause_stops_offers_resume_goes_on_and_undo_goes_back() {
 
     // A long bake keeps the second wave closed while we pause.
     let manifest = web_manifest("shop", &v2, "[{count: 1}, {percent: 100}]")
-        .replace("bake: 500ms", "bake: 2s");
+        .replace("bake: 500ms", "bake: 10s");
     api.apply("shop", &manifest).ok();
     let id = api.rollout("shop")["id"].clone();
     wait_until("the first wave to pass its devices", LONG, || {

@@ -134,7 +134,7 @@ fn a_fleet_of_twenty_comes_through_whatever_the_hub_meets() {
     let answer = api.send("PUT", "/disruption-budgets/sites", BUDGET.as_bytes());
     assert_eq!(answer.ok()["groups"], SITES.len());
     let apply = |fleet: &Fleet, image: &str, waves: &str| {
-        let manifest = web_manifest("shop", image, waves).replace("bake: 500ms", "bake: 3s");
+        let manifest = web_manifest("shop", image, waves).replace("bake: 500ms", "bake: 8s");
         fleet.api().apply("shop", &manifest).ok()["release"].clone()
     };
     let everyone: Vec<usize> = (1..=DEVICES).collect();

@@ -65,7 +65,7 @@ fn manifest(image: &str, number: usize, waves: &str) -> String {
     web_manifest("fleet", image, waves)
         .replace("soak: 1s", "soak: 0s")
         .replace("bake: 500ms", "bake: 0s")
-        .replace("progressDeadline: 5s", "progressDeadline: 10m")
+        .replace("progressDeadline: 15s", "progressDeadline: 10m")
         .replace(
             "mem_limit: 32m",
             &format!("mem_limit: 32m\n      environment: {{RELEASE: \"{number}\"}}"),
