@@ -300,7 +300,7 @@ mod tests {
         std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         let what = Try::Namespace(Namespace::Uts);
-        let seconds = if script.contains("sleep") { 1 } else { 30 };
+        let seconds = if script.contains("exec ") { 1 } else { 30 };
         Attempt::start_for(&program, what, seconds).finish()
     }
 
