@@ -517,6 +517,13 @@ impl Device {
         self.read_only = true;
     }
 
+    /// Adds to the agent's configuration.
+    pub fn configure(&self, more: &str) {
+        let path = self.path("agent.toml");
+        let text = fs::read_to_string(&path).unwrap() + more;
+        fs::write(path, text).unwrap();
+    }
+
     /// Keeps a thing until the device is gone.
     pub fn keep(&mut self, thing: impl Send + 'static) {
         self.kept.push(Box::new(thing));
