@@ -8,7 +8,6 @@ use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
-
 use serde::{Deserialize, Serialize};
 
 /// Which process: pids are used again, start times with the same pid are not.

@@ -243,11 +243,10 @@ async fn a_container_is_held_to_its_rates_and_its_neighbour_is_not() {
     for (index, expected) in [(0, 3.0), (1, 2.0)] {
         let (slow, quick) = (slow_took[index], quick_took[index]);
         assert!(
-            slow > expected * 0.8 && slow < expected * 5.0,
+            slow > expected * 0.8 && slow < expected * 2.5,
             "{slow_took:?}"
         );
-        // Whoever else uses this disk may take its time too, but not so much.
-        assert!(quick < slow * 0.75, "{quick_took:?} {slow_took:?}");
+        assert!(quick < expected * 0.5, "{quick_took:?}");
     }
     if unified() {
         // What waits in the page cache is charged to whom it belongs on cgroup v2 alone.
